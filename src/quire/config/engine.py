@@ -1,0 +1,77 @@
+"""What decides how an engine runs. Names follow vLLM's flags where the meaning is the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Policy = Literal["fcfs", "priority", "fair"]
+SwapMode = Literal["auto", "recompute", "swap"]
+
+BUILTIN_MODEL = "quire-tiny"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One engine. Every field is a flag (`max_model_len` is `--max-model-len`)."""
+
+    model: str = BUILTIN_MODEL
+    """A local directory, a Hugging Face id, an s3:// URL, or the built-in model's name."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    hf_token: str | None = None
+    """Token for gated repositories; the environment's HF_TOKEN otherwise."""
+    download_dir: str | None = None
+    """Where downloads are kept; the Hugging Face cache otherwise."""
+    tokenizer: str | None = None
+    """Directory or id of another tokenizer than the model's own."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template to use instead of the checkpoint's."""
+    dtype: DType = "auto"
+    """Of weights and activations; auto takes the checkpoint's (float16 becomes bfloat16 on a CPU)."""
+    max_model_len: int | None = None
+    """Longest prompt plus output, in tokens; the model's own limit otherwise, or less if memory holds less."""
+    block_size: int = 16
+    """Tokens per KV block."""
+    kv_cache_memory: float | None = None
+    """Bytes for the KV pool in GiB; otherwise a share of what memory is left, see memory_utilization."""
+    memory_utilization: float = 0.5
+    """Share of the memory that is free after the weights that the KV pool may take, if kv_cache_memory is not set."""
+    swap_space: float = 0.0
+    """GiB of host memory for KV of preempted requests."""
+    preemption: SwapMode = "auto"
+    """How a preempted request comes back: by computing again, from swap space, or whichever is cheaper."""
+    enable_prefix_caching: bool = True
+    """Reuse KV blocks of equal prefixes."""
+    max_num_seqs: int = 64
+    """Most requests that run at once."""
+    max_num_batched_tokens: int = 1024
+    """Most tokens in one step; a longer prompt is computed in chunks."""
+    scheduling_policy: Policy | None = None
+    """fcfs, priority or fair; unset is fcfs until a request names a tenant, then fair."""
+    max_num_queued_reqs: int = 1024
+    """Most requests that wait; one more is refused with 429."""
+    max_num_queued_tokens: int = 4_000_000
+    """Most prompt tokens that wait."""
+    max_logprobs: int = 20
+    """Most alternatives a request may ask for with logprobs or prompt_logprobs."""
+    threads: int | None = None
+    """CPU threads of the engine; one per core it may use otherwise."""
+    seed: int = 0
+    """Seeds the choice of seeds for requests that name none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a running engine tells its front end."""
+
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    architecture: str
+    weight_bytes: int
+    kv_bytes_per_token: int

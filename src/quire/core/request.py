@@ -1,0 +1,93 @@
+"""A request as the engine knows it, and what the engine says about it.
+
+The front end has done everything that needs text: a prompt is token ids, `n` has been unfolded into single requests, and
+`sampling.seed` is always set. These are plain data, and cross process boundaries as msgpack arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from quire.core.errors import ErrorInfo
+from quire.core.sampling import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, in OpenAI's words, and `error` for what ended otherwise."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """How long a caller is ready to wait, in milliseconds from arrival; None waits for ever."""
+
+    total_ms: float | None = None
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One sequence to generate.
+
+    * `priority`: lower is served earlier (vLLM's meaning), under the `priority` policy.
+    * `tenant`: who pays; the `fair` policy shares tokens between tenants.
+    * `cache_salt`: goes into the prefix hash, so that only requests with the same salt share KV blocks.
+    * `arrival_time`: seconds on the system-wide monotonic clock (`time.monotonic`), set by the front end.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams
+    arrival_time: float
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    deadlines: Deadlines = field(default_factory=Deadlines)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One token's log-probability, its rank (1 is the likeliest), and the likeliest alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: Sequence[int] = ()
+    top_logprobs: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTimes:
+    """Seconds on the monotonic clock; told once, with the output that ends a request."""
+
+    arrival: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOutput:
+    """What one step added to one request.
+
+    `finish_reason` is set once, on the last output. `stop_reason` is the stop token's id if one ended it (None for EOS).
+    `prompt_logprobs` comes once, before or with the first token: one entry per prompt token, None for the first.
+    """
+
+    request_id: str
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    times: RequestTimes | None = None
+    error: ErrorInfo | None = None

@@ -1,0 +1,34 @@
+"""The one argument of a forward pass.
+
+Legend: t tokens of this step, r requests in it, s rows that need logits, b blocks of the longest request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """Tokens of several requests laid end to end; request i owns rows `query_start[i]:query_start[i + 1]`.
+
+    Every field is written by `engine.inputs.build_batch` and by nobody else.
+
+    * `token_ids_t`, `positions_t`: int64.
+    * `slots_t`: int64, where each token's K and V go: `block_id * block_size + offset`. Block 0 is the null block: a token
+      whose KV is in the cache already (the last token of a full prefix hit) writes there, and nobody reads it.
+    * `query_start`: r + 1 row offsets; `context_lens`: r lengths, in tokens, of what each request's last row of this step
+      sees, itself included. Row j of request i is at position `context_lens[i] - query_len[i] + j`, and sees all up to it.
+    * `block_table_rb`: int64, padded with 0.
+    * `logits_rows_s`: int64, the rows whose hidden state goes to the head.
+    """
+
+    token_ids_t: Tensor
+    positions_t: Tensor
+    slots_t: Tensor
+    query_start: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    block_table_rb: Tensor
+    logits_rows_s: Tensor
