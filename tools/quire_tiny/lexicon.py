@@ -81,7 +81,8 @@ def code(rng: Random) -> str:
     for _ in range(rng.randint(1, 3)):
         alphabet = rng.choice(("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", "0123456789abcdef"))
         parts.append("".join(rng.choice(alphabet) for _ in range(rng.randint(1, 4))))
-    return rng.choice("-_./:").join(parts)
+    text = rng.choice("-_./:").join(parts)
+    return text if text[0].isalpha() else rng.choice("abcxyzABCXYZ") + text  # never to be read as a number
 
 
 def foreign(rng: Random) -> str:

@@ -60,18 +60,3 @@ class EngineConfig:
     """CPU threads of the engine; one per core it may use otherwise."""
     seed: int = 0
     """Seeds the choice of seeds for requests that name none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
-    """What a running engine tells its front end."""
-
-    max_model_len: int
-    vocab_size: int
-    block_size: int
-    num_blocks: int
-    eos_token_ids: tuple[int, ...]
-    dtype: str
-    architecture: str
-    weight_bytes: int
-    kv_bytes_per_token: int

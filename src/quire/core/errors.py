@@ -53,7 +53,7 @@ class QuireError(Exception):
         )
 
 
-# --- the caller's request is at fault: 4xx -------------------------------------------------------------------------
+# --- the caller's request is at fault: 4xx ------------------------------------------------------------------
 
 
 class RequestError(QuireError):
@@ -109,7 +109,7 @@ class Cancelled(RequestError):
     status = 499
 
 
-# --- a timely refusal: the request was fine, the moment was not ---------------------------------------------------------
+# --- a timely refusal: the request was fine, the moment was not ---------------------------------------------
 
 
 class Refusal(QuireError):
@@ -138,7 +138,7 @@ class Draining(Refusal):
     status = 503
 
 
-# --- the engine is at fault ------------------------------------------------------------------------------------------------
+# --- the engine is at fault ---------------------------------------------------------------------------------
 
 
 class EngineError(QuireError):
@@ -165,7 +165,7 @@ class NotEnoughMemory(EngineError):
     code = "not_enough_memory"
 
 
-# --- what the operator handed us is at fault ----------------------------------------------------------------------------
+# --- what the operator handed us is at fault ----------------------------------------------------------------
 
 
 class ConfigError(QuireError):

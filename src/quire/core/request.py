@@ -1,7 +1,7 @@
 """A request as the engine knows it, and what the engine says about it.
 
-The front end has done everything that needs text: a prompt is token ids, `n` has been unfolded into single requests, and
-`sampling.seed` is always set. These are plain data, and cross process boundaries as msgpack arrays.
+The front end has done everything that needs text: a prompt is token ids, `n` has been unfolded into single requests,
+and `sampling.seed` is always set. These are plain data, and cross process boundaries as msgpack arrays.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ class RequestTimes:
 class EngineOutput:
     """What one step added to one request.
 
-    `finish_reason` is set once, on the last output. `stop_reason` is the stop token's id if one ended it (None for EOS).
-    `prompt_logprobs` comes once, before or with the first token: one entry per prompt token, None for the first.
+    `finish_reason` is set once, on the last output. `stop_reason` is the stop token's id if one ended it
+    (None for EOS). `prompt_logprobs` comes once, before or with the first token: one entry per prompt token, None for
+    the first.
     """
 
     request_id: str

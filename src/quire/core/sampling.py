@@ -1,7 +1,7 @@
 """Sampling parameters: how the next token is chosen and when to stop.
 
-Names and meanings follow vLLM's `SamplingParams`; `typical_p` is TGI's. Everything is validated when the object is made,
-so that the engine may rely on it. Bounds are here as well: nothing a caller asks for may grow without limit.
+Names and meanings follow vLLM's `SamplingParams`; `typical_p` is TGI's. Everything is validated when the object is
+made, so that the engine may rely on it. Bounds are here as well: nothing a caller asks for may grow without limit.
 """
 
 from __future__ import annotations

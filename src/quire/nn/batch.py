@@ -17,10 +17,11 @@ class ForwardBatch:
     Every field is written by `engine.inputs.build_batch` and by nobody else.
 
     * `token_ids_t`, `positions_t`: int64.
-    * `slots_t`: int64, where each token's K and V go: `block_id * block_size + offset`. Block 0 is the null block: a token
-      whose KV is in the cache already (the last token of a full prefix hit) writes there, and nobody reads it.
-    * `query_start`: r + 1 row offsets; `context_lens`: r lengths, in tokens, of what each request's last row of this step
-      sees, itself included. Row j of request i is at position `context_lens[i] - query_len[i] + j`, and sees all up to it.
+    * `slots_t`: int64, where each token's K and V go: `block_id * block_size + offset`. Block 0 is the null block: a
+      token whose KV is in the cache already (the last token of a full prefix hit) writes there; nobody reads it.
+    * `query_start`: r + 1 row offsets. `context_lens`: r lengths, in tokens, of what each request's last row of this
+      step sees, itself included. Row j of request i is at position `context_lens[i] - query_len[i] + j`, and sees all
+      up to it.
     * `block_table_rb`: int64, padded with 0.
     * `logits_rows_s`: int64, the rows whose hidden state goes to the head.
     """

@@ -1,8 +1,8 @@
 """What a front end and its engine say to each other: msgpack of these tagged structs, over a Unix socket.
 
-Front end → engine: `Submit`, `Cancel`, `Stop`. Engine → front end: `Ready` or `StartFailed` once, then `Outputs` after a
-step that produced any, and `Stats` at least every `STATS_INTERVAL` seconds: the engine's heartbeat, sent by the thread
-that runs the steps, so that an engine which hangs falls silent.
+Front end → engine: `Submit`, `Cancel`, `Stop`. Engine → front end: `Ready` or `StartFailed` once, then `Outputs`
+after a step that produced any, and `Stats` at least every `STATS_INTERVAL` seconds: the engine's heartbeat, sent by
+the thread that runs the steps, so that an engine which hangs falls silent.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from quire.config.engine import ModelInfo
 from quire.core.errors import ErrorInfo
+from quire.core.model_info import ModelInfo
 from quire.core.request import EngineOutput, EngineRequest
 
 STATS_INTERVAL = 0.5
@@ -66,8 +66,8 @@ ToEngine = Submit | Cancel | Stop
 FromEngine = Ready | StartFailed | Outputs | Stats
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:

@@ -1,0 +1,106 @@
+"""Flags made from the fields of the configuration dataclasses, and the way back.
+
+A field is the single source of its flag: the name, the type, the default, and, as help, the docstring under it. What
+the parser hands to a command is a mapping of those flags that were given, as text; `quire.config.resolve` converts it,
+so that a flag, a YAML key and a variable are read and refused in the same words.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import textwrap
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from cyclopts import Parameter
+
+from quire.config.engine import EngineConfig
+from quire.config.resolve import Resolved, flag_name, read_file, resolve
+from quire.config.server import ServerConfig
+
+T = TypeVar("T")
+
+NOT_FLATTENED = frozenset({"model"})  # an argument of its own in every command
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """The docstring under each field of a dataclass, from its source."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def flags_of(cls: type[Any], group: str) -> Any:
+    """A type for a command's parameter which the parser spreads into one flag per field of `cls`."""
+    docs = field_docs(cls)
+    hints = get_type_hints(cls)
+    annotations: dict[str, Any] = {}
+    for field in fields(cls):
+        if field.name in NOT_FLATTENED:
+            continue
+        plain = _without_none(hints[field.name])
+        words = docs[field.name]
+        if field.default is not None:
+            words += f" [default: {str(field.default).lower() if plain is bool else field.default}]"
+        flag = flag_name(field.name)
+        if plain is bool:
+            negative = "--no-" + flag.removeprefix("--")
+            annotations[field.name] = Annotated[bool, Parameter(name=flag, negative=negative, help=words, group=group)]
+        else:
+            parameter = Parameter(name=flag, help=words, group=group, metavar=_metavar(plain), allow_leading_hyphen=True)
+            annotations[field.name] = Annotated[str, parameter]
+    spread = TypedDict(f"{cls.__name__}Flags", annotations, total=False)  # type: ignore[operator]
+    return Annotated[spread | None, Parameter(name="*")]
+
+
+if TYPE_CHECKING:
+    EngineFlags = Mapping[str, object] | None
+    ServerFlags = Mapping[str, object] | None
+else:
+    EngineFlags = flags_of(EngineConfig, "Engine")
+    ServerFlags = flags_of(ServerConfig, "Server")
+
+ConfigFile = Annotated[
+    Path | None, Parameter(name="--config", help="A YAML file with settings by these names, with underscores.")
+]
+
+
+def settings(
+    cls: type[T],
+    flags: Mapping[str, object] | None,
+    *,
+    config: Path | None,
+    model: str | None = None,
+) -> Resolved[T]:
+    """The configuration of `cls` from a command's flags, its `--config` file and the process's environment."""
+    given = dict(flags or {})
+    if model is not None:
+        given["model"] = model
+    file = read_file(config) if config is not None else None
+    return resolve(cls, flags=given, file=file, environ=os.environ, file_name=str(config))
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (arm for arm in get_args(hint) if arm is not type(None))
+    return hint
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "{" + "|".join(get_args(hint)) + "}"
+    return {int: "INT", float: "FLOAT", str: "TEXT"}[hint]

@@ -1,0 +1,20 @@
+"""What a running engine tells its front end about the model it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """`eos_token_ids` end a sequence unless the request ignores them; bytes are of what the engine holds."""
+
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    architecture: str
+    weight_bytes: int
+    kv_bytes_per_token: int

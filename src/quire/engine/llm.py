@@ -1,0 +1,275 @@
+"""The Python API: an engine in this process, text in and text out.
+
+    from quire import LLM, SamplingParams
+
+    llm = LLM("quire-tiny")
+    for output in llm.chat([{"role": "user", "content": "What is 17 + 25?"}], SamplingParams(max_tokens=20)):
+        print(output.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+from quire.config.engine import EngineConfig
+from quire.core.errors import InvalidParameter, from_info
+from quire.core.model_info import ModelInfo
+from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from quire.core.sampling import SamplingParams
+from quire.engine.build import build_engine
+from quire.models.source import resolve_model
+from quire.text.defaults import generation_defaults
+from quire.text.prompt import PromptEncoder
+from quire.text.stream import TextStream
+from quire.text.template import ChatTemplate
+from quire.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One sample. `stop_reason` is the stop string or stop token id that ended it, None for EOS or length."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        return None if self.logprobs is None else sum(entry.logprob for entry in self.logprobs)
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """One prompt's answer: `n` samples."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+
+class LLM:
+    """Loads a model and generates. Keyword arguments are `EngineConfig`'s fields.
+
+    Raises the `CheckpointError` or `ConfigError` that says what is wrong with the model or an argument.
+    """
+
+    def __init__(self, model: str = EngineConfig.model, **config: Any) -> None:
+        engine_config = EngineConfig(model=model, **config)
+        directory = resolve_model(engine_config)
+        self._engine = build_engine(replace(engine_config, model=str(directory)))
+        self.tokenizer = Tokenizer.load(directory)
+        self._encoder = PromptEncoder(self.tokenizer, ChatTemplate.load(directory), self._engine.info)
+        self._defaults = generation_defaults(directory)
+        self._seeds = Random(engine_config.seed)  # noqa: S311 - sampling, not secrets
+        self._counter = itertools.count()
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model's limits and sizes."""
+        return self._engine.info
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json asks for, and our defaults for the rest."""
+        return SamplingParams(**self._defaults)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete each prompt (text, or token ids). Answers come in the order of the prompts."""
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        jobs = []
+        for prompt, sampling in zip(several, self._sampling_for(len(several), params), strict=True):
+            text = prompt if isinstance(prompt, str) else None
+            jobs.append(self._job(text, self._encoder.encode_text(prompt, sampling), sampling))
+        self._run(jobs, progress)
+        return [job.output for job in jobs]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer each conversation (or the one) through the model's chat template."""
+        if not messages:
+            raise InvalidParameter("messages is empty.", param="messages", remedy="Give at least one message.")
+        several: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
+        jobs = []
+        for conversation, sampling in zip(several, self._sampling_for(len(several), params), strict=True):
+            prompt = self._encoder.encode_chat(
+                conversation, sampling, tools=tools, template_kwargs=chat_template_kwargs
+            )
+            jobs.append(self._job(None, prompt, sampling))
+        self._run(jobs, progress)
+        return [job.output for job in jobs]
+
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer to one conversation, in pieces as they come. Closing the iterator cancels the request."""
+        sampling = self._sampling_for(1, params)[0]
+        yield from self._stream(self._job(None, self._encoder.encode_chat(messages, sampling), sampling))
+
+    def stream_complete(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
+        """The completion of one prompt, in pieces as they come. Closing the iterator cancels the request."""
+        sampling = self._sampling_for(1, params)[0]
+        yield from self._stream(self._job(prompt, self._encoder.encode_text(prompt, sampling), sampling))
+
+    def _sampling_for(
+        self, count: int, params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> Sequence[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.default_sampling_params()] * count
+        if len(params) != count:
+            raise InvalidParameter(
+                f"{len(params)} sampling parameters for {count} prompts.",
+                param="params",
+                remedy="Give one for all, or one for each prompt.",
+            )
+        return params
+
+    def _job(self, prompt: str | None, prompt_token_ids: list[int], sampling: SamplingParams) -> _Job:
+        request_id = f"llm-{next(self._counter)}"
+        requests = self._encoder.engine_requests(
+            request_id,
+            prompt_token_ids,
+            sampling,
+            arrival_time=time.monotonic(),
+            fresh_seed=lambda: self._seeds.getrandbits(63),
+        )
+        return _Job(request_id, prompt, prompt_token_ids, sampling, requests, self.tokenizer)
+
+    def _stream(self, job: _Job) -> Iterator[str]:
+        if job.sampling.n != 1:
+            raise InvalidParameter(
+                f"n is {job.sampling.n}.", param="n", remedy="A stream has one sample; use generate() for more."
+            )
+        told = 0
+        try:
+            for _ in self._steps([job]):
+                text = job.output.outputs[0].text
+                if len(text) > told:
+                    yield text[told:]
+                    told = len(text)
+        finally:
+            self._cancel(job)
+
+    def _run(self, jobs: Sequence[_Job], progress: bool) -> None:
+        if progress:
+            from quire.engine.progress import progress_bar
+
+            bar = progress_bar("Generating", len(jobs))
+        else:
+            bar = nullcontext(lambda _finished, _tokens: None)
+        finished = tokens = 0
+        try:
+            with bar as tell:
+                for newly_finished, new_tokens in self._steps(jobs):
+                    finished, tokens = finished + newly_finished, tokens + new_tokens
+                    tell(finished, tokens)
+        finally:
+            for job in jobs:
+                self._cancel(job)
+
+    def _steps(self, jobs: Sequence[_Job]) -> Iterator[tuple[int, int]]:
+        """Run the jobs to their ends, a step at a time: yields (jobs that ended, tokens that came) of each step.
+
+        Requests are handed over as the engine's queue has room for them, however many there are.
+        """
+        queue = iter([(job, request) for job in jobs for request in job.requests])
+        jobs_by_request: dict[str, _Job] = {}
+        left = sum(len(job.requests) for job in jobs)
+        while left:
+            outputs: list[EngineOutput] = []
+            while self._engine.has_room:
+                job, request = next(queue, (None, None))
+                if job is None or request is None:
+                    break
+                jobs_by_request[request.request_id] = job
+                refused = self._engine.submit(request)
+                outputs.extend([refused] if refused else [])
+            outputs.extend(self._engine.step())
+            finished = tokens = 0
+            for output in outputs:
+                job = jobs_by_request[output.request_id]
+                tokens += len(output.token_ids)
+                if job.take(output):
+                    left -= 1
+                    finished += job.done
+                    if output.finish_reason is None:
+                        self._engine.cancel(output.request_id)
+            yield finished, tokens
+
+    def _cancel(self, job: _Job) -> None:
+        for request in job.requests:
+            self._engine.cancel(request.request_id)
+
+
+class _Job:
+    """One prompt on its way: its samples' streams, and the output that they fill."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        requests: list[EngineRequest],
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.sampling = sampling
+        self.requests = requests
+        wants_logprobs = sampling.logprobs is not None
+        samples = [CompletionOutput(index=i, logprobs=[] if wants_logprobs else None) for i in range(len(requests))]
+        self.output = RequestOutput(
+            request_id=request_id, prompt=prompt, prompt_token_ids=prompt_token_ids, outputs=samples
+        )
+        self._samples = {request.request_id: samples[index] for index, request in enumerate(requests)}
+        self._streams = {
+            request.request_id: TextStream(tokenizer, request.sampling, prompt_token_ids) for request in requests
+        }
+
+    @property
+    def done(self) -> bool:
+        return all(sample.finish_reason is not None for sample in self.output.outputs)
+
+    def take(self, output: EngineOutput) -> bool:
+        """Add what a step brought. True when that sample has ended; raises the error it ended with."""
+        sample, stream = self._samples[output.request_id], self._streams[output.request_id]
+        if sample.finish_reason is not None:
+            return False
+        if output.error is not None:
+            raise from_info(output.error)
+        delta = stream.push(output.token_ids, output.logprobs)
+        sample.token_ids.extend(delta.token_ids)
+        if sample.logprobs is not None and output.logprobs is not None:
+            sample.logprobs.extend(output.logprobs[: len(delta.token_ids)])
+        if output.prompt_logprobs is not None:
+            self.output.prompt_logprobs = list(output.prompt_logprobs)
+        self.output.num_cached_tokens = max(self.output.num_cached_tokens, output.num_cached_tokens)
+        if delta.stop is not None:
+            sample.finish_reason, sample.stop_reason = FinishReason.STOP.value, delta.stop
+        elif output.finish_reason is not None:
+            stream.flush()
+            sample.finish_reason, sample.stop_reason = output.finish_reason.value, output.stop_reason
+        sample.text = stream.text
+        return sample.finish_reason is not None

@@ -1,0 +1,101 @@
+"""The engine: requests in, outputs out, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quire.core.errors import QuireError
+from quire.core.model_info import ModelInfo
+from quire.core.request import EngineOutput, EngineRequest, FinishReason
+from quire.engine.runner import Runner
+from quire.sched.admit import admit, cancel
+from quire.sched.apply import apply
+from quire.sched.decide import decide
+from quire.sched.settle import settle
+from quire.sched.state import SchedulerState
+from quire.wire.rpc import Stats
+
+
+class Engine:
+    """Single-threaded: whoever owns it calls `submit`, `cancel` and `step` from one thread."""
+
+    def __init__(
+        self, *, info: ModelInfo, state: SchedulerState, runner: Runner, clock: Callable[[], float]
+    ) -> None:
+        self.info = info
+        self._state = state
+        self._runner = runner
+        self._clock = clock
+        self._num_steps = 0
+        self._iteration_tokens: list[int] = []
+        self.stalled = False
+        """Whether the last step had nothing that could run, although requests wait."""
+
+    @property
+    def has_work(self) -> bool:
+        return self._state.has_work
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more request can be queued."""
+        return self._state.has_room
+
+    def submit(self, request: EngineRequest) -> EngineOutput | None:
+        """Queue a request. What cannot be served is answered at once: the output that ends it, with its error."""
+        try:
+            admit(self._state, request, self._clock())
+        except QuireError as error:
+            return _ended(request.request_id, error)
+        return None
+
+    def cancel(self, request_id: str) -> EngineOutput | None:
+        """End a request at once and free its blocks; None if it had ended already."""
+        if cancel(self._state, request_id) is None:
+            return None
+        self._runner.forget(request_id)
+        return EngineOutput(request_id=request_id, finish_reason=FinishReason.ABORT)
+
+    def step(self) -> list[EngineOutput]:
+        """Decide, apply, run, settle."""
+        now = self._clock()
+        decision = decide(self._state, now)
+        step = apply(self._state, decision, now)
+        run = self._runner.run(step)
+        outputs = settle(self._state, step, run.results, self._clock())
+        for request_id, error in run.failures.items():
+            cancel(self._state, request_id)
+            outputs.append(_ended(request_id, error))
+        for refused, _ in step.refused:
+            self._runner.forget(refused.request.request_id)
+        self._num_steps += 1
+        self.stalled = not step.scheduled
+        if step.scheduled:
+            self._iteration_tokens.append(sum(chunk.num_tokens for chunk in step.scheduled))
+        return outputs
+
+    def stats(self) -> Stats:
+        """Gauges of now and totals since the start; hands over, and forgets, the tokens of each step so far."""
+        state = self._state
+        iteration_tokens, self._iteration_tokens = self._iteration_tokens, []
+        return Stats(
+            step=self._num_steps,
+            num_running=len(state.running),
+            num_waiting=state.num_waiting,
+            num_waiting_tokens=state.num_waiting_tokens,
+            kv_cache_usage=state.pool.usage,
+            prefix_cache_queries=state.totals.prefix_cache_queries,
+            prefix_cache_hits=state.totals.prefix_cache_hits,
+            num_preemptions=state.totals.preemptions,
+            num_swaps=state.totals.swaps,
+            prompt_tokens=state.totals.prompt_tokens,
+            generation_tokens=state.totals.generation_tokens,
+            iteration_tokens=iteration_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Every KV block is accounted for exactly once, or AssertionError. Called when idle."""
+        self._state.check_integrity()
+
+
+def _ended(request_id: str, error: QuireError) -> EngineOutput:
+    return EngineOutput(request_id=request_id, finish_reason=FinishReason.ERROR, error=error.to_info())

@@ -1,0 +1,121 @@
+"""The engine as a process of its own: `python -m quire.engine.process`.
+
+The parent writes one JSON line to our stdin, `{"socket": path, "config": {EngineConfig fields}}`, and keeps the pipe
+open: when it closes, the parent is gone and we go too. Everything else travels as `wire.rpc` messages over the socket.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import msgspec
+import zmq
+
+from quire.config.engine import EngineConfig
+from quire.core.errors import EngineStartFailed, QuireError
+from quire.core.request import EngineOutput
+from quire.engine.loop import Engine
+from quire.wire.rpc import (
+    MAX_MESSAGE_BYTES,
+    STATS_INTERVAL,
+    Cancel,
+    Outputs,
+    Ready,
+    StartFailed,
+    Submit,
+    decode_to_engine,
+    encode,
+)
+
+NOTHING_TO_RUN_MS = 2
+"""How long to wait for news when requests wait but none can run yet; spares a spinning core."""
+
+
+class Order(msgspec.Struct, forbid_unknown_fields=True):
+    """The line on stdin."""
+
+    socket: str
+    config: EngineConfig
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent drains us.
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.LINGER, 2000)
+        socket.connect(f"ipc://{order.socket}")
+        try:
+            # Late, so that a failing import is reported to the parent like any other failure to start.
+            from quire.engine.build import build_engine
+
+            engine = build_engine(order.config)
+        except QuireError as error:
+            socket.send(encode(StartFailed(error.to_info())))
+            return 1
+        except Exception as error:
+            traceback.print_exc()
+            failed = EngineStartFailed(f"The engine could not start: {type(error).__name__}: {error}")
+            socket.send(encode(StartFailed(failed.to_info())))
+            return 1
+        socket.send(encode(Ready(engine.info, os.getpid())))
+        serve(engine, socket)
+    return 0
+
+
+def serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
+    """Step while there is work, sleep while there is none, and never be silent for longer than `STATS_INTERVAL`."""
+    next_stats = time.monotonic()
+    was_busy = True
+    while True:
+        now = time.monotonic()
+        if now >= next_stats:
+            socket.send(encode(engine.stats()))
+            next_stats = now + STATS_INTERVAL
+        if engine.has_work:
+            was_busy = True
+            wait_ms = NOTHING_TO_RUN_MS if engine.stalled else 0
+        else:
+            if was_busy:
+                engine.check_integrity()
+                was_busy = False
+            wait_ms = max(0, int((next_stats - now) * 1000) + 1)
+        outputs: list[EngineOutput] = []
+        if not _take_messages(engine, socket, wait_ms, outputs):
+            return
+        if engine.has_work:
+            outputs.extend(engine.step())
+        if outputs:
+            socket.send(encode(Outputs(outputs)))
+
+
+def _take_messages(engine: Engine, socket: zmq.Socket[bytes], wait_ms: int, outputs: list[EngineOutput]) -> bool:
+    """Handle what has come, waiting for the first message at most `wait_ms`. False when told to stop."""
+    while socket.poll(wait_ms):
+        wait_ms = 0
+        message = decode_to_engine(socket.recv())
+        if isinstance(message, Submit):
+            answers = [engine.submit(request) for request in message.requests]
+        elif isinstance(message, Cancel):
+            answers = [engine.cancel(request_id) for request_id in message.request_ids]
+        else:
+            return False
+        outputs.extend(answer for answer in answers if answer is not None)
+    return True
+
+
+def _leave_with_parent() -> None:
+    # Not sys.stdin: at exit the interpreter would wait for its lock, which this blocked thread holds.
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Runs one step on the device: swaps, forward pass, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quire.core.errors import QuireError
+from quire.core.request import TokenLogprobs
+from quire.engine.inputs import build_batch, needs_prompt_logprobs
+from quire.models.load import LoadedModel
+from quire.nn.kv import KVCache
+from quire.nn.sampling import Sampler, SamplingRow
+from quire.sched.state import ScheduledChunk, Step, StepResult
+
+HEAD_ROWS = 128
+"""Most rows that go through the head at once: bounds the logits to HEAD_ROWS x vocabulary floats whatever is asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutput:
+    """`results` of the requests that went well; `failures` of those whose own numbers went wrong."""
+
+    results: dict[str, StepResult] = field(default_factory=dict)
+    failures: dict[str, QuireError] = field(default_factory=dict)
+
+
+class Runner:
+    """Owns the model's device state: weights, KV cache, host KV for swapping, the sampler."""
+
+    def __init__(
+        self, *, model: LoadedModel, kv: KVCache, host_kv: KVCache | None, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self._decoder = model.decoder
+        self._kv = kv
+        self._host_kv = host_kv
+        self._sampler = Sampler()
+        self._eos_token_ids = eos_token_ids
+        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> RunOutput:
+        """Compute `step`. The KV of every scheduled row is in the cache afterwards."""
+        if self._host_kv is not None:
+            self._kv.swap_out(self._host_kv, step.swap_out)
+            self._kv.swap_in(self._host_kv, step.swap_in)
+        if not step.scheduled:
+            return RunOutput()
+        batch = build_batch(step.scheduled, self._kv.block_size, self._kv.device)
+        hidden_sh = self._decoder.forward(batch, self._kv)
+        return self._sample(step.scheduled, hidden_sh)
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept for a request that ended before its prompt was through."""
+        self._prompt_logprobs.pop(request_id, None)
+
+    def _sample(self, chunks: Sequence[ScheduledChunk], hidden_sh: Tensor) -> RunOutput:
+        output = RunOutput()
+        sampled: list[tuple[ScheduledChunk, int]] = []
+        row = 0
+        for chunk in chunks:
+            if needs_prompt_logprobs(chunk):
+                self._extend_prompt_logprobs(chunk, hidden_sh[row : row + chunk.num_tokens])
+                row += chunk.num_tokens
+            elif chunk.samples:
+                row += 1
+            if chunk.samples:
+                sampled.append((chunk, row - 1))
+        for first in range(0, len(sampled), HEAD_ROWS):
+            self._sample_rows(sampled[first : first + HEAD_ROWS], hidden_sh, output)
+        return output
+
+    def _sample_rows(
+        self, sampled: Sequence[tuple[ScheduledChunk, int]], hidden_sh: Tensor, output: RunOutput
+    ) -> None:
+        rows = torch.tensor([row for _, row in sampled], device=hidden_sh.device)
+        logits_sv = self._decoder.logits(hidden_sh[rows])
+        tokens = self._sampler.sample(logits_sv, [self._sampling_row(chunk) for chunk, _ in sampled])
+        for (chunk, _), token in zip(sampled, tokens, strict=True):
+            request = chunk.state.request
+            if isinstance(token, QuireError):
+                output.failures[request.request_id] = token
+                continue
+            output.results[request.request_id] = StepResult(
+                token_ids=[token.token_id],
+                logprobs=[token] if request.sampling.logprobs is not None else None,
+                prompt_logprobs=self._prompt_logprobs.pop(request.request_id, None),
+            )
+
+    def _sampling_row(self, chunk: ScheduledChunk) -> SamplingRow:
+        state = chunk.state
+        return SamplingRow(
+            sampling=state.request.sampling,
+            position=len(state.token_ids),
+            prompt_token_ids=state.token_ids[: state.num_prompt_tokens],
+            generated_token_ids=state.token_ids[state.num_prompt_tokens :],
+            eos_token_ids=self._eos_token_ids,
+        )
+
+    def _extend_prompt_logprobs(self, chunk: ScheduledChunk, hidden_nh: Tensor) -> None:
+        """The row at position p tells how likely token p + 1 was; the first prompt token has no such row."""
+        state = chunk.state
+        if chunk.start == 0:
+            self._prompt_logprobs[state.request.request_id] = [None]
+        told = self._prompt_logprobs[state.request.request_id]
+        num_top = state.request.sampling.prompt_logprobs
+        assert num_top is not None
+        targets = state.token_ids[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, state.num_prompt_tokens)]
+        for first in range(0, len(targets), HEAD_ROWS):
+            piece = targets[first : first + HEAD_ROWS]
+            logits_sv = self._decoder.logits(hidden_nh[first : first + len(piece)])
+            told.extend(self._sampler.prompt_logprobs(logits_sv, piece, num_top))
