@@ -1,4 +1,4 @@
-"""From conversations to training batches: rows of like length, and the tokens whose prediction is trained."""
+"""From conversations to training batches: packed rows, and the tokens whose prediction is trained."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,44 +10,55 @@ from transformers import PreTrainedTokenizerFast
 from quire_tiny import conversations
 from quire_tiny.tokenizer import END_OF_TEXT, IM_END, IM_START
 
-ROW_LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768)
+ROW_LENGTHS = (256, 512, 1024)
 PLAIN_SHARE = 0.03
-IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`b` rows of `t` tokens. `targets_bt` is the next token, or `IGNORED`; each row weighs its answers alike."""
+    """`b` rows of `t` tokens, several documents to a row.
+
+    `documents_bt` numbers the documents of a row (-1: padding), `targets_bt` is the next token, and `weights_bt` is how
+    much predicting it matters (0: not at all).
+    """
 
     inputs_bt: torch.Tensor
     targets_bt: torch.Tensor
     weights_bt: torch.Tensor
+    positions_bt: torch.Tensor
+    documents_bt: torch.Tensor
 
 
-Row = tuple[list[int], list[float]]
+@dataclass(frozen=True)
+class Document:
+    ids: list[int]
+    weights: list[float]
+
+    @property
+    def length(self) -> int:
+        """Positions it takes in a row: its last token is only predicted."""
+        return len(self.ids) - 1
 
 
-class RowMaker:
-    """Renders and tokenizes; knows which tokens of a row are the assistant's."""
+class DocumentMaker:
+    """Renders and tokenizes; knows which tokens are the assistant's."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: Random) -> None:
         self._tokenizer, self._rng = tokenizer, rng
         self._start, self._end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
         self._assistant = tokenizer.encode("assistant\n")
 
-    def row(self) -> Row:
-        """Token ids, and how much the prediction of each matters (0: not at all)."""
+    def document(self) -> Document:
         rng = self._rng
         if rng.random() < PLAIN_SHARE:
-            text = "".join(conversations.plain_text(rng) + END_OF_TEXT for _ in range(rng.randint(1, 8)))
-            ids = self._tokenizer.encode(text)
-            return ids, [0.1] * len(ids)
+            ids = self._tokenizer.encode(conversations.plain_text(rng) + END_OF_TEXT)
+            return Document(ids, [0.1] * len(ids))
         conversation = conversations.conversation(rng)
         text = self._tokenizer.apply_chat_template(
             conversation.messages, tools=list(conversation.tools) or None, tokenize=False
         )
         ids = self._tokenizer.encode(text)
-        return ids, self._weights(ids)
+        return Document(ids, self._weights(ids))
 
     def _weights(self, ids: list[int]) -> list[float]:
         """An answer of n tokens weighs n ** 0.5 in all, so that long ones do not drown short ones."""
@@ -65,28 +76,53 @@ class RowMaker:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, tokens: int) -> Iterator[Batch]:
-    """Endless batches of about `tokens` tokens, padding included."""
+    """Endless batches of exactly `tokens` tokens; a document stands in a row of the shortest length that holds it."""
     rng = Random(f"train {seed}")
-    maker = RowMaker(tokenizer, rng)
-    pad = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    waiting: dict[int, list[Row]] = {length: [] for length in ROW_LENGTHS}
+    maker = DocumentMaker(tokenizer, rng)
+    waiting: dict[int, list[Document]] = {length: [] for length in ROW_LENGTHS}
     while True:
-        ids, weights = maker.row()
-        length = next((each for each in ROW_LENGTHS if len(ids) - 1 <= each), None)
+        document = maker.document()
+        length = next((each for each in ROW_LENGTHS if document.length <= each), None)
         if length is None:
             continue
-        rows = waiting[length]
-        rows.append((ids, weights))
-        if len(rows) * length >= tokens:
-            yield _batch(rows, length, pad)
-            waiting[length] = []
+        waiting[length].append(document)
+        if _total(waiting[length]) < 1.1 * tokens:
+            continue
+        rows = sorted(_pack(waiting[length], length), key=_total, reverse=True)
+        if len(rows) >= tokens // length:
+            yield _batch(rows[: tokens // length], length)
+            waiting[length] = [document for row in rows[tokens // length :] for document in row]
 
 
-def _batch(rows: list[Row], length: int, pad: int) -> Batch:
-    inputs, targets, row_weights = [], [], []
-    for ids, weights in rows:
-        fill = length + 1 - len(ids)
-        inputs.append(ids[:-1] + [pad] * fill)
-        targets.append([t if w else IGNORED for t, w in zip(ids[1:], weights[1:], strict=True)] + [IGNORED] * fill)
-        row_weights.append(weights[1:] + [0.0] * fill)
-    return Batch(torch.tensor(inputs), torch.tensor(targets), torch.tensor(row_weights))
+def _total(documents: list[Document]) -> int:
+    return sum(document.length for document in documents)
+
+
+def _pack(documents: list[Document], length: int) -> list[list[Document]]:
+    """First fit, longest first."""
+    rows: list[list[Document]] = []
+    for document in sorted(documents, key=lambda each: each.length, reverse=True):
+        row = next((row for row in rows if _total(row) + document.length <= length), None)
+        if row is None:
+            rows.append([document])
+        else:
+            row.append(document)
+    return rows
+
+
+def _batch(rows: list[list[Document]], length: int) -> Batch:
+    shape = (len(rows), length)
+    inputs, targets = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    weights, positions = torch.zeros(shape), torch.zeros(shape, dtype=torch.long)
+    documents = torch.full(shape, -1)
+    for index, row in enumerate(rows):
+        first = 0
+        for number, document in enumerate(row):
+            span = slice(first, first + document.length)
+            inputs[index, span] = torch.tensor(document.ids[:-1])
+            targets[index, span] = torch.tensor(document.ids[1:])
+            weights[index, span] = torch.tensor(document.weights[1:])
+            positions[index, span] = torch.arange(document.length)
+            documents[index, span] = number
+            first += document.length
+    return Batch(inputs, targets, weights, positions, documents)

@@ -15,7 +15,18 @@ import types
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypedDict,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cyclopts import Parameter
 
@@ -25,7 +36,7 @@ from quire.config.server import ServerConfig
 
 T = TypeVar("T")
 
-NOT_FLATTENED = frozenset({"model"})  # an argument of its own in every command
+ARGUMENTS = frozenset({"model"})  # an argument of its own in every command, not one flag among many
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:
@@ -44,13 +55,25 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
     return docs
 
 
-def flags_of(cls: type[Any], group: str) -> Any:
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (arm for arm in get_args(hint) if arm is not type(None))
+    return hint
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "{" + "|".join(get_args(hint)) + "}"
+    return {int: "INT", float: "FLOAT", str: "TEXT"}[hint]
+
+
+def flags_of(cls: type[Any], group: str, without: frozenset[str] = ARGUMENTS) -> Any:
     """A type for a command's parameter which the parser spreads into one flag per field of `cls`."""
     docs = field_docs(cls)
     hints = get_type_hints(cls)
     annotations: dict[str, Any] = {}
     for field in fields(cls):
-        if field.name in NOT_FLATTENED:
+        if field.name in without:
             continue
         plain = _without_none(hints[field.name])
         words = docs[field.name]
@@ -61,17 +84,23 @@ def flags_of(cls: type[Any], group: str) -> Any:
             negative = "--no-" + flag.removeprefix("--")
             annotations[field.name] = Annotated[bool, Parameter(name=flag, negative=negative, help=words, group=group)]
         else:
-            parameter = Parameter(name=flag, help=words, group=group, metavar=_metavar(plain), allow_leading_hyphen=True)
+            parameter = Parameter(
+                name=flag, help=words, group=group, metavar=_metavar(plain), allow_leading_hyphen=True
+            )
             annotations[field.name] = Annotated[str, parameter]
-    spread = TypedDict(f"{cls.__name__}Flags", annotations, total=False)  # type: ignore[operator]
+    typed_dict: Any = TypedDict  # its fields are known only here, which the type checker does not follow
+    spread = typed_dict(f"{cls.__name__}Flags", annotations, total=False)
     return Annotated[spread | None, Parameter(name="*")]
 
 
 if TYPE_CHECKING:
     EngineFlags = Mapping[str, object] | None
+    OwnEngineFlags = Mapping[str, object] | None
     ServerFlags = Mapping[str, object] | None
 else:
     EngineFlags = flags_of(EngineConfig, "Engine")
+    # For commands whose --seed is their one request's, which the engine's would only stand in for.
+    OwnEngineFlags = flags_of(EngineConfig, "Engine", ARGUMENTS | {"seed"})
     ServerFlags = flags_of(ServerConfig, "Server")
 
 ConfigFile = Annotated[
@@ -94,13 +123,13 @@ def settings(
     return resolve(cls, flags=given, file=file, environ=os.environ, file_name=str(config))
 
 
-def _without_none(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (arm for arm in get_args(hint) if arm is not type(None))
-    return hint
-
-
-def _metavar(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "{" + "|".join(get_args(hint)) + "}"
-    return {int: "INT", float: "FLOAT", str: "TEXT"}[hint]
+def as_arguments(flags: Mapping[str, object] | None) -> list[str]:
+    """The command line that gives these flags, for handing them on to another command."""
+    arguments = []
+    for name, value in (flags or {}).items():
+        flag = flag_name(name)
+        if isinstance(value, bool):
+            arguments.append(flag if value else "--no-" + flag.removeprefix("--"))
+        else:
+            arguments.append(f"{flag}={value}")
+    return arguments

@@ -39,13 +39,14 @@ EXIT_INTERRUPTED = 130
 
 
 def build_app() -> App:
-    from cyclopts import App
+    from cyclopts import App, Parameter
 
     app = App(
         name="quire",
         help="An LLM inference engine and OpenAI-compatible server.",
         version=f"quire {__version__}",
         help_format="plaintext",
+        default_parameter=Parameter(negative_iterable=()),
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )

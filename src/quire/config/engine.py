@@ -36,6 +36,8 @@ class EngineConfig:
     """Tokens per KV block."""
     kv_cache_memory: float | None = None
     """Bytes for the KV pool in GiB; otherwise a share of what memory is left, see memory_utilization."""
+    num_kv_blocks: int | None = None
+    """Blocks of the KV pool, instead of what memory holds; for experiments."""
     memory_utilization: float = 0.5
     """Share of the memory that is free after the weights that the KV pool may take, if kv_cache_memory is not set."""
     swap_space: float = 0.0

@@ -1,0 +1,190 @@
+"""How large the KV pool is, by construction: what there is, less what everything else takes.
+
+No trial allocation and no profiling run: each row of the ledger is a formula over the model's shapes and the limits of
+a step, so that `plan` can print it before a weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from quire.core.errors import NotEnoughMemory
+
+GIB = 1024**3
+USEFUL_LEN = 256
+"""A cache that cannot hold one sequence of this many tokens (or of the model's whole context) is refused."""
+MAX_SEQUENCES_KEPT = 2
+"""The pool never holds more than this many times what all running sequences take at full length."""
+
+
+def activation_bytes(
+    *,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    hidden_size: int,
+    intermediate_size: int,
+    attention_size: int,
+    kv_size: int,
+    vocab_size: int,
+    dtype_bytes: int,
+) -> int:
+    """Bound on what a forward pass holds at one time, in bytes.
+
+    Per token: the residual stream, its normalised copy and a sub-layer's output, and the wider of the two sub-layers'
+    inner values (`attention_size` = heads x head dim, for queries and outputs; `kv_size` = KV heads x head dim, for K
+    and V; gate, up and their product). Per sequence that samples: a row of logits in float32, with as much again for
+    its log-softmax, its sorted copy and its sort order (8 bytes each).
+    """
+    inner = max(2 * attention_size + 2 * kv_size, 3 * intermediate_size)
+    per_token = (3 * hidden_size + inner) * max(dtype_bytes, 4)
+    per_row = vocab_size * (4 + 4 + 4 + 8)
+    return max_num_batched_tokens * per_token + min(max_num_seqs, max_num_batched_tokens) * per_row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLedger:
+    """Sizes one engine's KV pool. Sizes are in bytes, lengths in tokens.
+
+    * `memory_available`: what may still be allocated (`available_memory()`); `weights_resident` says that it was
+      measured with the weights in memory already, so that they are not counted twice.
+    * `memory_utilization`: share of what is left after weights and activations that the pool may take;
+      `kv_cache_memory` names the pool's size instead.
+    * `longest`: the model's context. `required_len`: what one sequence must be able to hold, if the operator asked for a
+      length; otherwise the pool may hold less than `longest`, down to `USEFUL_LEN`.
+    """
+
+    memory_available: int
+    weight_bytes: int
+    activation_bytes: int
+    kv_bytes_per_block: int
+    block_size: int
+    longest: int
+    max_num_seqs: int
+    memory_utilization: float = 0.5
+    kv_cache_memory: int | None = None
+    required_len: int | None = None
+    weights_resident: bool = False
+
+    @property
+    def memory_left(self) -> int:
+        """After weights and activations."""
+        weights = 0 if self.weights_resident else self.weight_bytes
+        return self.memory_available - weights - self.activation_bytes
+
+    @property
+    def kv_budget(self) -> int:
+        if self.kv_cache_memory is not None:
+            return self.kv_cache_memory
+        return max(0, int(self.memory_left * self.memory_utilization))
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool, the null block included."""
+        per_sequence = -(-(self.required_len or self.longest) // self.block_size)
+        most = MAX_SEQUENCES_KEPT * self.max_num_seqs * per_sequence + 1
+        return min(most, self.kv_budget // self.kv_bytes_per_block)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.kv_bytes_per_block
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest prompt plus output that one sequence can have."""
+        return min(self.required_len or self.longest, max(0, self.num_blocks - 1) * self.block_size)
+
+    @property
+    def smallest_len(self) -> int:
+        """What `max_model_len` must reach for the engine to start."""
+        return self.required_len or min(self.longest, USEFUL_LEN)
+
+    def check(self) -> None:
+        """Raises `NotEnoughMemory`, with the whole ledger, unless the pool fits and is of use."""
+        if self.kv_cache_memory is not None and self.kv_cache_memory > self.memory_left:
+            problem = f"A KV cache of {_size(self.kv_cache_memory)} does not fit: {_size(self.memory_left)} are left."
+        elif self.max_model_len < self.smallest_len:
+            problem = (
+                f"The KV cache would hold {self.max_model_len} tokens; one sequence needs {self.smallest_len} "
+                f"({_size(self._bytes_for(self.smallest_len))})."
+            )
+        else:
+            return
+        ledger = "\n".join(f"  {name:<34}{_size(value):>14}" for name, value in self.rows())
+        raise NotEnoughMemory(
+            f"{problem}\n{ledger}",
+            param="max_model_len" if self.required_len else "memory_utilization",
+            remedy="Lower max_model_len or max_num_batched_tokens, raise memory_utilization, or free memory.",
+        )
+
+    def rows(self) -> list[tuple[str, int]]:
+        """The ledger, in bytes, from what there is to what is left."""
+        weights = "weights (in memory already)" if self.weights_resident else "weights"
+        return [
+            ("memory available", self.memory_available),
+            (weights, self.weight_bytes),
+            ("activations of one step", self.activation_bytes),
+            ("left for the KV cache", self.memory_left),
+            ("KV cache budget", self.kv_budget),
+            ("KV cache", self.kv_bytes),
+            ("KV cache per block", self.kv_bytes_per_block),
+            ("unused", self.memory_left - self.kv_bytes),
+        ]
+
+    def _bytes_for(self, num_tokens: int) -> int:
+        return (-(-num_tokens // self.block_size) + 1) * self.kv_bytes_per_block
+
+
+def available_memory(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes this process may still allocate: what the machine has, or what the tightest cgroup around us leaves.
+
+    Page cache that the kernel would give back (inactive files) counts as available.
+    """
+    return min([psutil.virtual_memory().available, *_cgroup_rooms(cgroup_root, membership)])
+
+
+def _cgroup_rooms(root: Path, membership: Path) -> list[int]:
+    """What each cgroup from ours up to the root leaves, for version 2 and for version 1's memory controller."""
+    rooms: list[int] = []
+    for line in _text(membership).splitlines():
+        _number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            names, base = ("memory.max", "memory.current", "inactive_file"), root
+        elif "memory" in controllers.split(","):
+            names, base = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), root / "memory"
+        else:
+            continue
+        group = base / path.strip("/")
+        for directory in [group, *group.parents]:
+            room = _room(directory, *names)
+            if room is not None:
+                rooms.append(room)
+            if directory == base:
+                break
+    return rooms
+
+
+def _room(directory: Path, limit_file: str, usage_file: str, inactive_key: str) -> int | None:
+    limit, usage = _text(directory / limit_file).strip(), _text(directory / usage_file).strip()
+    if not limit.isdigit() or not usage.isdigit():
+        return None  # "max", or no such controller here
+    inactive = 0
+    for line in _text(directory / "memory.stat").splitlines():
+        key, _, value = line.partition(" ")
+        if key == inactive_key:
+            inactive = int(value)
+    return max(0, int(limit) - int(usage) + inactive)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if abs(num_bytes) >= GIB // 10 else f"{num_bytes / 2**20:.2f} MiB"

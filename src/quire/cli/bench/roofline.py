@@ -1,0 +1,140 @@
+"""`quire bench roofline`: what this machine's memory and arithmetic can give, measured with torch.
+
+A decode step reads all weights and the KV of its requests once, so memory bandwidth over those bytes bounds its rate;
+prefill is bounded by the matmul peak.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from quire.cli.bench.report import Json, print_json, print_table
+from quire.cli.bench.workload import require
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 1024**3
+CACHE_MULTIPLE = 4  # a buffer of so many last-level caches comes from memory
+LEAST_BUFFER_BYTES = 256 * 1024**2
+MOST_BUFFER_BYTES = 4 * GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RooflineOptions:
+    """The flags of `quire bench roofline`."""
+
+    threads: int | None = None
+    """CPU threads; one per core that may be used otherwise."""
+    seconds: float = 1.0
+    """For how long each figure is measured, at least."""
+    matmul_size: int = 2048
+    """Rows and columns of the square matrices."""
+    json: Json = False
+    """Print JSON."""
+
+
+DEFAULTS = RooflineOptions()
+
+
+def roofline(options: Annotated[RooflineOptions, Parameter(name="*")] = DEFAULTS) -> None:
+    """This machine's measured memory bandwidth and matmul peaks."""
+    require("threads", options.threads, options.threads is None or options.threads >= 1, "at least 1")
+    require("seconds", options.seconds, 0 < options.seconds <= 600, "above 0 and at most 600")
+    require("matmul_size", options.matmul_size, 64 <= options.matmul_size <= 16384, "from 64 to 16384")
+    import torch
+
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    cache = last_level_cache_bytes()
+    result = {
+        "benchmark": "roofline",
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "last_level_cache_bytes": cache,
+        **measure_memory(buffer_bytes(cache), options.seconds),
+        **measure_matmul(options.matmul_size, options.seconds),
+    }
+    if options.json:
+        print_json(result)
+        return
+    rows = [
+        ("threads", f"{result['threads']} ({result['cpu_capability']})"),
+        ("last-level cache", f"{cache / 1024**2:,.0f} MiB"),
+        ("buffer", f"{result['buffer_bytes'] / 1024**2:,.0f} MiB"),
+    ]
+    rows += [(f"memory {name}", f"{figure:,.1f} GB/s") for name, figure in result["memory_gb_per_s"].items()]
+    rows += [(f"matmul {name}", f"{figure:,.0f} GFLOP/s") for name, figure in result["matmul_gflop_per_s"].items()]
+    print_table("Roofline (medians)", rows)
+
+
+def buffer_bytes(cache: int) -> int:
+    """Several times the cache, but at most an eighth of the memory that is free (a copy takes two such buffers)."""
+    import psutil
+
+    room = psutil.virtual_memory().available // 8
+    return int(min(max(CACHE_MULTIPLE * cache, LEAST_BUFFER_BYTES), MOST_BUFFER_BYTES, room)) // 4096 * 4096
+
+
+def last_level_cache_bytes() -> int:
+    """The largest cache of the first core, as Linux tells it; 32 MiB where it does not."""
+    sizes = [32 * 1024**2]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KMG")) * {"K": 1024, "M": 1024**2, "G": GIB}.get(text[-1], 1))
+    return max(sizes)
+
+
+def measure_memory(size: int, seconds: float) -> dict[str, Any]:
+    """GB/s of reading (a matrix-vector product and a sum; the better one counts), and of copying (read plus written)."""
+    import torch
+
+    columns = 1024
+    source = torch.ones(size // (4 * columns), columns)
+    vector = torch.ones(columns)
+    out = torch.empty(source.shape[0])
+    target = torch.empty_like(source)
+    size = source.numel() * 4
+    reads = (
+        _median_seconds(lambda: torch.mv(source, vector, out=out), seconds / 2),
+        _median_seconds(source.sum, seconds / 2),
+    )
+    copy = _median_seconds(lambda: target.copy_(source), seconds)
+    return {
+        "buffer_bytes": size,
+        "memory_gb_per_s": {"read": size / min(reads) / 1e9, "copy": 2 * size / copy / 1e9},
+    }
+
+
+def measure_matmul(size: int, seconds: float) -> dict[str, Any]:
+    """GFLOP/s of a square matrix product, by dtype."""
+    import torch
+
+    dtypes: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    figures = {}
+    for name, dtype in dtypes.items():
+        left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        out = torch.empty(size, size, dtype=dtype)
+
+        def multiply(a: torch.Tensor = left, b: torch.Tensor = right, c: torch.Tensor = out) -> torch.Tensor:
+            return torch.mm(a, b, out=c)
+
+        figures[name] = 2 * size**3 / _median_seconds(multiply, seconds) / 1e9
+    return {"matmul_size": size, "matmul_gflop_per_s": figures}
+
+
+def _median_seconds(run: Callable[[], object], seconds: float) -> float:
+    """Of at least three calls after one for warming up, for at least `seconds` in all."""
+    run()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]

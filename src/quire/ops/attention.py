@@ -1,0 +1,112 @@
+"""`attention`: causal attention of a step's tokens over the paged KV cache.
+
+Legend: t tokens of the step, r requests, h query heads, g KV heads, d head dim, n blocks, s tokens per block, b blocks
+of the longest request, c tokens of a context.
+
+An implementation is in two parts: `plan` is called once per step, with what all layers share, and the call itself once
+per layer. What the plan holds is the implementation's own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quire.ops.op import Inputs, Op, Tolerance, random_int, random_tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """What does not change while an engine runs. `scale` multiplies the scores."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    scale: float
+
+
+class AttentionKernel(Protocol):
+    def plan(
+        self,
+        shape: AttentionShape,
+        query_start: Sequence[int],
+        context_lens: Sequence[int],
+        block_table_rb: Tensor,
+    ) -> Any:
+        """Arguments as in `ForwardBatch`: row j of request i is at `context_lens[i] - query_len[i] + j`."""
+        ...
+
+    def __call__(self, q_thd: Tensor, kv_2gnsd: Tensor, plan: Any) -> Tensor:
+        """`[t, h, d]` in the dtype of `q_thd`. Keys and values of the step's own tokens are in the cache already."""
+        ...
+
+
+def attention(
+    q_thd: Tensor,
+    kv_2gnsd: Tensor,
+    shape: AttentionShape,
+    query_start: Sequence[int],
+    context_lens: Sequence[int],
+    block_table_rb: Tensor,
+) -> Tensor:
+    """Request by request, in float64, with the whole score matrix at once."""
+    out_thd = torch.empty_like(q_thd)
+    group = shape.num_heads // shape.num_kv_heads
+    for request, context in enumerate(context_lens):
+        rows = slice(query_start[request], query_start[request + 1])
+        blocks = block_table_rb[request, : -(-context // shape.block_size)]
+        kv_2gcd = kv_2gnsd.index_select(2, blocks).flatten(2, 3)[:, :, :context].double()
+        k_hcd, v_hcd = kv_2gcd.repeat_interleave(group, dim=1)
+        q_hqd = q_thd[rows].double().transpose(0, 1)
+        scores_hqc = q_hqd @ k_hcd.transpose(1, 2) * shape.scale
+        positions_q = torch.arange(context - q_hqd.shape[1], context)
+        hidden_qc = torch.arange(context) > positions_q[:, None]
+        weights_hqc = scores_hqc.masked_fill(hidden_qc, float("-inf")).softmax(-1)
+        out_thd[rows] = (weights_hqc @ v_hcd).transpose(0, 1).to(q_thd.dtype)
+    return out_thd
+
+
+def _inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """At least `rows` tokens: some requests decode, some prefill, in shuffled blocks."""
+    group, kv_heads = random_int(1, 8, generator), random_int(1, 3, generator)
+    head_dim, block_size = random_int(1, 96, generator), 1 << random_int(3, 7, generator)
+    query_lens = [1] * random_int(0, 4, generator) + [rows]
+    context_lens = [length + random_int(0, 700, generator) for length in query_lens]
+    blocks_of = [-(-length // block_size) for length in context_lens]
+    order = (torch.randperm(sum(blocks_of), generator=generator) + 1).tolist()
+    table = torch.zeros(len(context_lens), max(blocks_of), dtype=torch.int64)
+    for request, count in enumerate(blocks_of):
+        table[request, :count] = torch.tensor([order.pop() for _ in range(count)])
+    return {
+        "q_thd": random_tensor(sum(query_lens), group * kv_heads, head_dim, dtype=dtype, generator=generator),
+        "kv_2gnsd": random_tensor(
+            2, kv_heads, sum(blocks_of) + 1, block_size, head_dim, dtype=dtype, generator=generator
+        ),
+        "shape": AttentionShape(
+            num_heads=group * kv_heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            scale=head_dim**-0.5,
+        ),
+        "query_start": tuple(torch.tensor([0, *query_lens]).cumsum(0).tolist()),
+        "context_lens": tuple(context_lens),
+        "block_table_rb": table,
+    }
+
+
+ATTENTION = Op(
+    name="attention",
+    definition=attention,
+    inputs=_inputs,
+    tolerances={
+        torch.float32: Tolerance(relative=1e-4, absolute=1e-5),
+        torch.bfloat16: Tolerance(relative=1e-2, absolute=1e-2),
+        torch.float16: Tolerance(relative=2e-3, absolute=2e-3),
+    },
+)

@@ -1,0 +1,67 @@
+"""The implementations that one engine uses, chosen once when it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.ops.attention import AttentionKernel
+from quire.ops.op import Implementation
+from quire.ops.registry import implementations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelChoice:
+    """A line of `quire kernels`: which back end serves an op, and why that one."""
+
+    op: str
+    implementation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """One callable per op, with the arguments of the op's definition (of `AttentionKernel` for attention)."""
+
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    attention: AttentionKernel
+    embedding: Callable[[Tensor, Tensor], Tensor]
+    kv_write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    silu_mul: Callable[[Tensor, Tensor], Tensor]
+    choices: tuple[KernelChoice, ...]
+
+    def report(self) -> list[tuple[str, str, str]]:
+        """(op, implementation, reason) for each op."""
+        return [(choice.op, choice.implementation, choice.reason) for choice in self.choices]
+
+
+def select(device: torch.device | str, dtype: torch.dtype) -> Kernels:
+    """The preferred implementation of each op that fits the device and the dtype."""
+    device = torch.device(device)
+    available = implementations()
+    built: dict[str, Any] = {}
+    choices = []
+    for op in (field.name for field in fields(Kernels) if field.name != "choices"):
+        chosen, reason = _choose([item for item in available if item.op == op], device, dtype)
+        built[op] = chosen.build(device, dtype)
+        choices.append(KernelChoice(op=op, implementation=chosen.backend, reason=reason))
+    return Kernels(**built, choices=tuple(choices))
+
+
+def _choose(
+    candidates: list[Implementation], device: torch.device, dtype: torch.dtype
+) -> tuple[Implementation, str]:
+    passed_over = []
+    for candidate in sorted(candidates, key=lambda item: -item.preference):
+        why_not = candidate.unfit(device, dtype)
+        if why_not is None:
+            return candidate, "; ".join([candidate.note, *passed_over])
+        passed_over.append(f"not {candidate.backend}: {why_not}")
+    raise AssertionError("the reference back end serves every op everywhere")

@@ -1,0 +1,65 @@
+"""All ops, and all implementations of them."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.core.registry import Registry
+from quire.ops.activation import SILU_MUL
+from quire.ops.attention import ATTENTION
+from quire.ops.embedding import EMBEDDING
+from quire.ops.kv_write import KV_WRITE
+from quire.ops.linear import LINEAR
+from quire.ops.norm import ADD_RMS_NORM, RMS_NORM
+from quire.ops.op import Implementation, Op
+from quire.ops.reference.attention import ReferenceAttention
+from quire.ops.reference.linear import ReferenceLinear
+from quire.ops.rotary import ROPE
+
+
+def op_registry() -> Registry[Op]:
+    registry: Registry[Op] = Registry("op")
+    for op in (ADD_RMS_NORM, ATTENTION, EMBEDDING, KV_WRITE, LINEAR, RMS_NORM, ROPE, SILU_MUL):
+        registry.add(op.name, op)
+    return registry
+
+
+def implementations() -> list[Implementation]:
+    """Every implementation that this installation has, whether or not it fits this machine."""
+    reference = [_as_defined(op) for op in (ADD_RMS_NORM, EMBEDDING, KV_WRITE, RMS_NORM, ROPE, SILU_MUL)]
+    reference.append(
+        Implementation(
+            op="linear",
+            backend="reference",
+            build=lambda _device, _dtype: ReferenceLinear(),
+            unfit=_fits_anywhere,
+            preference=0,
+            note="torch's matrix product, in row counts that were checked to give the same bits",
+        )
+    )
+    reference.append(
+        Implementation(
+            op="attention",
+            backend="reference",
+            build=lambda _device, _dtype: ReferenceAttention(),
+            unfit=_fits_anywhere,
+            preference=0,
+            note="online softmax over gathered key tiles, in float32",
+        )
+    )
+    return reference
+
+
+def _as_defined(op: Op) -> Implementation:
+    return Implementation(
+        op=op.name,
+        backend="reference",
+        build=lambda _device, _dtype: op.definition,
+        unfit=_fits_anywhere,
+        preference=0,
+        note="the op's definition, in torch",
+    )
+
+
+def _fits_anywhere(_device: torch.device, _dtype: torch.dtype) -> str | None:
+    return None

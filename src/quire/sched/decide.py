@@ -1,0 +1,253 @@
+"""What the next step should be. Reads the state, changes nothing.
+
+Scheduling knows tokens, not phases: each running request has `num_computed_tokens` and wants to catch up with its
+`token_ids`. In a token budget, requests that lack one token (decoding) come first; the others share what is left, in
+the order of the policy. Blocks are given in the order of the policy too, and when they run out, they are taken from the
+running request that ranks last. So the one that ranks first always moves on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from quire.core.errors import DeadlineExceeded, QuireError
+from quire.sched.policy import PROMPT_WEIGHT
+from quire.sched.queue import Deadline
+from quire.sched.state import Phase, RequestState, SchedulerState
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Compute `num_tokens` tokens from `start` on, after `num_new_blocks` blocks were added to the table."""
+
+    state: RequestState
+    start: int
+    num_tokens: int
+    num_new_blocks: int
+    first_slot_cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Let a request run. Its table starts with `cached_block_ids`; `swap_in` says that the rest of what was computed
+    comes back from host memory, else only `num_computed_tokens` tokens, those of the cached blocks, count as computed.
+    """
+
+    state: RequestState
+    cached_block_ids: Sequence[int]
+    num_computed_tokens: int
+    swap_in: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    state: RequestState
+    swap_out: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Made at `now`, for the state as it was. `sched.apply` carries it out in the order of the fields."""
+
+    now: float
+    refused: list[tuple[RequestState, QuireError]] = field(default_factory=list)
+    preempted: list[Preemption] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    grants: list[Grant] = field(default_factory=list)
+
+
+def decide(state: SchedulerState, now: float) -> Decision:
+    """The next step, in monotonic seconds `now`."""
+    plan = _Plan(state, Decision(now))
+    for deadline in state.deadlines.due(now):
+        plan.refuse(deadline)
+    _serve_running(plan)
+    if not plan.decision.preempted and _bring_back_swapped(plan):
+        _let_in_waiting(plan)
+    return plan.decision
+
+
+class _Plan:
+    """The decision so far, and what it leaves of the budget and of the blocks."""
+
+    def __init__(self, state: SchedulerState, decision: Decision) -> None:
+        self.state = state
+        self.decision = decision
+        self.budget = state.limits.max_num_batched_tokens
+        self.num_free = state.pool.num_free
+        self.num_host_free = state.swap_pool.num_free if state.swap_pool is not None else 0
+        self.num_running = len(state.running)
+        self.num_promised = 0
+        self.gone: set[RequestState] = set()
+        self._references: dict[int, int] = {}
+
+    @property
+    def has_room(self) -> bool:
+        """For one more running request."""
+        return self.num_running < self.state.limits.max_running and self.budget > 0
+
+    def refuse(self, deadline: Deadline) -> None:
+        late = deadline.state
+        self.decision.refused.append((late, _too_late(self.state, deadline, self.decision.now)))
+        self._remove(late)
+
+    def preempt(self, victim: RequestState) -> None:
+        num_blocks = self.state.pool.blocks_for(victim.num_computed_tokens)
+        swap_out = _should_swap(self.state, victim, num_blocks, self.num_host_free)
+        self.num_host_free -= num_blocks if swap_out else 0
+        self.decision.preempted.append(Preemption(victim, swap_out))
+        self._remove(victim)
+
+    def grant(self, state: RequestState, start: int, num_tokens: int, num_held: int, *, cached: bool = False) -> None:
+        """Give tokens to a request that holds `num_held` blocks."""
+        blocks_for = self.state.pool.blocks_for
+        num_total = blocks_for(start + num_tokens)
+        num_new = max(0, num_total - num_held)
+        assert num_new <= self.num_free
+        self.num_free -= num_new
+        self.num_promised += blocks_for(len(state.token_ids)) - num_total
+        self.budget -= num_tokens
+        self.decision.grants.append(Grant(state, start, num_tokens, num_new, cached))
+
+    def num_unused(self, block_ids: Sequence[int]) -> int:
+        """How many of these distinct blocks are in the free list."""
+        return sum(1 for block_id in block_ids if not self._held(block_id))
+
+    def touch(self, block_ids: Sequence[int]) -> None:
+        for block_id in block_ids:
+            held = self._held(block_id)
+            self.num_free -= held == 0
+            self._references[block_id] = held + 1
+
+    def _remove(self, item: RequestState) -> None:
+        self.gone.add(item)
+        self.num_running -= item.phase is Phase.RUNNING
+        for block_id in item.block_ids:
+            held = self._held(block_id) - 1
+            self.num_free += held == 0
+            self._references[block_id] = held
+
+    def _held(self, block_id: int) -> int:
+        held = self._references.get(block_id)
+        return self.state.pool.references(block_id) if held is None else held
+
+
+def _serve_running(plan: _Plan) -> None:
+    state, pool = plan.state, plan.state.pool
+    tokens = state.service.tokens
+    running = [item for item in state.running.values() if item not in plan.gone]
+    running.sort(key=lambda item: state.policy.rank(item, tokens))
+    num_decoding = sum(1 for item in running if len(item.token_ids) - item.num_computed_tokens == 1)
+    served, end = 0, len(running)
+    while served < end:
+        item = running[served]
+        start, num_held = item.num_computed_tokens, len(item.block_ids)
+        lacking = len(item.token_ids) - start
+        num_decoding -= lacking == 1
+        wanted = min(lacking, plan.budget - num_decoding)
+        while end > served and wanted > 0:
+            fitting = (num_held + plan.num_free) * pool.block_size - start
+            if fitting > 0:
+                plan.grant(item, start, min(wanted, fitting), num_held)
+                break
+            end -= 1
+            victim = running[end]
+            plan.preempt(victim)
+            num_decoding -= victim is not item and len(victim.token_ids) - victim.num_computed_tokens == 1
+        served += 1
+
+
+def _bring_back_swapped(plan: _Plan) -> bool:
+    """Let swapped requests run again, in order; True if none is left behind."""
+    state, tokens = plan.state, plan.state.service.tokens
+    swapped = [item for item in state.swapped.values() if item not in plan.gone]
+    swapped.sort(key=lambda item: state.policy.rank(item, tokens))
+    return all(_enter(plan, item, swap_in=True) for item in swapped)
+
+
+def _let_in_waiting(plan: _Plan) -> None:
+    """Let waiting requests run, in order, until one does not fit: nobody overtakes it."""
+    if not plan.has_room:
+        return
+    service = dict(plan.state.service.tokens)
+    for item in _in_order(plan, service):
+        if not _enter(plan, item, swap_in=False):
+            return
+        if item.first_scheduled_time is None:
+            num_cached = plan.decision.entries[-1].num_computed_tokens
+            service[item.request.tenant] += PROMPT_WEIGHT * (item.num_prompt_tokens - num_cached)
+
+
+def _in_order(plan: _Plan, service: dict[str, float]) -> Iterator[RequestState]:
+    """Waiting requests, best first; `service` may grow while this is consumed."""
+    policy, lanes = plan.state.policy, plan.state.waiting.lanes
+    queues = {name: iter(lane) for name, lane in lanes.items()}
+    heads: dict[str, RequestState] = {}
+    behind = list(queues)
+    while True:
+        for name in behind:
+            head = next((item for _key, item in queues[name] if item not in plan.gone), None)
+            if head is None:
+                heads.pop(name, None)
+            else:
+                heads[name] = head
+        if not heads:
+            return
+        best = min(heads, key=lambda name: policy.rank(heads[name], service))
+        behind = [best]
+        yield heads[best]
+
+
+def _enter(plan: _Plan, item: RequestState, *, swap_in: bool) -> bool:
+    """Let a request run if a sequence slot, a token and blocks for all its known tokens are there.
+
+    Blocks are promised for all known tokens, those of earlier entries and of running requests included, although they
+    are handed out as chunks need them: who was let in should not have to give way at once.
+    """
+    if not plan.has_room:
+        return False
+    pool, known = plan.state.pool, len(item.token_ids)
+    cached = pool.match(item.block_hashes) if item.reads_cache else []
+    if swap_in:
+        start = item.num_computed_tokens
+        num_held = pool.blocks_for(start)
+        cached = cached[: start // pool.block_size]
+    else:
+        start = min(len(cached) * pool.block_size, known - 1)
+        num_held = len(cached)
+    needed = pool.blocks_for(known) - len(cached)
+    available = plan.num_free - plan.num_unused(cached)
+    if plan.num_running:
+        available -= plan.num_promised + pool.num_usable // 100
+    if needed > available:
+        return False
+    plan.touch(cached)
+    plan.num_free -= num_held - len(cached)
+    plan.num_running += 1
+    plan.decision.entries.append(Entry(item, cached, start, swap_in))
+    full_hit = not swap_in and len(cached) * pool.block_size == known
+    plan.grant(item, start, min(plan.budget, known - start), num_held, cached=full_hit)
+    return True
+
+
+def _should_swap(state: SchedulerState, victim: RequestState, num_blocks: int, num_host_free: int) -> bool:
+    limits = state.limits
+    if limits.swap == "recompute" or not 0 < num_blocks <= num_host_free:
+        return False
+    swap_seconds = 2 * num_blocks * limits.swap_seconds_per_block
+    return limits.swap == "swap" or swap_seconds < victim.num_computed_tokens * limits.recompute_seconds_per_token
+
+
+def _too_late(state: SchedulerState, deadline: Deadline, now: float) -> DeadlineExceeded:
+    late = deadline.state
+    waited = (now - late.request.arrival_time) * 1000.0
+    limit = (deadline.time - late.request.arrival_time) * 1000.0
+    waits_for = {"total": "the end", "queue": "being scheduled", "ttft": "the first token"}[deadline.kind]
+    return DeadlineExceeded(
+        f"{waited:.0f} ms after arrival the request waits for {waits_for}; its {deadline.kind}_ms is {limit:.0f} ms "
+        f"({late.num_generated} tokens generated).",
+        param=f"{deadline.kind}_ms",
+        remedy="Retry later, or allow more time.",
+        retry_after=state.retry_after(state.num_waiting_tokens),
+    )

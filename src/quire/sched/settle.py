@@ -1,0 +1,174 @@
+"""What a step brought: tokens are appended, full blocks published, requests ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quire.core.errors import QuireError
+from quire.core.prefix import extend_hashes
+from quire.core.request import EngineOutput, FinishReason, TokenLogprobs
+from quire.sched.policy import GENERATED_WEIGHT
+from quire.sched.state import Phase, RequestState, ScheduledChunk, SchedulerState, Step
+
+RATE_WEIGHT = 0.1
+"""Weight of the latest step in the moving average of tokens per second."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the forward pass gave one request.
+
+    * `token_ids`, and `logprobs` beside them if asked for: empty unless the chunk samples; several if guesses held.
+    * `prompt_logprobs`, if asked for: entry j is of the prompt token at position `chunk.start + 1 + j`, which the row
+      of position `chunk.start + j` predicts. Settle adds the None of the first token, and drops what it was told before
+      a preemption.
+    """
+
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
+
+
+def settle(state: SchedulerState, step: Step, results: Mapping[str, StepResult], now: float) -> list[EngineOutput]:
+    """Take in the results of `step`, by request id; chunks that do not sample may have none.
+
+    Returns one output per request that has something to tell: tokens, or its end. Requests cancelled while the step
+    ran get none.
+    """
+    outputs = [_last_output(late, FinishReason.ERROR, error=error) for late, error in step.refused]
+    _note_pace(state, step, now)
+    for chunk in step.scheduled:
+        if chunk.state.phase is Phase.RUNNING:
+            result = results.get(chunk.state.request_id)
+            assert result is not None or not chunk.samples, f"no result for {chunk.state.request_id}"
+            output = _settle_chunk(state, chunk, result or StepResult(), now)
+            if output is not None:
+                outputs.append(output)
+    return outputs
+
+
+def fail(state: SchedulerState, request_id: str, error: QuireError) -> EngineOutput | None:
+    """End one live request with an error, and leave the others alone; None if there is no such request."""
+    failed = state.requests.get(request_id)
+    if failed is None:
+        return None
+    state.end(failed)
+    return _last_output(failed, FinishReason.ERROR, error=error)
+
+
+def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResult, now: float) -> EngineOutput | None:
+    item = chunk.state
+    item.num_computed_tokens = chunk.start + chunk.num_tokens
+    _publish(state, item)
+    if result.prompt_logprobs is not None:
+        _gather_prompt_logprobs(item, chunk.start, result.prompt_logprobs)
+    if not chunk.samples:
+        return None
+    assert result.token_ids, f"no token for {item.request_id}"
+    if item.first_token_time is None:
+        item.first_token_time = now
+    item.last_token_time = now
+    new_ids, reason, stop_reason = _append(state, item, result.token_ids)
+    state.totals.generation_tokens += len(new_ids)
+    state.service.charge(item.request.tenant, GENERATED_WEIGHT * len(new_ids))
+    logprobs = result.logprobs[: len(new_ids)] if result.logprobs is not None else None
+    prompt_logprobs = _tell_prompt_logprobs(item)
+    if reason is not None:
+        state.end(item)
+        return _last_output(
+            item, reason, stop_reason=stop_reason, token_ids=new_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+        )
+    if state.pool.enable_prefix_caching:
+        extend_hashes(item.block_hashes, item.token_ids, state.pool.block_size, item.cache_extra)
+    return EngineOutput(
+        request_id=item.request_id,
+        token_ids=new_ids,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        num_cached_tokens=item.num_cached_tokens,
+        num_preemptions=item.num_preemptions,
+    )
+
+
+def _publish(state: SchedulerState, item: RequestState) -> None:
+    """Make the blocks findable that are full and computed by now."""
+    num_full = min(item.num_computed_tokens // state.pool.block_size, len(item.block_hashes))
+    for index in range(item.num_published, num_full):
+        state.pool.publish(item.block_ids[index], item.block_hashes[index])
+    item.num_published = max(item.num_published, num_full)
+
+
+def _append(
+    state: SchedulerState, item: RequestState, token_ids: Sequence[int]
+) -> tuple[list[int], FinishReason | None, int | None]:
+    """Add tokens until one ends the request: what was added, why it ended, and at which stop token."""
+    sampling, limits = item.request.sampling, state.limits
+    longest = min(limits.max_model_len, state.token_capacity + 1)
+    for count, token_id in enumerate(token_ids, start=1):
+        item.token_ids.append(token_id)
+        new_ids = list(token_ids[:count])
+        if item.num_generated >= sampling.min_tokens:
+            if token_id in limits.eos_token_ids and not sampling.ignore_eos:
+                return new_ids, FinishReason.STOP, None
+            if token_id in sampling.stop_token_ids:
+                return new_ids, FinishReason.STOP, token_id
+        if sampling.max_tokens is not None and item.num_generated >= sampling.max_tokens:
+            return new_ids, FinishReason.LENGTH, None
+        # The last token needs no KV; with one more, this request alone would outgrow the whole cache.
+        if len(item.token_ids) >= longest:
+            return new_ids, FinishReason.LENGTH, None
+    return list(token_ids), None, None
+
+
+def _gather_prompt_logprobs(item: RequestState, start: int, entries: Sequence[TokenLogprobs | None]) -> None:
+    if item.prompt_logprobs_told:
+        return
+    gathered = item.prompt_logprobs
+    if not gathered:
+        gathered.append(None)
+    for position, entry in enumerate(entries, start=start + 1):
+        if position == len(gathered) < item.num_prompt_tokens:
+            gathered.append(entry)
+
+
+def _tell_prompt_logprobs(item: RequestState) -> list[TokenLogprobs | None] | None:
+    """The prompt's logprobs, once."""
+    if item.request.sampling.prompt_logprobs is None or item.prompt_logprobs_told:
+        return None
+    told = item.prompt_logprobs or [None]
+    assert len(told) == item.num_prompt_tokens, f"{len(told)} prompt logprobs of {item.num_prompt_tokens}"
+    item.prompt_logprobs, item.prompt_logprobs_told = [], True
+    return told
+
+
+def _last_output(
+    item: RequestState,
+    reason: FinishReason,
+    *,
+    stop_reason: int | None = None,
+    token_ids: Sequence[int] = (),
+    logprobs: Sequence[TokenLogprobs] | None = None,
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None,
+    error: QuireError | None = None,
+) -> EngineOutput:
+    return EngineOutput(
+        request_id=item.request_id,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        finish_reason=reason,
+        stop_reason=stop_reason,
+        num_cached_tokens=item.num_cached_tokens,
+        num_preemptions=item.num_preemptions,
+        times=item.times,
+        error=error.to_info() if error is not None else None,
+    )
+
+
+def _note_pace(state: SchedulerState, step: Step, now: float) -> None:
+    seconds = now - step.started
+    if step.scheduled and seconds > 0:
+        pace = step.num_tokens / seconds
+        old = state.tokens_per_second
+        state.tokens_per_second = pace if old == 0 else old + RATE_WEIGHT * (pace - old)

@@ -1,0 +1,275 @@
+"""Everything the scheduler knows, as plain data.
+
+A request is in one place at a time:
+
+    admit → WAITING → RUNNING → ENDED
+               ↑         ↓
+               ├── preempted (its blocks are gone, its tokens stay)
+    SWAPPED ←──┘ or, preempted with its KV in host memory, → RUNNING
+
+`sched.decide` only reads this; `admit`, `cancel`, `apply` and `settle` write it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from quire.cache.pool import BlockPool
+from quire.core.errors import ConfigError, QuireError
+from quire.core.request import EngineRequest, RequestTimes, TokenLogprobs
+from quire.sched.policy import Policy, Service, policies
+from quire.sched.queue import DeadlineHeap, WaitingQueue
+
+
+class Phase(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What bounds a step and the queue.
+
+    * `scheduling_policy`: a name in `policies()`; None is fcfs until a request names a tenant, then fair.
+    * `max_num_queued_reqs` counts requests that wait although every sequence slot is taken; `max_num_queued_tokens`
+      their known tokens.
+    * `swap`: how a preempted request comes back. `auto` swaps if there is room in host memory and moving its blocks
+      out and in again (`swap_seconds_per_block` each way) takes less time than computing its tokens again.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    eos_token_ids: Sequence[int] = ()
+    max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int = 4_000_000
+    scheduling_policy: str | None = None
+    swap: Literal["auto", "recompute", "swap"] = "auto"
+    recompute_seconds_per_token: float = 1e-3
+    swap_seconds_per_block: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}.", param=name, remedy="It must be at least 1.")
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that may run at once: in a step, each must be able to get a token."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class RequestState:
+    """One request on its way. Two of them are equal only if they are the same.
+
+    * `number`: running number of admission; breaks ties of arrival.
+    * `token_ids`: prompt and generated tokens. KV is in the cache for the first `num_computed_tokens` of them, in the
+      blocks of `block_ids`, in order (while it is swapped out: in `host_block_ids`).
+    * `block_hashes`: the chain over all full blocks of `token_ids`, computed or not; empty without prefix caching.
+    * `num_published`: blocks of `block_ids` whose content the pool knows under its hash.
+    * `num_cached_tokens`: prompt tokens that came from the prefix cache when the request was first scheduled.
+    * `prompt_logprobs`: gathered so far, if asked for; emptied when they have been told.
+    """
+
+    request: EngineRequest
+    number: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    cache_extra: bytes = b""
+    phase: Phase = Phase.WAITING
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    host_block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs_told: bool = False
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_live(self) -> bool:
+        return self.phase is not Phase.ENDED
+
+    @property
+    def reads_cache(self) -> bool:
+        """A request that wants logprobs of its prompt needs every prompt position computed."""
+        return self.request.sampling.prompt_logprobs is None or self.prompt_logprobs_told
+
+    @property
+    def times(self) -> RequestTimes:
+        return RequestTimes(
+            arrival=self.request.arrival_time,
+            first_scheduled=self.first_scheduled_time,
+            first_token=self.first_token_time,
+            last_token=self.last_token_time,
+        )
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters since the start. Prefix counters are in tokens, at a request's first scheduling."""
+
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    preemptions: int = 0
+    swaps_out: int = 0
+    swaps_in: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """Rows for positions start .. start + num_tokens - 1 of `state.token_ids`.
+
+    * `samples`: the chunk reaches the end of the known tokens, so its last row's logits give the next one.
+    * `first_slot_cached`: the only row of a full prefix hit. Its KV is in a block that others may share, so the row
+      writes to the null block instead.
+    """
+
+    state: RequestState
+    start: int
+    num_tokens: int
+    samples: bool
+    first_slot_cached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the engine does next. First every (device block, host block) of `swap_out` is copied, then every (host
+    block, device block) of `swap_in`, then the forward pass runs over `scheduled`."""
+
+    scheduled: list[ScheduledChunk] = field(default_factory=list)
+    swap_out: list[tuple[int, int]] = field(default_factory=list)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
+    refused: list[tuple[RequestState, QuireError]] = field(default_factory=list)
+    started: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.scheduled)
+
+
+class SchedulerState:
+    """All requests, the pools their blocks are from, and the counters. `swap_pool` numbers blocks of host memory."""
+
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool, swap_pool: BlockPool | None = None) -> None:
+        name = limits.scheduling_policy
+        factory = policies().get(name or "fcfs")
+        if factory is None:
+            raise ConfigError(
+                f"scheduling_policy is {name!r}.",
+                param="scheduling_policy",
+                remedy=f"It must be one of {', '.join(policies().names())}.",
+            )
+        self.limits = limits
+        self.pool = pool
+        self.swap_pool = swap_pool
+        self.policy: Policy = factory()
+        self.policy_name = name or "fcfs"
+        self.requests: dict[str, RequestState] = {}
+        self.running: dict[str, RequestState] = {}
+        self.swapped: dict[str, RequestState] = {}
+        self.waiting = WaitingQueue(self.policy)
+        self.deadlines = DeadlineHeap()
+        self.service = Service()
+        self.totals = Totals()
+        self.num_admitted = 0
+        self.tokens_per_second = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, preempted ones included."""
+        return len(self.waiting) + len(self.swapped)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self.waiting.num_tokens
+
+    @property
+    def token_capacity(self) -> int:
+        """Known tokens that one request alone can have KV for."""
+        return self.pool.num_usable * self.pool.block_size
+
+    def retry_after(self, num_tokens: int) -> float:
+        """Seconds, 1 to 60, after which `num_tokens` tokens will likely have been computed, at the pace of late."""
+        return min(60.0, max(1.0, num_tokens / self.tokens_per_second)) if self.tokens_per_second else 1.0
+
+    def use_policy(self, name: str) -> None:
+        """Change the policy; waiting requests are queued anew."""
+        factory = policies().get(name)
+        assert factory is not None, name
+        self.policy = factory()
+        self.policy_name = name
+        self.waiting = self.waiting.under(self.policy)
+
+    def end(self, state: RequestState) -> None:
+        """Take a live request out of wherever it is and free what it holds. The one way a request ends."""
+        if state.phase is Phase.WAITING:
+            self.waiting.remove(state)
+        elif state.phase is Phase.RUNNING:
+            del self.running[state.request_id]
+        elif state.phase is Phase.SWAPPED:
+            del self.swapped[state.request_id]
+        state.phase = Phase.ENDED
+        self.pool.release(state.block_ids)
+        state.block_ids = []
+        if state.host_block_ids:
+            assert self.swap_pool is not None
+            self.swap_pool.release(state.host_block_ids)
+            state.host_block_ids = []
+        del self.requests[state.request_id]
+        self.service.leave(state.request.tenant)
+        self.deadlines.sweep(len(self.requests))
+
+    def tables(self) -> Iterator[Sequence[int]]:
+        """Block tables of all requests, for `BlockPool.check_integrity`."""
+        return (state.block_ids for state in self.requests.values())
+
+    def host_tables(self) -> Iterator[Sequence[int]]:
+        return (state.host_block_ids for state in self.requests.values())
+
+    def check_integrity(self) -> None:
+        """AssertionError unless every block, and every request, is accounted for exactly once."""
+        self.pool.check_integrity(self.tables())
+        if self.swap_pool is not None:
+            self.swap_pool.check_integrity(self.host_tables())
+        waiting = {state.request_id: state for state in self.waiting}
+        assert len(waiting) + len(self.running) + len(self.swapped) == len(self.requests)
+        assert self.requests == {**waiting, **self.running, **self.swapped}
+        assert self.waiting.num_tokens == sum(len(state.token_ids) for state in waiting.values())
+        assert len(self.waiting) == len(waiting)
+        for state in self.requests.values():
+            held = state.host_block_ids if state.phase is Phase.SWAPPED else state.block_ids
+            assert len(held) >= self.pool.blocks_for(state.num_computed_tokens), state.request_id
+            assert state.num_computed_tokens < len(state.token_ids), state.request_id
+            if state.phase is Phase.WAITING:
+                assert not held, state.request_id
+                assert state.num_computed_tokens == 0, state.request_id

@@ -1,0 +1,131 @@
+"""What all generating routes do with a call once its requests are made: stream the answer, or gather it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import msgspec
+import structlog
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from quire.core.errors import InvalidParameter, QuireError
+from quire.serve.answers import error_body
+from quire.serve.body import ignored_fields
+from quire.serve.generation import Generation, Piece
+from quire.serve.service import Service
+from quire.serve.sse import EventStream, event, while_connected
+from quire.wire.openai import GenerationFields
+
+TENANT_HEADER = "x-quire-tenant"
+_TENANT = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request of the API: who asks, and how to answer."""
+
+    id: str
+    created: int
+    model: str
+    tenant: str
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    headers: dict[str, str]
+    """Headers of the answer."""
+
+    @classmethod
+    def of(
+        cls, request: Request, body: bytes, fields: GenerationFields, call_id: str, model: str
+    ) -> Self:
+        """Raises `InvalidParameter` for a tenant that is no plain word."""
+        tenant = request.headers.get(TENANT_HEADER, "")
+        if tenant and not _TENANT.fullmatch(tenant):
+            raise InvalidParameter(
+                f"The header {TENANT_HEADER} is {tenant[:80]!r}.",
+                param=TENANT_HEADER,
+                remedy="Use up to 128 printable ASCII characters without spaces.",
+            )
+        headers = {}
+        ignored = ignored_fields(body, type(fields))
+        if ignored:
+            headers["x-quire-ignored-fields"] = ", ".join(ignored)
+            structlog.get_logger().warning("fields without effect", route=request.url.path, fields=ignored)
+        options = fields.stream_options
+        return cls(
+            id=call_id,
+            created=int(time.time()),
+            model=model,
+            tenant=tenant,
+            stream=bool(fields.stream),
+            include_usage=bool(options and options.include_usage),
+            continuous_usage=bool(options and options.continuous_usage_stats),
+            headers=headers,
+        )
+
+
+class Writer(Protocol):
+    """Turns pieces into the objects of one route."""
+
+    def whole(self, pieces: Sequence[Piece]) -> ASGIApp: ...
+
+    def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]: ...
+
+
+async def answer(service: Service, request: Request, call: Call, generation: Generation, writer: Writer) -> ASGIApp:
+    """Run `generation`, and close it when it has ended or its client is gone.
+
+    A stream's answer is begun when the first piece is there, so that a refusal still gets its HTTP status.
+    """
+    try:
+        if not call.stream:
+            pieces = await while_connected(request.receive, _gather(generation.pieces()))
+            return writer.whole(pieces)
+        source = generation.pieces()
+        first = await while_connected(request.receive, _first(source))
+    except BaseException:
+        generation.close()
+        raise
+    running = service.running_call()
+    running.__enter__()
+
+    def close() -> None:
+        generation.close()
+        running.__exit__(None, None, None)
+
+    headers = [(name.encode(), value.encode()) for name, value in call.headers.items()]
+    return EventStream(_events(writer, _chain(first, source)), close, headers)
+
+
+async def _gather(source: AsyncIterator[Piece]) -> list[Piece]:
+    return [piece async for piece in source]
+
+
+async def _first(source: AsyncIterator[Piece]) -> Piece:
+    return await anext(source)
+
+
+async def _chain(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+async def _events(writer: Writer, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+    try:
+        async for data in writer.events(pieces):
+            yield data
+    except QuireError as error:
+        yield event(error_body(error))
+    except Exception:
+        structlog.get_logger().exception("a stream broke")
+        yield event(error_body(QuireError("Something went wrong in the server.")))
+
+
+def struct_fields(cls: type[msgspec.Struct]) -> tuple[str, ...]:
+    return cls.__struct_encode_fields__

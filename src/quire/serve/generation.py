@@ -1,0 +1,138 @@
+"""One call's sequences on their way from token ids to text.
+
+A `Generation` submits the engine requests of a call, and turns their outputs into `Piece`s: text, tokens and logprobs
+that are new in one choice. Whoever makes one closes it; that cancels what still runs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from quire.core.errors import from_info
+from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from quire.serve.service import Service
+from quire.text.stream import TextStream
+from quire.wire.openai import FinishReasonText, PromptTokensDetails, Usage
+
+_REASONS: dict[FinishReason, FinishReasonText] = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORT: "abort",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Piece:
+    """What is new in a choice."""
+
+    choice: Choice
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Choice:
+    """One sequence as it grows. `finish_reason` and `stop_reason` are set by its last piece."""
+
+    index: int
+    prompt_index: int
+    request: EngineRequest
+    stream: TextStream
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    finish_reason: FinishReasonText | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    _logprobs: deque[TokenLogprobs] = field(default_factory=deque)
+
+    def push(self, output: EngineOutput) -> Piece:
+        """Take in an output that carries no error."""
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self._logprobs.extend(output.logprobs or ())
+        delta = self.stream.push(output.token_ids, output.logprobs)
+        text, token_ids = delta.text, list(delta.token_ids)
+        if delta.stop is not None:
+            self.finish_reason, self.stop_reason = "stop", delta.stop
+        elif output.finish_reason is not None:
+            rest = self.stream.flush()
+            text += rest.text
+            token_ids.extend(rest.token_ids)
+            self.finish_reason = _REASONS[output.finish_reason]
+            self.stop_reason = output.stop_reason
+        self.num_tokens += len(token_ids)
+        logprobs = None
+        if self.request.sampling.logprobs is not None:
+            logprobs = [self._logprobs.popleft() for _ in range(min(len(token_ids), len(self._logprobs)))]
+        return Piece(choice=self, text=text, token_ids=token_ids, logprobs=logprobs)
+
+
+class Generation:
+    """All sequences of one call; `prompts` has, per prompt, one request per sample."""
+
+    def __init__(self, service: Service, prompts: Sequence[Sequence[EngineRequest]]) -> None:
+        self._service = service
+        self.choices: list[Choice] = []
+        for prompt_index, requests in enumerate(prompts):
+            for request in requests:
+                stream = TextStream(service.tokenizer, request.sampling, request.prompt_token_ids)
+                choice = Choice(index=len(self.choices), prompt_index=prompt_index, request=request, stream=stream)
+                self.choices.append(choice)
+        self._open = {choice.request.request_id: choice for choice in self.choices}
+        self._num_prompt_tokens = sum(len(requests[0].prompt_token_ids) for requests in prompts)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Until all choices have ended. Raises a request's error, as the whole call's."""
+        inbox = self._service.engine.submit([choice.request for choice in self.choices])
+        while self._open:
+            for output in await inbox.get():
+                choice = self._open.get(output.request_id)
+                if choice is None:
+                    continue  # its stop string came before
+                if output.error is not None:
+                    self._service.metrics.request_failed(output.error.code)
+                    raise from_info(output.error)
+                piece = choice.push(output)
+                self._observe(choice, output, len(piece.token_ids))
+                if choice.finish_reason is not None:
+                    del self._open[output.request_id]
+                    if output.finish_reason is None:
+                        self._service.engine.cancel([output.request_id])
+                yield piece
+
+    def _observe(self, choice: Choice, output: EngineOutput, num_tokens: int) -> None:
+        now = self._service.clock()
+        metrics = self._service.metrics
+        if output.token_ids:
+            if choice.first_token_at is None:
+                choice.first_token_at = now
+                metrics.first_token(now - choice.request.arrival_time)
+            else:
+                assert choice.last_token_at is not None
+                metrics.next_tokens(now - choice.last_token_at, len(output.token_ids))
+            choice.last_token_at = now
+        if choice.finish_reason is not None:
+            metrics.request_finished(choice, output.times, output.num_preemptions, now)
+
+    def close(self) -> None:
+        """Cancel what still runs. May be called more than once."""
+        if self._open:
+            self._service.engine.cancel(list(self._open))
+            self._service.metrics.requests_aborted(len(self._open))
+            self._open.clear()
+
+    def usage(self) -> Usage:
+        cached = {choice.prompt_index: choice.num_cached_tokens for choice in reversed(self.choices)}
+        completion = sum(choice.num_tokens for choice in self.choices)
+        return Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=completion,
+            total_tokens=self._num_prompt_tokens + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached.values())),
+        )

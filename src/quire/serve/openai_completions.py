@@ -1,0 +1,214 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from quire.core.errors import InvalidParameter
+from quire.core.request import EngineRequest, TokenLogprobs
+from quire.core.sampling import SamplingParams
+from quire.serve.answers import json_response
+from quire.serve.body import decode_body
+from quire.serve.call import Call, answer
+from quire.serve.generation import Choice, Generation, Piece
+from quire.serve.logprobs import completion_logprobs, prompt_logprobs
+from quire.serve.sampling import deadlines, refuse_unsupported, sampling_params, unsupported
+from quire.serve.service import Service, fresh_seed, off_loop
+from quire.serve.sse import DONE, event
+from quire.wire.openai_completions import Completion, CompletionChoice, CompletionRequest
+
+DEFAULT_MAX_TOKENS = 16
+MAX_SEQUENCES = 1024
+
+Prompt = str | list[int]
+
+
+class Completions:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def create(self, request: Request) -> ASGIApp:
+        service = self._service
+        arrival = service.clock()
+        body = await request.body()
+        fields = decode_body(body, CompletionRequest)
+        call = Call.of(request, body, fields, service.new_id("cmpl"), service.check_model(fields.model))
+        sampling = _sampling(fields, service)
+        prompts = _prompts(fields.prompt)
+        if len(prompts) * sampling.n > MAX_SEQUENCES:
+            raise InvalidParameter(
+                f"{len(prompts)} prompts with n={sampling.n} are too many.",
+                param="prompt",
+                remedy=f"Ask for at most {MAX_SEQUENCES} sequences.",
+            )
+        with service.running_call():
+            encoder = await service.encoder()
+            add_special = fields.add_special_tokens is not False
+            encode = partial(encoder.encode_text, sampling=sampling, add_special_tokens=add_special)
+            requests: list[Sequence[EngineRequest]] = []
+            for index, prompt in enumerate(prompts):
+                token_ids = await off_loop(len(prompt), partial(encode, prompt))
+                requests.append(
+                    encoder.engine_requests(
+                        f"{call.id}-{index}",
+                        token_ids,
+                        sampling,
+                        arrival_time=arrival,
+                        priority=fields.priority or 0,
+                        tenant=call.tenant,
+                        cache_salt=fields.cache_salt or "",
+                        deadlines=deadlines(fields),
+                        fresh_seed=fresh_seed,
+                    )
+                )
+            generation = Generation(service, requests)
+            return await answer(service, request, call, generation, _Writer(service, call, fields, prompts, generation))
+
+
+def _sampling(fields: CompletionRequest, service: Service) -> SamplingParams:
+    refuse_unsupported(fields)
+    if fields.suffix:
+        raise unsupported("suffix")
+    if fields.best_of is not None and fields.best_of != (fields.n or 1):
+        raise InvalidParameter(f"best_of is {fields.best_of}.", param="best_of", remedy="Leave it out; n is served.")
+    max_tokens = fields.max_tokens
+    if max_tokens is None:
+        max_tokens = None if "max_tokens" in service.sampling_defaults else DEFAULT_MAX_TOKENS
+    elif max_tokens == 0 and fields.echo:
+        max_tokens = 1  # only the prompt is wanted: the one token that the engine makes is dropped
+    wants_prompt = fields.echo and fields.prompt_logprobs is None
+    return sampling_params(
+        fields,
+        service.sampling_defaults,
+        max_tokens=max_tokens,
+        logprobs=fields.logprobs,
+        prompt_logprobs=fields.logprobs if wants_prompt else None,
+    )
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidParameter("prompt is an empty list.", param="prompt", remedy="Send a text or token ids.")
+    if all(isinstance(item, int) for item in prompt):
+        return [[item for item in prompt if isinstance(item, int)]]
+    texts: list[Prompt] = [item for item in prompt if isinstance(item, str)]
+    lists: list[Prompt] = [item for item in prompt if isinstance(item, list)]
+    if len(texts) == len(prompt):
+        return texts
+    if len(lists) == len(prompt):
+        return lists
+    raise InvalidParameter(
+        "prompt mixes texts and token ids.", param="prompt", remedy="Send either texts or token ids."
+    )
+
+
+@dataclass(slots=True)
+class _Collected:
+    """What a choice has gathered for an answer that is not streamed, or sent so far for one that is."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
+    offset: int = 0
+    echoed: bool = False
+
+
+class _Writer:
+    """Turns pieces into OpenAI's objects."""
+
+    def __init__(
+        self, service: Service, call: Call, fields: CompletionRequest, prompts: list[Prompt], generation: Generation
+    ) -> None:
+        self._tokenizer = service.tokenizer
+        self._created = call.created
+        self._call = call
+        self._fields = fields
+        self._prompts = prompts
+        self._generation = generation
+        self._only_prompt = bool(fields.echo and fields.max_tokens == 0)
+
+    def whole(self, pieces: Sequence[Piece]) -> ASGIApp:
+        collected = [_Collected() for _ in self._generation.choices]
+        for piece in pieces:
+            own = collected[piece.choice.index]
+            text, token_ids, logprobs = self._with_echo(piece, own)
+            own.text.append(text)
+            own.token_ids.extend(token_ids)
+            own.logprobs.extend(logprobs)
+        choices = []
+        for choice, own in zip(self._generation.choices, collected, strict=True):
+            item = self._choice(choice, "".join(own.text), own.logprobs, 0)
+            if self._fields.prompt_logprobs is not None:
+                item.prompt_logprobs = prompt_logprobs(self._tokenizer, choice.prompt_logprobs)
+            if self._fields.return_token_ids:
+                item.token_ids = own.token_ids
+                item.prompt_token_ids = list(choice.request.prompt_token_ids)
+            choices.append(item)
+        body = self._object(choices)
+        body.usage = self._generation.usage()
+        return json_response(body, headers=self._call.headers)
+
+    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+        sent = [_Collected() for _ in self._generation.choices]
+        async for piece in pieces:
+            own = sent[piece.choice.index]
+            is_first = not own.echoed
+            text, token_ids, logprobs = self._with_echo(piece, own)
+            if not (text or logprobs or piece.choice.finish_reason or (self._fields.return_token_ids and token_ids)):
+                continue
+            item = self._choice(piece.choice, text, logprobs, own.offset)
+            own.offset += sum(len(self._tokenizer.token_text(token_id)) for token_id, _ in logprobs)
+            if self._fields.return_token_ids:
+                item.token_ids = token_ids
+                if is_first:
+                    item.prompt_token_ids = list(piece.choice.request.prompt_token_ids)
+            chunk = self._object([item])
+            if self._call.continuous_usage:
+                chunk.usage = self._generation.usage()
+            yield event(chunk)
+        if self._call.include_usage:
+            last = self._object([])
+            last.usage = self._generation.usage()
+            yield event(last)
+        yield DONE
+
+    def _with_echo(
+        self, piece: Piece, own: _Collected
+    ) -> tuple[str, list[int], list[tuple[int, TokenLogprobs | None]]]:
+        """The piece's text, tokens and logprobs, with the prompt's before the first if it is to be echoed."""
+        text, token_ids = piece.text, piece.token_ids
+        entries: list[tuple[int, TokenLogprobs | None]] = [(entry.token_id, entry) for entry in piece.logprobs or ()]
+        if self._only_prompt:
+            text, token_ids, entries = "", [], []
+        if self._fields.echo and not own.echoed:
+            prompt = self._prompts[piece.choice.prompt_index]
+            text = (prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)) + text
+            if self._fields.logprobs is not None and piece.choice.prompt_logprobs is not None:
+                prompt_ids = piece.choice.request.prompt_token_ids
+                entries = [*zip(prompt_ids, piece.choice.prompt_logprobs, strict=True), *entries]
+        own.echoed = True
+        return text, token_ids, entries
+
+    def _choice(
+        self, choice: Choice, text: str, entries: Sequence[tuple[int, TokenLogprobs | None]], offset: int
+    ) -> CompletionChoice:
+        logprobs = None
+        if self._fields.logprobs is not None:
+            logprobs = completion_logprobs(self._tokenizer, entries, offset)
+        return CompletionChoice(
+            index=choice.index,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+        )
+
+    def _object(self, choices: list[CompletionChoice]) -> Completion:
+        return Completion(id=self._call.id, created=self._created, model=self._call.model, choices=choices)

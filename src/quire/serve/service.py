@@ -1,0 +1,106 @@
+"""What every route needs, passed to it as one value."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from quire.config.server import ServerConfig
+from quire.core.errors import Draining, ModelNotFound
+from quire.core.model_info import ModelInfo
+from quire.serve.engine_client import EngineClient
+from quire.serve.metrics import Metrics
+from quire.text.prompt import PromptEncoder
+from quire.text.template import ChatTemplate
+from quire.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+INLINE_CHARS = 8192
+"""A longer text is rendered and tokenised on a thread, so that other requests do not wait for it."""
+
+
+def fresh_seed() -> int:
+    return secrets.randbits(62)
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """The served model: its engine, its text side, its names and its counters."""
+
+    config: ServerConfig
+    engine: EngineClient
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    model_names: Sequence[str]
+    sampling_defaults: Mapping[str, object]
+    metrics: Metrics
+    started_at: int = field(default_factory=lambda: int(time.time()))
+    clock: Callable[[], float] = time.monotonic
+    ready_wait: float = 60.0
+    _encoder: tuple[ModelInfo, PromptEncoder] | None = None
+    _running: int = 0
+    _draining: bool = False
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def encoder(self) -> PromptEncoder:
+        """For the engine that runs now; waits for one that starts. Raises what ended it."""
+        model = await self.engine.wait_ready(self.ready_wait)
+        if self._encoder is None or self._encoder[0] != model:
+            self._encoder = (model, PromptEncoder(self.tokenizer, self.template, model))
+        return self._encoder[1]
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with. Raises `ModelNotFound`."""
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            served = ", ".join(self.model_names)
+            shown = name if len(name) <= 100 else name[:97] + "..."
+            raise ModelNotFound(f"There is no model {shown!r} here.", param="model", remedy=f"Served: {served}.")
+        return name
+
+    @staticmethod
+    def new_id(prefix: str) -> str:
+        return f"{prefix}-{uuid.uuid4().hex}"
+
+    # --- drain --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def running_call(self) -> Iterator[None]:
+        """Around a call that uses the engine. Raises `Draining` once the server is stopping."""
+        if self._draining:
+            raise Draining(
+                "The server is stopping.", remedy="Send the request to another server, or later.", retry_after=5.0
+            )
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if self._draining and not self._running:
+                self._idle.set()
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    async def drain(self, timeout: float) -> int:
+        """Take no new calls; wait for the running ones. Returns how many are left after `timeout` seconds."""
+        self._draining = True
+        if self._running:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._idle.wait()
+        return self._running
+
+
+async def off_loop(chars: int, work: Callable[[], T]) -> T:
+    """Run `work`, whose time grows with `chars`, here or on a thread."""
+    return work() if chars <= INLINE_CHARS else await asyncio.to_thread(work)

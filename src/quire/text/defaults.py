@@ -1,0 +1,68 @@
+"""What a checkpoint recommends: default sampling parameters, and the tokens that end a sequence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quire.core.errors import BadValue, InvalidParameter
+from quire.core.sampling import SamplingParams
+from quire.text.json_files import read_optional_json_object
+from quire.text.tokenizer import Tokenizer
+
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def generation_defaults(directory: Path) -> dict[str, object]:
+    """Arguments for `SamplingParams` from generation_config.json; empty when there is no such file.
+
+    `do_sample: false` means greedy. Raises `BadValue` for values that `SamplingParams` refuses.
+    """
+    path = directory / "generation_config.json"
+    values = read_optional_json_object(path)
+    defaults = {ours: values[theirs] for theirs, ours in _SAMPLING.items() if values.get(theirs) is not None}
+    if values.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    try:
+        SamplingParams(**defaults)  # type: ignore[arg-type]  # it is what checks the types
+    except InvalidParameter as error:
+        raise BadValue(f"{path}: {error}", remedy="Mend the file, or leave the entry out.") from None
+    return defaults
+
+
+def eos_token_ids(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a sequence: those of generation_config.json, or else of config.json, and the tokenizer's EOS.
+
+    The tokenizer's own is always among them: chat models are often published with a generation config that names
+    only the base model's.
+    """
+    found: list[int] = []
+    for file in ("generation_config.json", "config.json"):
+        path = directory / file
+        config = read_optional_json_object(path)
+        value = config.get("eos_token_id")
+        text_config = config.get("text_config")
+        if value is None and isinstance(text_config, dict):
+            value = text_config.get("eos_token_id")
+        found = _token_ids(value, path)
+        if found:
+            break
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(found))
+
+
+def _token_ids(value: object, path: Path) -> list[int]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in values:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise BadValue(
+                f"{path}: eos_token_id is {value!r}, expected token ids.", remedy="Mend the file's eos_token_id."
+            )
+    return list(values)
