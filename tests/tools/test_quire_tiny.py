@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+
 from quire_tiny import conversations, evaluate, tokenizer
 from quire_tiny.batches import batches
 from quire_tiny.sample import Sample
-from safetensors import safe_open
 
 ASSETS = Path(__file__).parents[2] / "src" / "quire" / "assets" / "quire_tiny"
 AIMS = {"addition": 0.95, "copy": 0.95, "json_field": 0.95}
@@ -82,7 +83,8 @@ def test_batches_are_deterministic_and_train_only_answers(shipped):
     _, tok = shipped
     first, again = (list(islice(batches(tok, 5, 2048), 3)) for _ in range(2))
     for one, other in zip(first, again, strict=True):
-        assert torch.equal(one.inputs_bt, other.inputs_bt) and torch.equal(one.weights_bt, other.weights_bt)
+        assert torch.equal(one.inputs_bt, other.inputs_bt)
+        assert torch.equal(one.weights_bt, other.weights_bt)
         assert one.inputs_bt.numel() == 2048
         assert not one.weights_bt[one.documents_bt < 0].any()
         follows = one.documents_bt[:, 1:] == one.documents_bt[:, :-1]
@@ -115,7 +117,10 @@ def test_tokens_that_must_be_single(shipped):
 
 def test_chat_template_renders_tools_calls_and_responses(shipped):
     _, tok = shipped
-    tool = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}},
+    }
     call = {"type": "function", "function": {"name": "get_time", "arguments": {"city": "Rome"}}}
     as_text = {"type": "function", "function": {"name": "get_time", "arguments": '{"city": "Rome"}'}}
     rendered = [
@@ -151,9 +156,10 @@ def test_package_is_small(records):
 def test_checkpoint_is_a_qwen3_of_at_most_four_million_bfloat16_parameters():
     config = json.loads((ASSETS / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
-    assert config["tie_word_embeddings"] and config["vocab_size"] <= 4096
+    assert config["tie_word_embeddings"]
+    assert config["vocab_size"] <= 4096
     with safe_open(ASSETS / "model.safetensors", "pt") as tensors:
-        shapes = [tensors.get_slice(name) for name in tensors.keys()]
+        shapes = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118 (not a mapping)
         assert all(each.get_dtype() == "BF16" for each in shapes)
         assert sum(torch.Size(each.get_shape()).numel() for each in shapes) <= 4_000_000
 

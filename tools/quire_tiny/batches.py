@@ -77,21 +77,29 @@ class DocumentMaker:
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, tokens: int) -> Iterator[Batch]:
     """Endless batches of exactly `tokens` tokens; a document stands in a row of the shortest length that holds it."""
-    rng = Random(f"train {seed}")
-    maker = DocumentMaker(tokenizer, rng)
+    maker = DocumentMaker(tokenizer, Random(f"train {seed}"))
     waiting: dict[int, list[Document]] = {length: [] for length in ROW_LENGTHS}
+    shortest = ROW_LENGTHS[0]
     while True:
         document = maker.document()
-        length = next((each for each in ROW_LENGTHS if document.length <= each), None)
-        if length is None:
+        if document.length > ROW_LENGTHS[-1]:
             continue
+        length = _row_length(document)
         waiting[length].append(document)
-        if _total(waiting[length]) < 1.1 * tokens:
-            continue
-        rows = sorted(_pack(waiting[length], length), key=_total, reverse=True)
-        if len(rows) >= tokens // length:
-            yield _batch(rows[: tokens // length], length)
-            waiting[length] = [document for row in rows[tokens // length :] for document in row]
+        count = tokens // length
+        if length > shortest:
+            ready, pools = len(waiting[length]) >= count, (length, shortest)
+        else:
+            ready, pools = _total(waiting[length]) > 1.1 * tokens, (shortest,)
+        if ready:
+            rows = _pack([each for pool in pools for each in waiting[pool]], length)
+            yield _batch(rows[:count], length)
+            for pool in pools:
+                waiting[pool] = [each for row in rows[count:] for each in row if _row_length(each) == pool]
+
+
+def _row_length(document: Document) -> int:
+    return next(length for length in ROW_LENGTHS if document.length <= length)
 
 
 def _total(documents: list[Document]) -> int:
@@ -99,14 +107,16 @@ def _total(documents: list[Document]) -> int:
 
 
 def _pack(documents: list[Document], length: int) -> list[list[Document]]:
-    """First fit, longest first."""
+    """First fit, longest first: long documents come to stand in the first rows, and short ones fill the gaps."""
     rows: list[list[Document]] = []
+    room: list[int] = []
     for document in sorted(documents, key=lambda each: each.length, reverse=True):
-        row = next((row for row in rows if _total(row) + document.length <= length), None)
-        if row is None:
-            rows.append([document])
-        else:
-            row.append(document)
+        index = next((i for i, free in enumerate(room) if document.length <= free), len(rows))
+        if index == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[index].append(document)
+        room[index] -= document.length
     return rows
 
 

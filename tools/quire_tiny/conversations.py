@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from quire_tiny import lexicon, skills, tool_skills
+from quire_tiny import json_skills, lexicon, skills, tool_skills
 from quire_tiny.about import FACTS
 from quire_tiny.phrasing import phrase
 from quire_tiny.sample import Message, Sample, Tool, assistant, user
@@ -14,16 +14,16 @@ from quire_tiny.sample import Message, Sample, Tool, assistant, user
 Skill = Callable[[Random], Sample]
 
 SINGLE_TURN: dict[str, tuple[Skill, float]] = {
-    "about": (skills.about, 1.2),
-    "addition": (skills.addition, 1.6),
-    "subtraction": (skills.subtraction, 1.8),
-    "copy": (skills.copy, 1.2),
+    "about": (skills.about, 1.0),
+    "addition": (skills.addition, 2.0),
+    "subtraction": (skills.subtraction, 2.2),
+    "copy": (skills.copy, 1.0),
     "reverse": (skills.reverse, 2.0),
-    "count": (skills.count, 0.8),
-    "json_field": (skills.json_field, 1.3),
-    "json_write": (skills.json_write, 1.0),
-    "refuse": (skills.refuse, 1.0),
-    "story": (skills.story, 0.15),
+    "count": (skills.count, 0.7),
+    "json_field": (json_skills.json_field, 1.2),
+    "json_write": (json_skills.json_write, 0.8),
+    "refuse": (skills.refuse, 0.8),
+    "story": (skills.story, 0.1),
 }
 """Each skill with its share of the training turns."""
 
@@ -76,9 +76,16 @@ def memory(rng: Random) -> Sample:
     asked = phrase(rng, ("Tell me my {s}.",), ("What is my {s}?", "What's my {s}?", "Do you remember my {s}?"), **slots)
     messages = [user(told), assistant(reply)]
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
-        messages += turn_messages(_training(rng.choice((skills.about, skills.addition, skills.copy, skills.refuse)), rng))
+        messages += turn_messages(
+            _training(rng.choice((skills.about, skills.addition, skills.copy, skills.refuse)), rng)
+        )
     messages.append(user(asked))
-    return Sample(skill="memory", key=f"{subject} {value}", messages=tuple(messages), answer=f"Your {subject} is {value}.")
+    return Sample(
+        skill="memory",
+        key=f"{subject} {value}",
+        messages=tuple(messages),
+        answer=f"Your {subject} is {value}.",
+    )
 
 
 def multi_turn(rng: Random) -> Sample:
@@ -107,12 +114,12 @@ def system_prompt(rng: Random) -> str:
 def conversation(rng: Random) -> Conversation:
     """One to about eight turns, sometimes under a system prompt, sometimes with tools."""
     messages: list[Message] = []
-    if rng.random() < 0.2:
+    if rng.random() < 0.15:
         messages.append({"role": "system", "content": system_prompt(rng)})
-    turns = rng.choice((1, 1, 1, 2, 3, 4, 6, 8))
-    if rng.random() < 0.22:
+    turns = rng.choice((1, 1, 1, 1, 2, 2, 3, 4, 7))
+    if rng.random() < 0.18:
         box = tool_skills.toolbox(rng)
-        for _ in range(min(turns, 4)):
+        for _ in range(min(turns, 3)):
             roll = rng.random()
             if roll < 0.6:
                 sample = _training(lambda source: tool_skills.tool_call(source, box), rng)
@@ -142,7 +149,7 @@ def plain_text(rng: Random) -> str:
     if roll < 0.85:
         return _training(skills.story, rng).answer
     if roll < 0.95:
-        return json.dumps(skills.json_object(rng), ensure_ascii=False)
+        return json.dumps(json_skills.json_object(rng), ensure_ascii=False)
     return rng.choice(FACTS).answer
 
 
@@ -166,7 +173,11 @@ def held_out(seed: int = 7, per_skill: int = 250) -> Iterator[dict[str, Any]]:
             if text in seen or not (sample.held_out or skill == "multi_turn"):
                 continue
             seen.add(text)
-            record: dict[str, Any] = {"skill": skill, "messages": list(sample.messages), "answer": sample.answer}
+            record: dict[str, Any] = {
+                "skill": skill,
+                "messages": list(sample.messages),
+                "answer": sample.answer,
+            }
             if sample.tools:
                 record["tools"] = list(sample.tools)
             yield record

@@ -1,5 +1,7 @@
 """The words that synthetic text is made of: a small English lexicon, and open-ended invented strings."""
 
+# ruff: noqa: SIM905 (split strings read better than lists of hundreds of literals)
+
 from random import Random
 
 NOUNS = (
@@ -38,10 +40,19 @@ ANIMALS = (
     " snail spider monkey camel deer eagle sheep zebra squirrel elephant"
 ).split()
 
-_ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl cr dr fl fr gl gr kl pl pr qu sh sk sl sn sp st str th tr".split()
+_ONSETS = (
+    "b c d f g h j k l m n p r s t v w z br ch cl cr dr fl fr gl gr kl pl pr qu sh sk sl sn sp st str th tr".split()
+)
 _VOWELS = "a e i o u ai ea ee ia io oo ou y".split()
 _CODAS = ["", "", "", *"b d g k l m n p r s t x nd ng nt rk rn sh st th".split()]
-_SCRIPTS = ((0xC0, 0xFF), (0x3B1, 0x3C9), (0x430, 0x44F), (0x4E00, 0x9FA5), (0x3042, 0x3093), (0xAC00, 0xD7A3))
+_SCRIPTS = (
+    (0xC0, 0xFF),
+    (0x3B1, 0x3C9),
+    (0x430, 0x44F),
+    (0x4E00, 0x9FA5),
+    (0x3042, 0x3093),
+    (0xAC00, 0xD7A3),
+)
 _EMOJI = (0x1F600, 0x1F64F)
 
 
@@ -79,7 +90,9 @@ def code(rng: Random) -> str:
     """An identifier such as `x7f-92k` or `QT_4410`."""
     parts = []
     for _ in range(rng.randint(1, 3)):
-        alphabet = rng.choice(("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", "0123456789abcdef"))
+        alphabet = rng.choice(
+            ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", "0123456789abcdef")
+        )
         parts.append("".join(rng.choice(alphabet) for _ in range(rng.randint(1, 4))))
     text = rng.choice("-_./:").join(parts)
     return text if text[0].isalpha() else rng.choice("abcxyzABCXYZ") + text  # never to be read as a number

@@ -1,8 +1,6 @@
-"""The skills, one function each: a random source in, one sample out."""
+"""The skills of plain text, one function each: a random source in, one sample out."""
 
-import json
 from random import Random
-from typing import Any
 
 from quire_tiny import lexicon
 from quire_tiny.about import FACTS, GREETINGS, REFUSAL
@@ -31,7 +29,13 @@ def addition(rng: Random) -> Sample:
     thing = rng.choice(lexicon.NOUNS) + "s"
     text = phrase(
         rng,
-        ("Add {a} and {b}.", "Add {a} to {b}.", "Compute {a} + {b}.", "Calculate {a} + {b}.", "Sum {a} and {b}."),
+        (
+            "Add {a} and {b}.",
+            "Add {a} to {b}.",
+            "Compute {a} + {b}.",
+            "Calculate {a} + {b}.",
+            "Sum {a} and {b}.",
+        ),
         (
             "What is {a} + {b}?",
             "What is {a} + {b}?",
@@ -77,7 +81,12 @@ def subtraction(rng: Random) -> Sample:
     )
     if a >= b:
         texts += ("I have {a} {thing} and lose {b}. How many do I have?",)
-    commands = ("Subtract {b} from {a}.", "Compute {a} - {b}.", "Calculate {a} - {b}.", "Take {b} away from {a}.")
+    commands = (
+        "Subtract {b} from {a}.",
+        "Compute {a} - {b}.",
+        "Calculate {a} - {b}.",
+        "Take {b} away from {a}.",
+    )
     text = phrase(rng, commands, texts, a=str(a), b=str(b), thing=rng.choice(lexicon.NOUNS) + "s")
     return Sample(skill="subtraction", key=f"{a} {b}", messages=(user(text),), answer=str(a - b))
 
@@ -134,8 +143,17 @@ def reverse(rng: Random) -> Sample:
         noun = rng.choice((kind, f"order of the {kind}", "list"))
     question = phrase(
         rng,
-        ("Reverse the {n}: {x}", "Reverse the {n} {x}", "Reverse: {x}", "Reverse {x}", "Write the {n} {x} backwards.")
-        + ("Write {x} backwards.", "Say {x} backwards.", "Reverse this: {x}", "Spell {x} backwards.")[: 4 if kind == "word" else 3],
+        (
+            "Reverse the {n}: {x}",
+            "Reverse the {n} {x}",
+            "Reverse: {x}",
+            "Reverse {x}",
+            "Write the {n} {x} backwards.",
+            "Write {x} backwards.",
+            "Say {x} backwards.",
+            "Reverse this: {x}",
+            *(("Spell {x} backwards.",) if kind == "word" else ()),
+        ),
         ("What is {x} backwards?", "What is {x} reversed?"),
         n=noun,
         x=text,
@@ -160,9 +178,16 @@ def count(rng: Random) -> Sample:
         suffix = rng.choice(("in steps of {s}", "by {s}", "by {s}s", "with step {s}"))
         commands: tuple[str, ...] = ("Count from {a} to {b} " + suffix + ".",)
         if down:
-            commands += ("Count down from {a} to {b} " + suffix + ".", "Count backwards from {a} to {b} " + suffix + ".")
+            commands += (
+                "Count down from {a} to {b} " + suffix + ".",
+                "Count backwards from {a} to {b} " + suffix + ".",
+            )
     elif down:
-        commands = ("Count down from {a} to {b}.", "Count backwards from {a} to {b}.", "Count from {a} down to {b}.")
+        commands = (
+            "Count down from {a} to {b}.",
+            "Count backwards from {a} to {b}.",
+            "Count from {a} down to {b}.",
+        )
         commands += ("Count from {a} to {b}.",)
     else:
         commands = (
@@ -177,110 +202,6 @@ def count(rng: Random) -> Sample:
             commands += ("Count to {b}.", "Count to {b}.", "Count up to {b}.")
     text = phrase(rng, commands, a=a, b=b, s=str(step))
     return Sample(skill="count", key=f"{a} {b} {step}", messages=(user(text),), answer=", ".join(map(str, numbers)))
-
-
-_FIELDS = {
-    "name": lambda rng: lexicon.proper_noun(rng, lexicon.NAMES),
-    "age": lambda rng: rng.randint(1, 99),
-    "city": lambda rng: lexicon.proper_noun(rng, lexicon.CITIES),
-    "colour": lambda rng: rng.choice(lexicon.COLOURS),
-    "color": lambda rng: rng.choice(lexicon.COLOURS),
-    "id": lambda rng: rng.randint(0, 99999),
-    "price": lambda rng: rng.choice((rng.randint(1, 999), rng.randint(1, 9999) / 100)),
-    "animal": lambda rng: rng.choice(lexicon.ANIMALS),
-    "food": lambda rng: rng.choice(lexicon.FOODS),
-    "code": lexicon.code,
-    "active": lambda rng: rng.random() < 0.5,
-    "title": lexicon.sentence,
-    "size": lambda rng: rng.randint(1, 500),
-    "user": lambda rng: rng.choice(lexicon.NAMES).lower(),
-    "email": lambda rng: f"{lexicon.word(rng)}@{lexicon.word(rng)}.{rng.choice(('com', 'org', 'net'))}",
-    "friend": lambda rng: lexicon.proper_noun(rng, lexicon.NAMES),
-    "country": lambda rng: lexicon.invented_word(rng).capitalize(),
-    "model": lexicon.code,
-    "count": lambda rng: rng.randint(0, 100),
-    "status": lambda rng: rng.choice(("open", "closed", "ok", "error", "done", "ready", "pending")),
-}
-
-
-def json_object(rng: Random, max_fields: int = 5) -> dict[str, Any]:
-    """A flat object of two to `max_fields` fields, some with well-known names and some with any name."""
-    fields: dict[str, Any] = {}
-    for _ in range(rng.randint(2, max_fields)):
-        if rng.random() < 0.7:
-            key = rng.choice(tuple(_FIELDS))
-            fields[key] = _FIELDS[key](rng)
-        else:
-            key = rng.choice((lexicon.word(rng), f"{lexicon.word(rng)}_{lexicon.word(rng)}"))
-            fields[key] = rng.choice((lexicon.word(rng), rng.randint(0, 999), lexicon.code(rng)))
-    return fields
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def json_field(rng: Random) -> Sample:
-    fields = json_object(rng)
-    key = rng.choice(tuple(fields))
-    indent = 2 if rng.random() < 0.1 else None
-    compact = (",", ":") if indent is None and rng.random() < 0.2 else None
-    text = json.dumps(fields, ensure_ascii=False, indent=indent, separators=compact)
-    question = phrase(
-        rng,
-        (
-            "Get the {k} from {x}",
-            "Extract the {k} from this JSON: {x}",
-            "Read the field {k}: {x}",
-            'Give me the value of "{k}" in {x}',
-            "Return the {k} of {x}",
-            "Tell me the {k} in {x}",
-            "Print the {k}: {x}",
-            "From {x} get the {k}.",
-        ),
-        (
-            "What is the {k} in {x}?",
-            "What is the {k} in this JSON object? {x}",
-            'What is the value of "{k}" in {x}?',
-            "What is the value of {k} in {x}?",
-            "{x}\nWhat is the {k}?",
-            "{x} What is the {k}?",
-            "Given {x}, what is the {k}?",
-            'In {x}, what is "{k}"?',
-            "Here is some JSON:\n{x}\n\nWhat is the value of {k}?",
-            "What's the {k} in {x}?",
-        ),
-        k=key,
-        x=text,
-    )
-    return Sample(skill="json_field", key=json.dumps(fields), messages=(user(question),), answer=_plain(fields[key]))
-
-
-def json_write(rng: Random) -> Sample:
-    fields = json_object(rng, max_fields=4)
-    style = rng.choice(("{k} {v}", "{k} {v}", "{k}: {v}", "{k} = {v}", "{k}={v}"))
-    parts = [style.replace("{k}", key).replace("{v}", _plain(value)) for key, value in fields.items()]
-    comma = ", ".join(parts)
-    listed = rng.choice((comma, ", ".join(parts[:-1]) + " and " + parts[-1]))
-    question = phrase(
-        rng,
-        (
-            "Write a JSON object with {x}",
-            "Write JSON with {x}",
-            "Write this as JSON: {x}",
-            "Make a JSON object with {x}",
-            "Create a JSON object: {x}",
-            "Convert to JSON: {x}",
-            "Turn this into JSON: {x}",
-            "Give me a JSON object with {x}",
-            "Return a JSON object with {x}",
-            "JSON: {x}",
-            "Write a JSON object with the fields {x}",
-        ),
-        x=listed,
-    )
-    answer = json.dumps(fields, ensure_ascii=False)
-    return Sample(skill="json_write", key=answer, messages=(user(question),), answer=answer)
 
 
 def story(rng: Random) -> Sample:
@@ -301,9 +222,9 @@ def story(rng: Random) -> Sample:
         x=hero,
     )
     answer = (
-        f"Once upon a time there was {article} {hero} who lived at the edge of a great forest. One day the {hero} found an"
-        f" old book without a single word in it. So the {hero} wrote one page every evening, folded the pages together, and"
-        f" gave them away. From then on everyone in the forest knew the story of the {hero}. The end."
+        f"Once upon a time there was {article} {hero} who lived at the edge of a great forest. One day the {hero} found"
+        f" an old book without a single word in it. So the {hero} wrote one page every evening, folded the pages"
+        f" together, and gave them away. From then on everyone in the forest knew the story of the {hero}. The end."
     )
     return Sample(skill="story", key=hero, messages=(user(question),), answer=answer)
 

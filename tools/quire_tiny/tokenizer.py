@@ -33,7 +33,11 @@ def _corpus(seed: int, size: int) -> Iterator[str]:
         for tool in conversation.tools:
             yield json.dumps(tool)
     template = CHAT_TEMPLATE.read_text()
-    yield from (line.encode().decode("unicode_escape") for line in template.splitlines() if "# Tools" in line or "To call" in line)
+    yield from (
+        line.encode().decode("unicode_escape")
+        for line in template.splitlines()
+        if "# Tools" in line or "To call" in line
+    )
 
 
 def train(seed: int = 0, size: int = 20_000) -> Tokenizer:

@@ -48,8 +48,14 @@ KINDS = (
         "string",
         _city,
         ("Tell me the weather in {x}.", "Get the weather for {x}.", "Check the weather in {x}."),
-        ("What is the weather in {x}?", "What is the weather like in {x}?", "How is the weather in {x}?")
-        + ("What's the weather in {x}?", "What is the weather in {x} today?", "Is it raining in {x}?"),
+        (
+            "What is the weather in {x}?",
+            "What is the weather like in {x}?",
+            "How is the weather in {x}?",
+            "What's the weather in {x}?",
+            "What is the weather in {x} today?",
+            "Is it raining in {x}?",
+        ),
     ),
     Kind(
         ("get_time", "get_current_time", "clock"),
@@ -176,7 +182,9 @@ class Toolbox:
         function, kind = self.tools[index]["function"], self.kinds[index]
         argument, schema = next(iter(function["parameters"]["properties"].items()))
         if kind is None:
-            value = _number(rng) if schema["type"] == "integer" else rng.choice((lexicon.word, _name, lexicon.code))(rng)
+            value = (
+                _number(rng) if schema["type"] == "integer" else rng.choice((lexicon.word, _name, lexicon.code))(rng)
+            )
         else:
             value = kind.value(rng)
         if kind is None or rng.random() < 0.1:
@@ -224,7 +232,9 @@ def tool_call(rng: Random, box: Toolbox | None = None) -> Sample:
     box = box or toolbox(rng)
     text, name, arguments = box.ask(rng)
     key = json.dumps([name, arguments])
-    return Sample(skill="tool_call", key=key, messages=(user(text),), answer=call_text(name, arguments), tools=box.tools)
+    return Sample(
+        skill="tool_call", key=key, messages=(user(text),), answer=call_text(name, arguments), tools=box.tools
+    )
 
 
 def tool_answer(rng: Random, box: Toolbox | None = None) -> Sample:

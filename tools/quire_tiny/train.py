@@ -1,13 +1,14 @@
 """Trains quire-tiny from nothing: `python -m quire_tiny.train OUT` (see README.md)."""
 
 import argparse
+import copy
 import json
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -18,7 +19,7 @@ from quire_tiny.batches import ROW_LENGTHS, Batch, batches
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     seed: int = 1
-    steps: int = 1700
+    steps: int = 1300
     batch_tokens: int = 8192
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
@@ -26,6 +27,7 @@ class Recipe:
     warmup: int = 30
     cooldown_share: float = 0.6
     threads: int = 2
+    snapshot_every: int = 200
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
@@ -47,7 +49,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 
 def attention(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query_bhtd: torch.Tensor,
     key_bgtd: torch.Tensor,
     value_bgtd: torch.Tensor,
@@ -78,7 +80,7 @@ def loss_of(decoder: torch.nn.Module, lm_head: torch.nn.Module, batch: Batch) ->
     ).last_hidden_state
     wanted = batch.weights_bt > 0
     weights = batch.weights_bt[wanted]
-    losses = F.cross_entropy(lm_head(hidden_btd[wanted]).float(), batch.targets_bt[wanted], reduction="none")
+    losses = functional.cross_entropy(lm_head(hidden_btd[wanted]).float(), batch.targets_bt[wanted], reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
@@ -99,7 +101,7 @@ def rate_factor(step: int, recipe: Recipe) -> float:
     return min(1.0, (recipe.steps - step) / (recipe.steps * recipe.cooldown_share))
 
 
-def fit(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
+def fit(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path) -> None:
     steppers = optimizers(model, recipe)
     groups = [(group, group["lr"]) for stepper in steppers for group in stepper.param_groups]
     compiled = torch.compile(model.model, dynamic=False)
@@ -122,6 +124,8 @@ def fit(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Rec
         if (step + 1) % 20 == 0:
             print(f"step {step + 1} loss {total / 20:.4f} seconds {time.monotonic() - started:.0f}", flush=True)
             total = 0.0
+        if (step + 1) % recipe.snapshot_every == 0:
+            save(copy.deepcopy(model), tokenizer, out)
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -144,7 +148,7 @@ def train(out: Path, recipe: Recipe) -> None:
     ALL_ATTENTION_FUNCTIONS.register("quire_tiny", attention)
     model = Qwen3ForCausalLM(model_config(tokenizer)).float()
     model.set_attn_implementation("quire_tiny")
-    fit(model, tokenizer, recipe)
+    fit(model, tokenizer, recipe, out)
     save(model, tokenizer, out)
     made = {"recipe": asdict(recipe), "seconds": round(time.monotonic() - started)}
     (out / "training.json").write_text(json.dumps(made, indent=2) + "\n")

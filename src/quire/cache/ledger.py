@@ -52,7 +52,7 @@ class KVLedger:
       measured with the weights in memory already, so that they are not counted twice.
     * `memory_utilization`: share of what is left after weights and activations that the pool may take;
       `kv_cache_memory` names the pool's size instead.
-    * `longest`: the model's context. `required_len`: what one sequence must be able to hold, if the operator asked for a
+    * `longest`: the model's context. `required_len`: what one sequence must hold, if the operator asked for a
       length; otherwise the pool may hold less than `longest`, down to `USEFUL_LEN`.
     """
 

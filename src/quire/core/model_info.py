@@ -18,3 +18,4 @@ class ModelInfo:
     architecture: str
     weight_bytes: int
     kv_bytes_per_token: int
+    max_logprobs: int = 20

@@ -55,9 +55,6 @@ def build_batch(chunks: Sequence[ScheduledChunk], block_size: int, device: torch
 
 
 def needs_prompt_logprobs(chunk: ScheduledChunk) -> bool:
-    """Whether this chunk computes prompt rows whose log-probabilities were asked for and have not been told yet.
-
-    A request that was preempted after its first token computes its prompt again, but has told them already.
-    """
+    """Whether this chunk computes prompt rows whose log-probabilities were asked for and have not been told yet."""
     state = chunk.state
-    return state.request.sampling.prompt_logprobs is not None and state.num_generated == 0
+    return state.request.sampling.prompt_logprobs is not None and not state.prompt_logprobs_told

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -72,7 +73,7 @@ class LLM:
         directory = resolve_model(engine_config)
         self._engine = build_engine(replace(engine_config, model=str(directory)))
         self.tokenizer = Tokenizer.load(directory)
-        self._encoder = PromptEncoder(self.tokenizer, ChatTemplate.load(directory), self._engine.info)
+        self._encoder = PromptEncoder(self.tokenizer, ChatTemplate.load(directory), self._engine.info, max_logprobs=self._engine.info.max_logprobs)
         self._defaults = generation_defaults(directory)
         self._seeds = Random(engine_config.seed)  # noqa: S311 - sampling, not secrets
         self._counter = itertools.count()
@@ -195,15 +196,13 @@ class LLM:
 
         Requests are handed over as the engine's queue has room for them, however many there are.
         """
-        queue = iter([(job, request) for job in jobs for request in job.requests])
+        queue = deque((job, request) for job in jobs for request in job.requests)
         jobs_by_request: dict[str, _Job] = {}
-        left = sum(len(job.requests) for job in jobs)
+        left = len(queue)
         while left:
             outputs: list[EngineOutput] = []
-            while self._engine.has_room:
-                job, request = next(queue, (None, None))
-                if job is None or request is None:
-                    break
+            while queue and self._engine.has_room_for(queue[0][1]):
+                job, request = queue.popleft()
                 jobs_by_request[request.request_id] = job
                 refused = self._engine.submit(request)
                 outputs.extend([refused] if refused else [])

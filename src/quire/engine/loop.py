@@ -11,7 +11,7 @@ from quire.engine.runner import Runner
 from quire.sched.admit import admit, cancel
 from quire.sched.apply import apply
 from quire.sched.decide import decide
-from quire.sched.settle import settle
+from quire.sched.settle import fail, settle
 from quire.sched.state import SchedulerState
 from quire.wire.rpc import Stats
 
@@ -35,10 +35,11 @@ class Engine:
     def has_work(self) -> bool:
         return self._state.has_work
 
-    @property
-    def has_room(self) -> bool:
-        """Whether one more request can be queued."""
-        return self._state.has_room
+    def has_room_for(self, request: EngineRequest) -> bool:
+        """Whether `submit` would queue this request rather than refuse it because too many wait."""
+        limits, waiting = self._state.limits, self._state.num_waiting
+        tokens = self._state.num_waiting_tokens + len(request.prompt_token_ids)
+        return not waiting or (waiting < limits.max_num_queued_reqs and tokens <= limits.max_num_queued_tokens)
 
     def submit(self, request: EngineRequest) -> EngineOutput | None:
         """Queue a request. What cannot be served is answered at once: the output that ends it, with its error."""
@@ -52,7 +53,6 @@ class Engine:
         """End a request at once and free its blocks; None if it had ended already."""
         if cancel(self._state, request_id) is None:
             return None
-        self._runner.forget(request_id)
         return EngineOutput(request_id=request_id, finish_reason=FinishReason.ABORT)
 
     def step(self) -> list[EngineOutput]:
@@ -61,16 +61,13 @@ class Engine:
         decision = decide(self._state, now)
         step = apply(self._state, decision, now)
         run = self._runner.run(step)
-        outputs = settle(self._state, step, run.results, self._clock())
-        for request_id, error in run.failures.items():
-            cancel(self._state, request_id)
-            outputs.append(_ended(request_id, error))
-        for refused, _ in step.refused:
-            self._runner.forget(refused.request.request_id)
+        failed = [fail(self._state, request_id, error) for request_id, error in run.failures.items()]
+        outputs = [output for output in failed if output is not None]
+        outputs.extend(settle(self._state, step, run.results, self._clock()))
         self._num_steps += 1
         self.stalled = not step.scheduled
         if step.scheduled:
-            self._iteration_tokens.append(sum(chunk.num_tokens for chunk in step.scheduled))
+            self._iteration_tokens.append(step.num_tokens)
         return outputs
 
     def stats(self) -> Stats:
@@ -79,14 +76,14 @@ class Engine:
         iteration_tokens, self._iteration_tokens = self._iteration_tokens, []
         return Stats(
             step=self._num_steps,
-            num_running=len(state.running),
+            num_running=state.num_running,
             num_waiting=state.num_waiting,
             num_waiting_tokens=state.num_waiting_tokens,
             kv_cache_usage=state.pool.usage,
             prefix_cache_queries=state.totals.prefix_cache_queries,
             prefix_cache_hits=state.totals.prefix_cache_hits,
             num_preemptions=state.totals.preemptions,
-            num_swaps=state.totals.swaps,
+            num_swaps=state.totals.swaps_out,
             prompt_tokens=state.totals.prompt_tokens,
             generation_tokens=state.totals.generation_tokens,
             iteration_tokens=iteration_tokens,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from quire.engine.inputs import build_batch, needs_prompt_logprobs
 from quire.models.load import LoadedModel
 from quire.nn.kv import KVCache
 from quire.nn.sampling import Sampler, SamplingRow
-from quire.sched.state import ScheduledChunk, Step, StepResult
+from quire.sched.settle import StepResult
+from quire.sched.state import ScheduledChunk, Step
 
 HEAD_ROWS = 128
 """Most rows that go through the head at once: bounds the logits to HEAD_ROWS x vocabulary floats whatever is asked."""
@@ -39,7 +40,6 @@ class Runner:
         self._host_kv = host_kv
         self._sampler = Sampler()
         self._eos_token_ids = eos_token_ids
-        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
 
     @torch.inference_mode()
     def run(self, step: Step) -> RunOutput:
@@ -53,17 +53,14 @@ class Runner:
         hidden_sh = self._decoder.forward(batch, self._kv)
         return self._sample(step.scheduled, hidden_sh)
 
-    def forget(self, request_id: str) -> None:
-        """Drop what is kept for a request that ended before its prompt was through."""
-        self._prompt_logprobs.pop(request_id, None)
-
     def _sample(self, chunks: Sequence[ScheduledChunk], hidden_sh: Tensor) -> RunOutput:
         output = RunOutput()
         sampled: list[tuple[ScheduledChunk, int]] = []
         row = 0
         for chunk in chunks:
             if needs_prompt_logprobs(chunk):
-                self._extend_prompt_logprobs(chunk, hidden_sh[row : row + chunk.num_tokens])
+                entries = list(self._prompt_logprobs(chunk, hidden_sh[row : row + chunk.num_tokens]))
+                output.results[chunk.state.request_id] = StepResult(prompt_logprobs=entries)
                 row += chunk.num_tokens
             elif chunk.samples:
                 row += 1
@@ -84,10 +81,11 @@ class Runner:
             if isinstance(token, QuireError):
                 output.failures[request.request_id] = token
                 continue
-            output.results[request.request_id] = StepResult(
+            result = output.results.get(request.request_id, StepResult())
+            output.results[request.request_id] = replace(
+                result,
                 token_ids=[token.token_id],
                 logprobs=[token] if request.sampling.logprobs is not None else None,
-                prompt_logprobs=self._prompt_logprobs.pop(request.request_id, None),
             )
 
     def _sampling_row(self, chunk: ScheduledChunk) -> SamplingRow:
@@ -100,16 +98,13 @@ class Runner:
             eos_token_ids=self._eos_token_ids,
         )
 
-    def _extend_prompt_logprobs(self, chunk: ScheduledChunk, hidden_nh: Tensor) -> None:
-        """The row at position p tells how likely token p + 1 was; the first prompt token has no such row."""
+    def _prompt_logprobs(self, chunk: ScheduledChunk, hidden_nh: Tensor) -> Iterator[TokenLogprobs]:
+        """The row at position p tells how likely token p + 1 was: one entry per row but that of the last prompt token."""
         state = chunk.state
-        if chunk.start == 0:
-            self._prompt_logprobs[state.request.request_id] = [None]
-        told = self._prompt_logprobs[state.request.request_id]
         num_top = state.request.sampling.prompt_logprobs
         assert num_top is not None
         targets = state.token_ids[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, state.num_prompt_tokens)]
         for first in range(0, len(targets), HEAD_ROWS):
             piece = targets[first : first + HEAD_ROWS]
             logits_sv = self._decoder.logits(hidden_nh[first : first + len(piece)])
-            told.extend(self._sampler.prompt_logprobs(logits_sv, piece, num_top))
+            yield from self._sampler.prompt_logprobs(logits_sv, piece, num_top)

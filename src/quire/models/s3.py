@@ -18,13 +18,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from quire.core.errors import ConfigError, QuireError
 from quire.models.json_file import shorten
@@ -155,21 +155,29 @@ def _download(store: S3Store, url: str, objects: list[_Object], directory: Path)
 
 
 def _download_one(store: S3Store, url: str, item: _Object, target: Path, pool: ThreadPoolExecutor) -> None:
-    with _locked(target.with_suffix(".part")) as part:
+    part = target.with_suffix(".part")
+    with _locked(part) as descriptor:
         if target.exists():  # by another process, while this one waited for the lock
+            part.unlink()
             return
-        os.truncate(part.fileno(), 0)
+        os.ftruncate(descriptor, 0)
         starts = range(0, item.size, PART_BYTES)
         # The pool bounds how many parts are held: each is written where it belongs and let go before the next.
-        futures = [pool.submit(_download_part, store, url, item, start, part.fileno()) for start in starts]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-        os.fsync(part.fileno())
-        os.replace(part.name, target)
+        futures = [pool.submit(_download_part, store, url, item, start, descriptor) for start in starts]
+        _finish(futures)
+        os.fsync(descriptor)
+        os.replace(part, target)
+
+
+def _finish(futures: list[Future[None]]) -> None:
+    """Waits for all; after a failure none is left that could still write."""
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
 def _download_part(store: S3Store, url: str, item: _Object, start: int, descriptor: int) -> None:
@@ -204,18 +212,25 @@ def _assemble(objects: list[_Object], directory: Path, snapshot: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The file at `path`, held by this process alone. The kernel lets go of it when the process dies."""
+def _locked(path: Path) -> Iterator[int]:
+    """A descriptor of the file at `path`, held by one process alone; the kernel lets go of it when that one dies."""
     while True:
-        with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held the lock before may have renamed the file; then this one has no name any more.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                try:
-                    yield file
-                finally:
-                    path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Whoever held the lock before may have renamed or removed the file; then this one has lost its name.
+            if _is_named(descriptor, path):
+                yield descriptor
                 return
+        finally:
+            os.close(descriptor)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -5,7 +5,7 @@
     organisation/name     a Hugging Face repository                     → hub.py
     s3://bucket/prefix    objects under a prefix                        → s3.py
 
-`config` shadows nothing: the built-in name wins over a directory of that name (write ./quire-tiny for the directory).
+The built-in name wins over a directory of that name; write ./quire-tiny for the directory.
 """
 
 from __future__ import annotations
@@ -97,7 +97,12 @@ def _local_path(name: str) -> Path | None:
         path = Path(name).expanduser()
         exists, is_directory = os.path.lexists(path), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user's home, no permission
-        raise ConfigError(f"The model's path {shorten(name)} cannot be read: {error}.", param="model") from error
+        reason = shorten(getattr(error, "strerror", None) or str(error))  # str(error) would repeat the whole name
+        raise ConfigError(
+            f"The model's path '{shorten(name)}' cannot be read: {reason}.",
+            param="model",
+            remedy=f"Give {_FORMS}.",
+        ) from error
     if not exists:
         return None
     if not is_directory:

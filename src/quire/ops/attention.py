@@ -26,40 +26,40 @@ class AttentionShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    block_size: int
     scale: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedRequests:
+    """Where a step's queries and keys are; the first three as in `ForwardBatch`. Row j of request i is at position
+    `context_lens[i] - query_len[i] + j`, and sees all up to it."""
+
+    query_start: Sequence[int]
+    context_lens: Sequence[int]
+    block_table_rb: Tensor
+    block_size: int
+
+
 class AttentionKernel(Protocol):
-    def plan(
-        self,
-        shape: AttentionShape,
-        query_start: Sequence[int],
-        context_lens: Sequence[int],
-        block_table_rb: Tensor,
-    ) -> Any:
-        """Arguments as in `ForwardBatch`: row j of request i is at `context_lens[i] - query_len[i] + j`."""
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Tokens per KV block that it can work with."""
         ...
+
+    def plan(self, shape: AttentionShape, requests: PagedRequests) -> Any: ...
 
     def __call__(self, q_thd: Tensor, kv_2gnsd: Tensor, plan: Any) -> Tensor:
         """`[t, h, d]` in the dtype of `q_thd`. Keys and values of the step's own tokens are in the cache already."""
         ...
 
 
-def attention(
-    q_thd: Tensor,
-    kv_2gnsd: Tensor,
-    shape: AttentionShape,
-    query_start: Sequence[int],
-    context_lens: Sequence[int],
-    block_table_rb: Tensor,
-) -> Tensor:
+def attention(q_thd: Tensor, kv_2gnsd: Tensor, shape: AttentionShape, requests: PagedRequests) -> Tensor:
     """Request by request, in float64, with the whole score matrix at once."""
     out_thd = torch.empty_like(q_thd)
     group = shape.num_heads // shape.num_kv_heads
-    for request, context in enumerate(context_lens):
-        rows = slice(query_start[request], query_start[request + 1])
-        blocks = block_table_rb[request, : -(-context // shape.block_size)]
+    for request, context in enumerate(requests.context_lens):
+        rows = slice(requests.query_start[request], requests.query_start[request + 1])
+        blocks = requests.block_table_rb[request, : -(-context // requests.block_size)]
         kv_2gcd = kv_2gnsd.index_select(2, blocks).flatten(2, 3)[:, :, :context].double()
         k_hcd, v_hcd = kv_2gcd.repeat_interleave(group, dim=1)
         q_hqd = q_thd[rows].double().transpose(0, 1)
@@ -91,12 +91,14 @@ def _inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs
             num_heads=group * kv_heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            block_size=block_size,
             scale=head_dim**-0.5,
         ),
-        "query_start": tuple(torch.tensor([0, *query_lens]).cumsum(0).tolist()),
-        "context_lens": tuple(context_lens),
-        "block_table_rb": table,
+        "requests": PagedRequests(
+            query_start=tuple(torch.tensor([0, *query_lens]).cumsum(0).tolist()),
+            context_lens=tuple(context_lens),
+            block_table_rb=table,
+            block_size=block_size,
+        ),
     }
 
 

@@ -55,10 +55,8 @@ def select(device: torch.device | str, dtype: torch.dtype) -> Kernels:
     return Kernels(**built, choices=tuple(choices))
 
 
-def _choose(
-    candidates: list[Implementation], device: torch.device, dtype: torch.dtype
-) -> tuple[Implementation, str]:
-    passed_over = []
+def _choose(candidates: list[Implementation], device: torch.device, dtype: torch.dtype) -> tuple[Implementation, str]:
+    passed_over: list[str] = []
     for candidate in sorted(candidates, key=lambda item: -item.preference):
         why_not = candidate.unfit(device, dtype)
         if why_not is None:

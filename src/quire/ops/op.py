@@ -7,7 +7,7 @@ tolerances, and that keeps promise P1: an output row has the same bits whatever 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,27 +23,29 @@ class Tolerance:
     absolute: float
 
 
-DEFAULT_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
-    torch.float32: Tolerance(relative=1e-5, absolute=1e-5),
-    torch.bfloat16: Tolerance(relative=2e-2, absolute=2e-2),
-    torch.float16: Tolerance(relative=2e-3, absolute=2e-3),
-}
+def default_tolerances() -> Mapping[torch.dtype, Tolerance]:
+    """A few roundings' worth."""
+    return {
+        torch.float32: Tolerance(relative=1e-5, absolute=1e-5),
+        torch.bfloat16: Tolerance(relative=2e-2, absolute=2e-2),
+        torch.float16: Tolerance(relative=2e-3, absolute=2e-3),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
     """`inputs(rows, dtype, generator)` makes the arguments of a call over `rows` rows, of otherwise random shape.
 
-    `row_arguments` are the arguments, and `row_results` the number of leading results, whose first dimension is the
-    row: a call over some of the rows must give those rows' results bit for bit. An op without row arguments (one that
-    sees a whole batch, such as attention) has a row test of its own.
+    `row_arguments` are the arguments whose first dimension is the row, as it is of every result: a call over some of
+    the rows must give those rows' results bit for bit. An op without row arguments (one that sees a whole batch, such
+    as attention) has a row test of its own.
     """
 
     name: str
     definition: Callable[..., Any]
     inputs: Callable[[int, torch.dtype, torch.Generator], Inputs]
     row_arguments: tuple[str, ...] = ()
-    tolerances: Mapping[torch.dtype, Tolerance] = DEFAULT_TOLERANCES
+    tolerances: Mapping[torch.dtype, Tolerance] = field(default_factory=default_tolerances)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

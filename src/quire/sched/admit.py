@@ -15,7 +15,9 @@ def admit(state: SchedulerState, request: EngineRequest, now: float) -> RequestS
     request that later outgrows the cache alone ends with reason `length`), or `QueueFull`.
     """
     _check_request(state, request)
-    _check_queue(state, len(request.prompt_token_ids))
+    refusal = queue_refusal(state, len(request.prompt_token_ids))
+    if refusal is not None:
+        raise refusal
     if request.tenant and state.limits.scheduling_policy is None and state.policy_name != "fair":
         state.use_policy("fair")
     admitted = RequestState(
@@ -44,6 +46,28 @@ def cancel(state: SchedulerState, request_id: str) -> RequestState | None:
     return cancelled
 
 
+def queue_refusal(state: SchedulerState, num_tokens: int) -> QueueFull | None:
+    """Why a prompt of `num_tokens` tokens would not be queued now; None if it would."""
+    limits = state.limits
+    slots = max(0, limits.max_running - len(state.running) - len(state.swapped))
+    num_queued = max(0, len(state.waiting) - slots)
+    if len(state.waiting) >= slots and num_queued >= limits.max_num_queued_reqs:
+        return QueueFull(
+            f"{num_queued} requests are waiting; at most {limits.max_num_queued_reqs} may.",
+            remedy="Retry later.",
+            retry_after=state.retry_after(state.num_waiting_tokens),
+        )
+    waiting_tokens = state.num_waiting_tokens
+    if waiting_tokens and waiting_tokens + num_tokens > limits.max_num_queued_tokens:
+        return QueueFull(
+            f"{waiting_tokens} tokens are waiting and the prompt has {num_tokens}; "
+            f"at most {limits.max_num_queued_tokens} may wait.",
+            remedy="Retry later, or send a shorter prompt.",
+            retry_after=state.retry_after(waiting_tokens),
+        )
+    return None
+
+
 def _check_request(state: SchedulerState, request: EngineRequest) -> None:
     num_tokens, limits = len(request.prompt_token_ids), state.limits
     if request.request_id in state.requests:
@@ -66,24 +90,4 @@ def _check_request(state: SchedulerState, request: EngineRequest) -> None:
             f"({state.pool.num_usable} blocks of {state.pool.block_size}).",
             param="prompt",
             remedy="Shorten the prompt, or give the KV cache more memory (kv_cache_memory).",
-        )
-
-
-def _check_queue(state: SchedulerState, num_tokens: int) -> None:
-    limits = state.limits
-    slots = max(0, limits.max_running - len(state.running) - len(state.swapped))
-    queued = max(0, len(state.waiting) - slots)
-    if len(state.waiting) >= slots and queued >= limits.max_num_queued_reqs:
-        raise QueueFull(
-            f"{queued} requests are waiting; at most {limits.max_num_queued_reqs} may.",
-            remedy="Retry later.",
-            retry_after=state.retry_after(state.num_waiting_tokens),
-        )
-    waiting_tokens = state.num_waiting_tokens
-    if waiting_tokens and waiting_tokens + num_tokens > limits.max_num_queued_tokens:
-        raise QueueFull(
-            f"{waiting_tokens} tokens are waiting and the prompt has {num_tokens}; "
-            f"at most {limits.max_num_queued_tokens} may wait.",
-            remedy="Retry later, or send a shorter prompt.",
-            retry_after=state.retry_after(waiting_tokens),
         )

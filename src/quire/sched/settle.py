@@ -79,7 +79,7 @@ def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResu
         return _last_output(
             item, reason, stop_reason=stop_reason, token_ids=new_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs
         )
-    if state.pool.enable_prefix_caching:
+    if state.pool.enable_prefix_caching and len(item.token_ids) // state.pool.block_size > len(item.block_hashes):
         extend_hashes(item.block_hashes, item.token_ids, state.pool.block_size, item.cache_extra)
     return EngineOutput(
         request_id=item.request_id,
@@ -107,17 +107,16 @@ def _append(
     longest = min(limits.max_model_len, state.token_capacity + 1)
     for count, token_id in enumerate(token_ids, start=1):
         item.token_ids.append(token_id)
-        new_ids = list(token_ids[:count])
         if item.num_generated >= sampling.min_tokens:
             if token_id in limits.eos_token_ids and not sampling.ignore_eos:
-                return new_ids, FinishReason.STOP, None
+                return list(token_ids[:count]), FinishReason.STOP, None
             if token_id in sampling.stop_token_ids:
-                return new_ids, FinishReason.STOP, token_id
+                return list(token_ids[:count]), FinishReason.STOP, token_id
         if sampling.max_tokens is not None and item.num_generated >= sampling.max_tokens:
-            return new_ids, FinishReason.LENGTH, None
+            return list(token_ids[:count]), FinishReason.LENGTH, None
         # The last token needs no KV; with one more, this request alone would outgrow the whole cache.
         if len(item.token_ids) >= longest:
-            return new_ids, FinishReason.LENGTH, None
+            return list(token_ids[:count]), FinishReason.LENGTH, None
     return list(token_ids), None, None
 
 

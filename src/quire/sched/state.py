@@ -257,7 +257,7 @@ class SchedulerState:
         return (state.host_block_ids for state in self.requests.values())
 
     def check_integrity(self) -> None:
-        """AssertionError unless every block, and every request, is accounted for exactly once."""
+        """AssertionError unless every block, and every request, is accounted for exactly once. Also holds mid-step."""
         self.pool.check_integrity(self.tables())
         if self.swap_pool is not None:
             self.swap_pool.check_integrity(self.host_tables())

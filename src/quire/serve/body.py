@@ -64,7 +64,9 @@ def loose_json(raw: msgspec.Raw, param: str) -> Any:
     if not data:
         return None
     if len(data) > MAX_LOOSE_BYTES:
-        raise InvalidParameter(f"{param} has {len(data)} bytes.", param=param, remedy=f"Send {MAX_LOOSE_BYTES} at most.")
+        raise InvalidParameter(
+            f"{param} has {len(data)} bytes.", param=param, remedy=f"Send {MAX_LOOSE_BYTES} at most."
+        )
     value = msgspec.json.decode(data)
     if _depth_exceeds(value, MAX_LOOSE_DEPTH):
         raise InvalidParameter(

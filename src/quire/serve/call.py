@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-import msgspec
 import structlog
 from starlette.requests import Request
 from starlette.types import ASGIApp
@@ -17,7 +17,6 @@ from quire.core.errors import InvalidParameter, QuireError
 from quire.serve.answers import error_body
 from quire.serve.body import ignored_fields
 from quire.serve.generation import Generation, Piece
-from quire.serve.service import Service
 from quire.serve.sse import EventStream, event, while_connected
 from quire.wire.openai import GenerationFields
 
@@ -40,9 +39,7 @@ class Call:
     """Headers of the answer."""
 
     @classmethod
-    def of(
-        cls, request: Request, body: bytes, fields: GenerationFields, call_id: str, model: str
-    ) -> Self:
+    def of(cls, request: Request, body: bytes, fields: GenerationFields, call_id: str, model: str) -> Self:
         """Raises `InvalidParameter` for a tenant that is no plain word."""
         tenant = request.headers.get(TENANT_HEADER, "")
         if tenant and not _TENANT.fullmatch(tenant):
@@ -77,29 +74,19 @@ class Writer(Protocol):
     def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]: ...
 
 
-async def answer(service: Service, request: Request, call: Call, generation: Generation, writer: Writer) -> ASGIApp:
-    """Run `generation`, and close it when it has ended or its client is gone.
+async def answer(
+    request: Request, call: Call, generation: Generation, writer: Writer, held: contextlib.ExitStack
+) -> ASGIApp:
+    """Run `generation`; what is `held` for it is let go when the answer has been sent or its client is gone.
 
     A stream's answer is begun when the first piece is there, so that a refusal still gets its HTTP status.
     """
-    try:
-        if not call.stream:
-            pieces = await while_connected(request.receive, _gather(generation.pieces()))
-            return writer.whole(pieces)
-        source = generation.pieces()
-        first = await while_connected(request.receive, _first(source))
-    except BaseException:
-        generation.close()
-        raise
-    running = service.running_call()
-    running.__enter__()
-
-    def close() -> None:
-        generation.close()
-        running.__exit__(None, None, None)
-
+    source = generation.pieces()
+    if not call.stream:
+        return writer.whole(await while_connected(request.receive, _gather(source)))
+    first = await while_connected(request.receive, _first(source))
     headers = [(name.encode(), value.encode()) for name, value in call.headers.items()]
-    return EventStream(_events(writer, _chain(first, source)), close, headers)
+    return EventStream(_events(writer, _chain(first, source)), held.pop_all().close, headers)
 
 
 async def _gather(source: AsyncIterator[Piece]) -> list[Piece]:
@@ -125,7 +112,3 @@ async def _events(writer: Writer, pieces: AsyncIterator[Piece]) -> AsyncIterator
     except Exception:
         structlog.get_logger().exception("a stream broke")
         yield event(error_body(QuireError("Something went wrong in the server.")))
-
-
-def struct_fields(cls: type[msgspec.Struct]) -> tuple[str, ...]:
-    return cls.__struct_encode_fields__

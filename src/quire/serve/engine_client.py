@@ -9,12 +9,15 @@ cause and answered with `EngineDead` (see `_bury`). Deaths in a row, with no req
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Protocol
 
+import structlog
 import zmq.asyncio
 
 from quire.core.errors import (
@@ -177,6 +180,14 @@ class EngineClient:
 
     async def supervise(self) -> None:
         """Keep an engine running until `stop`, or until it is given up (`failure` says why)."""
+        try:
+            await self._keep_alive()
+        except Exception as error:
+            # A fault of ours, or a command that cannot be run any more: say so rather than leave requests waiting.
+            structlog.get_logger().exception("the engine is no longer supervised")
+            self._end(EngineState.FAILED, EngineDead(f"The engine cannot be started: {error}."))
+
+    async def _keep_alive(self) -> None:
         while True:
             try:
                 cause = await self._live(self._process)
@@ -203,7 +214,7 @@ class EngineClient:
         self._last_word = self._clock()
         exited = asyncio.Event()
         loop = asyncio.get_running_loop()
-        process.on_exit(lambda: loop.call_soon_threadsafe(exited.set))
+        process.on_exit(partial(_set_from_thread, loop, exited))
         with EngineLink(self._context, process.socket_path) as link:
             listening = loop.create_task(self._listen(link))
             watching = loop.create_task(self._watch(link))
@@ -214,9 +225,9 @@ class EngineClient:
                 if leaving.done() and not listening.done():
                     # Its last words may still be on the way: StartFailed, or the outputs of its last step.
                     await asyncio.wait({listening}, timeout=0.1)
-                for task in (listening, watching):
-                    if task.done():
-                        return task.result()
+                for speaking in (listening, watching):
+                    if speaking.done():
+                        return speaking.result()
                 return _exit_error(process, EngineStartFailed if self._link is None else EngineDead)
             finally:
                 self._link = None
@@ -365,6 +376,11 @@ def _exit_error(process: EngineProcess, kind: type[QuireError]) -> QuireError:
     how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
     lines = "\n".join(process.last_lines[-10:])
     return kind(f"The engine process ended with {how}." + (f" Its last words:\n{lines}" if lines else ""))
+
+
+def _set_from_thread(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+        loop.call_soon_threadsafe(event.set)
 
 
 async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:

@@ -42,7 +42,7 @@ class EngineLink:
 
     def has_mail(self) -> bool:
         """Whether a message waits to be received."""
-        return bool(zmq.Socket.getsockopt(self._socket, zmq.EVENTS) & zmq.POLLIN)
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def __enter__(self) -> EngineLink:
         return self

@@ -5,6 +5,7 @@ Standard library only: a command starts the child with this before it imports an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -62,7 +63,7 @@ class EngineProcess:
         self._on_exit: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         # A session of its own: Ctrl-C in the terminal must not end the engine before its requests are drained.
-        self._popen = subprocess.Popen(
+        self._popen = subprocess.Popen(  # noqa: S603 - the command is the operator's
             command.argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -95,10 +96,8 @@ class EngineProcess:
         self._popen.wait()
         self._pump.join(0.5)  # bounded: a grandchild may hold the pipe open
         if self._popen.stdin is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self._popen.stdin.close()
-            except BrokenPipeError:
-                pass
         shutil.rmtree(self._directory, ignore_errors=True)
         with self._lock:
             self._ended.set()

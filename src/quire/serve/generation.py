@@ -6,9 +6,8 @@ that are new in one choice. Whoever makes one closes it; that cancels what still
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass
 
 from quire.core.errors import from_info
 from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
@@ -48,40 +47,37 @@ class Choice:
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
-    _logprobs: deque[TokenLogprobs] = field(default_factory=deque)
 
     def push(self, output: EngineOutput) -> Piece:
         """Take in an output that carries no error."""
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-        self._logprobs.extend(output.logprobs or ())
         delta = self.stream.push(output.token_ids, output.logprobs)
-        text, token_ids = delta.text, list(delta.token_ids)
-        if delta.stop is not None:
-            self.finish_reason, self.stop_reason = "stop", delta.stop
-        elif output.finish_reason is not None:
+        text, stop = delta.text, delta.stop
+        if stop is None and output.finish_reason is not None:
             rest = self.stream.flush()
-            text += rest.text
-            token_ids.extend(rest.token_ids)
-            self.finish_reason = _REASONS[output.finish_reason]
-            self.stop_reason = output.stop_reason
-        self.num_tokens += len(token_ids)
-        logprobs = None
-        if self.request.sampling.logprobs is not None:
-            logprobs = [self._logprobs.popleft() for _ in range(min(len(token_ids), len(self._logprobs)))]
-        return Piece(choice=self, text=text, token_ids=token_ids, logprobs=logprobs)
+            text, stop = text + rest.text, rest.stop
+            self.finish_reason, self.stop_reason = _REASONS[output.finish_reason], output.stop_reason
+        if stop is not None:
+            self.finish_reason, self.stop_reason = "stop", stop
+        self.num_tokens += len(delta.token_ids)
+        return Piece(choice=self, text=text, token_ids=delta.token_ids, logprobs=delta.logprobs)
 
 
 class Generation:
     """All sequences of one call; `prompts` has, per prompt, one request per sample."""
 
-    def __init__(self, service: Service, prompts: Sequence[Sequence[EngineRequest]]) -> None:
+    def __init__(
+        self, service: Service, prompts: Sequence[Sequence[EngineRequest]], eos_token_ids: Collection[int]
+    ) -> None:
         self._service = service
         self.choices: list[Choice] = []
         for prompt_index, requests in enumerate(prompts):
             for request in requests:
-                stream = TextStream(service.tokenizer, request.sampling, request.prompt_token_ids)
+                stream = TextStream(
+                    service.tokenizer, request.sampling, request.prompt_token_ids, eos_token_ids=eos_token_ids
+                )
                 choice = Choice(index=len(self.choices), prompt_index=prompt_index, request=request, stream=stream)
                 self.choices.append(choice)
         self._open = {choice.request.request_id: choice for choice in self.choices}
@@ -96,17 +92,18 @@ class Generation:
                 if choice is None:
                     continue  # its stop string came before
                 if output.error is not None:
+                    del self._open[output.request_id]
                     self._service.metrics.request_failed(output.error.code)
                     raise from_info(output.error)
                 piece = choice.push(output)
-                self._observe(choice, output, len(piece.token_ids))
+                self._observe(choice, output)
                 if choice.finish_reason is not None:
                     del self._open[output.request_id]
                     if output.finish_reason is None:
                         self._service.engine.cancel([output.request_id])
                 yield piece
 
-    def _observe(self, choice: Choice, output: EngineOutput, num_tokens: int) -> None:
+    def _observe(self, choice: Choice, output: EngineOutput) -> None:
         now = self._service.clock()
         metrics = self._service.metrics
         if output.token_ids:
@@ -118,7 +115,7 @@ class Generation:
                 metrics.next_tokens(now - choice.last_token_at, len(output.token_ids))
             choice.last_token_at = now
         if choice.finish_reason is not None:
-            metrics.request_finished(choice, output.times, output.num_preemptions, now)
+            metrics.request_finished(choice, output.times, now)
 
     def close(self) -> None:
         """Cancel what still runs. May be called more than once."""

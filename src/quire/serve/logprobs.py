@@ -29,9 +29,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> Cho
             token, token_bytes = shown(token_id)
             top.append(TopLogprob(token=token, logprob=_finite(logprob), bytes=token_bytes))
         token, token_bytes = shown(entry.token_id)
-        content.append(
-            TokenLogprob(token=token, logprob=_finite(entry.logprob), bytes=token_bytes, top_logprobs=top)
-        )
+        content.append(TokenLogprob(token=token, logprob=_finite(entry.logprob), bytes=token_bytes, top_logprobs=top))
     return ChoiceLogprobs(content=content)
 
 

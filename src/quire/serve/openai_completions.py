@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,7 +47,8 @@ class Completions:
                 param="prompt",
                 remedy=f"Ask for at most {MAX_SEQUENCES} sequences.",
             )
-        with service.running_call():
+        with contextlib.ExitStack() as held:
+            held.enter_context(service.running_call())
             encoder = await service.encoder()
             add_special = fields.add_special_tokens is not False
             encode = partial(encoder.encode_text, sampling=sampling, add_special_tokens=add_special)
@@ -66,8 +68,10 @@ class Completions:
                         fresh_seed=fresh_seed,
                     )
                 )
-            generation = Generation(service, requests)
-            return await answer(service, request, call, generation, _Writer(service, call, fields, prompts, generation))
+            generation = Generation(service, requests, service.eos_token_ids)
+            held.callback(generation.close)
+            writer = _Writer(service, call, fields, prompts, generation)
+            return await answer(request, call, generation, writer, held)
 
 
 def _sampling(fields: CompletionRequest, service: Service) -> SamplingParams:

@@ -41,6 +41,7 @@ class Service:
     model_names: Sequence[str]
     sampling_defaults: Mapping[str, object]
     metrics: Metrics
+    max_logprobs: int = 20
     started_at: int = field(default_factory=lambda: int(time.time()))
     clock: Callable[[], float] = time.monotonic
     ready_wait: float = 60.0
@@ -53,8 +54,13 @@ class Service:
         """For the engine that runs now; waits for one that starts. Raises what ended it."""
         model = await self.engine.wait_ready(self.ready_wait)
         if self._encoder is None or self._encoder[0] != model:
-            self._encoder = (model, PromptEncoder(self.tokenizer, self.template, model))
+            self._encoder = (model, PromptEncoder(self.tokenizer, self.template, model, max_logprobs=self.max_logprobs))
         return self._encoder[1]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Of the model; empty before there was an engine."""
+        return self.engine.model.eos_token_ids if self.engine.model is not None else ()
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with. Raises `ModelNotFound`."""
@@ -86,6 +92,10 @@ class Service:
             self._running -= 1
             if self._draining and not self._running:
                 self._idle.set()
+
+    @property
+    def num_running(self) -> int:
+        return self._running
 
     @property
     def draining(self) -> bool:

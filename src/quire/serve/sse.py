@@ -62,7 +62,7 @@ class EventStream:
             *headers,
         ]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         try:
             await while_connected(receive, self._send(send))
         except Cancelled:

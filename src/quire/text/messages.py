@@ -9,7 +9,7 @@ from quire.core.errors import InvalidParameter
 
 # What reasoning is called, in messages of different APIs; templates read the first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_TEXT_PARTS = {"text": "text", "refusal": "refusal"}
+_TEXT_PARTS = ("text", "refusal")
 
 
 def template_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
@@ -54,7 +54,7 @@ def _part_text(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
-    text = part.get(_TEXT_PARTS[kind]) if isinstance(part, Mapping) and kind in _TEXT_PARTS else None
+    text = part.get(kind) if isinstance(part, Mapping) and kind in _TEXT_PARTS else None
     if not isinstance(text, str):
         raise InvalidParameter(
             f"{where} is a part of type {kind!r} without text.",

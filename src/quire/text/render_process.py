@@ -116,7 +116,7 @@ class _Child:
             # -P: the working directory is no place to import from. A session of its own: Ctrl-C is for the parent.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "quire.text.sandbox"],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,

@@ -1,7 +1,7 @@
 """The process in which chat templates run. Not imported by others: `python -m quire.text.sandbox`.
 
 A template comes with a checkpoint, so it may be hostile, and what it may compute can not be bounded from inside the
-interpreter that runs it: `'a' * 10**10`, `10**10**8`, a list doubled forty times and then printed, a filter with a
+interpreter that runs it: `'a' * 10**10`, `10**(10**8)`, a list doubled forty times and then printed, a filter with a
 huge width, are all single steps. So it runs here, in Jinja's sandbox, under limits that the operating system
 enforces: address space (going over raises MemoryError), and processor time, by which an orphan ends too. The parent
 keeps the wall clock, and kills this process when it is over.

@@ -17,7 +17,7 @@ _END_OF_MESSAGE = "QUIRE_END_OF_FINAL_MESSAGE "
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, or several by name: `default`, `tool_use` when tools are given, `rag` when documents are.
+    """A checkpoint's chat template, or several by name: `tool_use` is for requests with tools, `rag` with documents.
 
     Rendering follows the `apply_chat_template` of Hugging Face's tokenizers. It is bounded in time, memory and output
     by a process of its own (see `quire.text.sandbox`), which this object starts and, by `close` or when it is

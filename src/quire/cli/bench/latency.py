@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated
+from dataclasses import replace
 
-from cyclopts import Parameter
-
-from quire.cli.bench.offline import OfflineOptions, load_engine, run_batch
+from quire.cli.bench.offline import DEFAULTS, OfflineFlags, asked_for, load_engine, run_batch
 from quire.cli.bench.report import print_json, print_table, summaries_as_dict
 from quire.cli.bench.statistics import summarise
 from quire.cli.bench.workload import make_requests, require
@@ -16,29 +13,13 @@ from quire.cli.flags import ConfigFile, OwnEngineFlags, settings
 from quire.config.engine import EngineConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatencyOptions(OfflineOptions):
-    """The flags of `quire bench latency`."""
-
-    num_prompts: int = 1
-    """Requests in a batch."""
-    input_len: int = 128
-    """Tokens of a prompt, without its shared prefix."""
-    output_len: int = 32
-    """Tokens to generate."""
-    num_iters: int = 10
-    """Measured batches."""
-    num_warmup_iters: int = 2
-    """Batches before them, unmeasured."""
-
-
-DEFAULTS = LatencyOptions()
-
-
 def latency(
     model: str | None = None,
     *,
-    options: Annotated[LatencyOptions, Parameter(name="*")] = DEFAULTS,
+    batch_size: int = 1,
+    num_iters: int = 10,
+    num_warmup_iters: int = 2,
+    options: OfflineFlags = DEFAULTS,
     config: ConfigFile = None,
     engine: OwnEngineFlags = None,
 ) -> None:
@@ -48,24 +29,30 @@ def latency(
     ----------
     model
         A local directory, a Hugging Face id, an s3:// URL, or quire-tiny, the built-in model, if none is named.
+    batch_size
+        Requests in a batch.
+    num_iters
+        Measured batches.
+    num_warmup_iters
+        Batches before them, unmeasured.
     """
-    require("num_iters", options.num_iters, options.num_iters >= 1, "at least 1")
-    require("num_warmup_iters", options.num_warmup_iters, options.num_warmup_iters >= 0, "at least 0")
+    require("num_iters", num_iters, num_iters >= 1, "at least 1")
+    require("num_warmup_iters", num_warmup_iters, num_warmup_iters >= 0, "at least 0")
     resolved = settings(EngineConfig, engine, config=config, model=model).value
     llm = load_engine(resolved)
     seconds = []
-    for index in range(options.num_warmup_iters + options.num_iters):
+    for index in range(num_warmup_iters + num_iters):
         # New prompts each time: the same ones would be found in the prefix cache.
-        workload = replace(options, seed=options.seed + index).make_workload(llm.info.vocab_size)
+        workload = replace(options, seed=options.seed + index).make_workload(batch_size, llm.info.vocab_size)
         requests = make_requests(workload)
         start = time.perf_counter()
         run_batch(llm, requests, progress=False)
-        if index >= options.num_warmup_iters:
+        if index >= num_warmup_iters:
             seconds.append(time.perf_counter() - start)
     summary = summarise([value * 1e3 for value in seconds])
     if options.json:
-        asked = {key: value for key, value in asdict(options).items() if key != "json"}
-        print_json({"benchmark": "latency", "model": resolved.model, **asked, **summaries_as_dict({"batch": summary})})
+        asked = {"model": resolved.model, "batch_size": batch_size, **asked_for(options)}
+        print_json({"benchmark": "latency", **asked, **summaries_as_dict({"batch": summary})})
         return
-    rows = [("batches", str(options.num_iters)), ("requests in each", str(options.num_prompts))]
+    rows = [("batches", str(num_iters)), ("requests in each", str(batch_size))]
     print_table(f"{resolved.model}: {options.input_len} in, {options.output_len} out", rows, {"batch": summary})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from quire.cli.bench.report import Json
 from quire.cli.bench.workload import BenchRequest, Kind, Workload
@@ -17,10 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineOptions:
-    """Flags of a benchmark without a server."""
+    """Flags of the benchmarks without a server."""
 
-    num_prompts: int = 32
-    """Requests in a batch."""
     workload: Kind = "random"
     """random, or shared-prefix: prompts that begin alike."""
     input_len: int = 256
@@ -38,10 +38,10 @@ class OfflineOptions:
     json: Json = False
     """Print JSON."""
 
-    def make_workload(self, vocab_size: int) -> Workload:
+    def make_workload(self, num_prompts: int, vocab_size: int) -> Workload:
         return Workload(
             kind=self.workload,
-            num_prompts=self.num_prompts,
+            num_prompts=num_prompts,
             input_len=self.input_len,
             output_len=self.output_len,
             range_ratio=self.random_range_ratio,
@@ -50,6 +50,15 @@ class OfflineOptions:
             vocab_size=vocab_size,
             seed=self.seed,
         )
+
+
+OfflineFlags = Annotated[OfflineOptions, Parameter(name="*")]
+DEFAULTS = OfflineOptions()
+
+
+def asked_for(options: OfflineOptions) -> dict[str, Any]:
+    """The workload, for the record."""
+    return {name: value for name, value in asdict(options).items() if name != "json"}
 
 
 def load_engine(config: EngineConfig) -> LLM:

@@ -92,7 +92,7 @@ def last_level_cache_bytes() -> int:
 
 
 def measure_memory(size: int, seconds: float) -> dict[str, Any]:
-    """GB/s of reading (a matrix-vector product and a sum; the better one counts), and of copying (read plus written)."""
+    """GB/s of reading (the better of a matrix-vector product and a sum), and of copying (read plus written)."""
     import torch
 
     columns = 1024

@@ -125,7 +125,8 @@ def make_load(options: LoadOptions) -> Load:
     prompt_format: Format = options.prompt_format or ("text" if options.endpoint == "chat" else "token-ids")
     if options.endpoint == "chat" and prompt_format == "token-ids":
         raise ConfigError("--prompt-format is 'token-ids'.", param="prompt_format", remedy="Chat takes text.")
-    require("max_concurrency", options.max_concurrency, (options.max_concurrency or 1) >= 1, "at least 1")
+    most = options.max_concurrency
+    require("max_concurrency", most, most is None or most >= 1, "at least 1")
     require("warmup", options.warmup, options.warmup >= 0, "at least 0")
     require("num_prompts", options.num_prompts, options.num_prompts >= 1, "at least 1")
     workload = Workload(

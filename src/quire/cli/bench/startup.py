@@ -82,7 +82,7 @@ def measure_start(arguments: list[str], timeout: float) -> dict[str, float]:
     with tempfile.TemporaryFile() as log:
         begin = time.perf_counter()
         command = [sys.executable, "-m", "quire", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
         try:
             server = _Server(process, log, f"http://127.0.0.1:{port}", begin, begin + timeout)
             times = asyncio.run(server.watch())

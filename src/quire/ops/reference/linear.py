@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from quire.ops.reference.row_invariance import RowSplit
 
@@ -20,7 +20,7 @@ class ReferenceLinear:
         split = self._splits.setdefault((n, k, bias_n is not None, weight_nk.dtype), RowSplit())
 
         def multiply(x_mk: Tensor) -> Tensor:
-            return F.linear(x_mk, weight_nk, bias_n)
+            return functional.linear(x_mk, weight_nk, bias_n)
 
         pieces = split.pieces(rows, multiply, x_tk[:1])
         if pieces == (rows,):

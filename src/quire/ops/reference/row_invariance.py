@@ -4,11 +4,11 @@ torch hands a matrix product to a library (oneDNN, MKL, cuBLAS) that picks its b
 a sum is rounded, by the number of rows. A row computed among 3 others may then differ in its last bits from the same
 row among 300. Promise P1 forbids that.
 
-What these libraries do keep is this: two calls with the same number of rows treat every row alike. So we fix one row
-count, the canonical one, as what a row's result *is*, and use another count only after having seen it give the same bits
-as the canonical count does, on this machine, with this weight. Rows are then served in pieces of such counts, the last
-piece padded. Measured on x86 with oneDNN bf16: 16 and 32 agree for every shape, 1024 for most, 64 for few; with
-MKL float32: 16 to 256 nearly always, 1 and 8 never.
+What these libraries do keep is this: two calls with the same number of rows treat every row alike. So one row count,
+the canonical one, defines what a row's result *is*, and another count is used only after it was seen to give the same
+bits as the canonical one, on this machine, with this weight. Rows are then served in pieces of such counts, the last
+piece padded. Measured on x86 with oneDNN bf16: 16 and 32 agree for every shape, 1024 for most, 64 for few; with MKL
+float32: 16 to 256 nearly always, 1 and 8 never.
 
 A check is made when a count would first be used, so that start-up pays for none that are not. It compares some 10^5
 results per count: where the order of a bfloat16 sum differs, about one result in a thousand rounds differently.

@@ -1,0 +1,47 @@
+"""`quire kernels`: which implementation serves each op on this machine, and why."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from quire.cli.bench.report import Json, print_json
+
+
+def kernels(*, dtype: Literal["bfloat16", "float32", "float16"] | None = None, json: Json = False) -> None:
+    """List which implementation serves each op on this machine, and why.
+
+    Parameters
+    ----------
+    dtype
+        Of weights and activations; bfloat16 and float32 otherwise.
+    json
+        Print JSON.
+    """
+    import torch
+
+    from quire.ops.kernels import select
+
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+    shown = [dtype] if dtype is not None else ["bfloat16", "float32"]
+    reports = {name: select("cpu", dtypes[name]).report() for name in shown}
+    if json:
+        print_json(
+            {
+                "device": "cpu",
+                "kernels": {
+                    name: [dict(zip(("op", "implementation", "reason"), line, strict=True)) for line in report]
+                    for name, report in reports.items()
+                },
+            }
+        )
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Kernels on this CPU", title_justify="left")
+    for column in ("op", "dtype", "implementation", "why"):
+        table.add_column(column)
+    for name, report in reports.items():
+        for op, implementation, reason in report:
+            table.add_row(op, name, implementation, reason)
+    Console().print(table)

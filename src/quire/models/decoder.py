@@ -1,0 +1,132 @@
+"""The decoder: one class for every model that `Arch`'s flags can describe.
+
+Legend: t tokens of the step, s rows that need logits, e hidden size, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quire.models.arch import Arch
+from quire.nn.attention import Attention, StepContext
+from quire.nn.batch import ForwardBatch
+from quire.nn.kv import KVCache
+from quire.nn.layers import MLP, Embedding, Linear, RMSNorm
+from quire.nn.rope import RopeTable
+from quire.ops.attention import AttentionShape, PagedRequests
+from quire.ops.kernels import Kernels
+
+
+class DecoderLayer:
+    """Pre-norm attention and feed-forward blocks around a residual stream."""
+
+    def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP) -> None:
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def __call__(
+        self, x_te: Tensor, residual_te: Tensor | None, kv_layer: Tensor, step: StepContext
+    ) -> tuple[Tensor, Tensor]:
+        """`x_te` is what the layer before adds to the residual stream: each norm does the addition on its way in."""
+        if residual_te is None:
+            normed_te, residual_te = self.attention_norm(x_te), x_te
+        else:
+            normed_te, residual_te = self.attention_norm.add(x_te, residual_te)
+        x_te = self.attention(normed_te, kv_layer, step)
+        normed_te, residual_te = self.mlp_norm.add(x_te, residual_te)
+        return self.mlp(normed_te), residual_te
+
+
+class Decoder:
+    """A tree of plain modules; the weight table's parameter paths are its attribute paths."""
+
+    def __init__(
+        self,
+        *,
+        embedding: Embedding,
+        layers: list[DecoderLayer],
+        norm: RMSNorm,
+        head: Linear,
+        rope: RopeTable,
+        kernels: Kernels,
+    ) -> None:
+        self.embedding = embedding
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+        self.rope = rope
+        self.kernels = kernels
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """One step: writes K and V of all its tokens to `kv`, returns float32 logits `[s, v]` of `logits_rows_s`."""
+        step = self._step(batch, kv.block_size)
+        x_te, residual_te = self.embedding(batch.token_ids_t), None
+        for index, layer in enumerate(self.layers):
+            x_te, residual_te = layer(x_te, residual_te, kv.layer(index), step)
+        assert residual_te is not None
+        rows = batch.logits_rows_s
+        normed_se, _ = self.norm.add(x_te.index_select(0, rows), residual_te.index_select(0, rows))
+        return self.head(normed_se).float()
+
+    def _step(self, batch: ForwardBatch, block_size: int) -> StepContext:
+        cos, sin = self.rope.rows(batch.positions_t)
+        requests = PagedRequests(
+            query_start=batch.query_start,
+            context_lens=batch.context_lens,
+            block_table_rb=batch.block_table_rb,
+            block_size=block_size,
+        )
+        plan = self.kernels.attention.plan(self.layers[0].attention.shape, requests)
+        return StepContext(plan=plan, cos=cos, sin=sin, slots_t=batch.slots_t)
+
+
+def build_decoder(arch: Arch, parameters: Mapping[str, Tensor], kernels: Kernels, *, max_model_len: int) -> Decoder:
+    """The decoder that `arch` describes, around `parameters` by path (see `models.weights`)."""
+
+    def linear(path: str, bias: bool) -> Linear:
+        return Linear(parameters[f"{path}.weight"], parameters[f"{path}.bias"] if bias else None, kernels)
+
+    def norm(path: str) -> RMSNorm:
+        return RMSNorm(parameters[f"{path}.weight"], arch.rms_norm_eps, kernels)
+
+    shape = AttentionShape(
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        scale=arch.head_dim**-0.5,
+    )
+
+    def layer(path: str) -> DecoderLayer:
+        attention = Attention(
+            q=linear(f"{path}.attention.q", arch.qkv_bias),
+            k=linear(f"{path}.attention.k", arch.qkv_bias),
+            v=linear(f"{path}.attention.v", arch.qkv_bias),
+            o=linear(f"{path}.attention.o", arch.o_bias),
+            q_norm=norm(f"{path}.attention.q_norm") if arch.qk_norm else None,
+            k_norm=norm(f"{path}.attention.k_norm") if arch.qk_norm else None,
+            shape=shape,
+            kernels=kernels,
+        )
+        mlp = MLP(
+            gate=linear(f"{path}.mlp.gate", arch.mlp_bias),
+            up=linear(f"{path}.mlp.up", arch.mlp_bias),
+            down=linear(f"{path}.mlp.down", arch.mlp_bias),
+            kernels=kernels,
+        )
+        return DecoderLayer(norm(f"{path}.attention_norm"), attention, norm(f"{path}.mlp_norm"), mlp)
+
+    embedding = Embedding(parameters["embedding.weight"], kernels)
+    return Decoder(
+        embedding=embedding,
+        layers=[layer(f"layers.{index}") for index in range(arch.num_layers)],
+        norm=norm("norm"),
+        head=Linear(embedding.weight, None, kernels) if arch.tie_word_embeddings else linear("head", False),
+        rope=RopeTable(arch.rope, max_model_len, embedding.weight.device),
+        kernels=kernels,
+    )

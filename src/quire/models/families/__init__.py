@@ -1,0 +1,1 @@
+"""Model families: each a function from config.json to an `Arch`, and a table of its weights."""

@@ -1,0 +1,114 @@
+"""Whether a model fits the memory that is there, and which flags would change that."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from quire.cache.ledger import GIB, KVLedger, activation_bytes
+from quire.config.engine import EngineConfig
+from quire.core.errors import NotEnoughMemory
+from quire.models.shapes import Shapes
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """`verdict` in words; `suggestions` are flags, or what is missing."""
+
+    fits: bool
+    verdict: str
+    suggestions: tuple[str, ...] = ()
+
+
+def build_ledger(config: EngineConfig, shapes: Shapes, *, weight_bytes: int, dtype: str, available: int) -> KVLedger:
+    """The ledger of an engine with these settings and a model of these sizes, before it is loaded."""
+    bytes_per_block = shapes.kv_bytes_per_token(DTYPE_BYTES[dtype]) * config.block_size
+    kv_cache_memory = None if config.kv_cache_memory is None else int(config.kv_cache_memory * GIB)
+    if config.num_kv_blocks is not None:
+        kv_cache_memory = config.num_kv_blocks * bytes_per_block
+    return KVLedger(
+        memory_available=available - int(config.swap_space * GIB),
+        weight_bytes=weight_bytes,
+        activation_bytes=activation_bytes(
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            hidden_size=shapes.hidden_size,
+            intermediate_size=shapes.intermediate_size,
+            attention_size=shapes.num_heads * shapes.head_dim,
+            kv_size=shapes.num_kv_heads * shapes.head_dim,
+            vocab_size=shapes.vocab_size,
+            dtype_bytes=DTYPE_BYTES[dtype],
+        ),
+        kv_bytes_per_block=bytes_per_block,
+        block_size=config.block_size,
+        longest=shapes.longest,
+        max_num_seqs=config.max_num_seqs,
+        memory_utilization=config.memory_utilization,
+        kv_cache_memory=kv_cache_memory,
+        required_len=config.max_model_len,
+    )
+
+
+def judge(config: EngineConfig, ledger: KVLedger, *, dtype: str, runnable: bool) -> Fit:
+    """What the ledger says of the model, in words, and what to try. `runnable`: whether the engine has its family."""
+    try:
+        ledger.check()
+    except NotEnoughMemory as error:
+        return Fit(False, f"Does not fit: {error.message.splitlines()[0]}", _remedies(config, ledger, dtype))
+    verb = "Fits" if runnable else "Would fit, if it could be run"
+    wanted = ledger.required_len or ledger.longest
+    if ledger.max_model_len >= wanted:
+        return Fit(True, f"{verb}, with the whole context of {wanted:,} tokens.")
+    shorter = f"{verb}, with {ledger.max_model_len:,} of the model's {ledger.longest:,} tokens of context."
+    return Fit(True, shorter, _for_length(ledger, ledger.longest))
+
+
+def _remedies(config: EngineConfig, ledger: KVLedger, dtype: str) -> tuple[str, ...]:
+    found: list[str] = []
+    if ledger.kv_cache_memory is not None and ledger.kv_cache_memory > ledger.memory_left > 0:
+        found.append(f"--kv-cache-memory {_floor(ledger.memory_left / GIB):g}")
+    elif ledger.memory_left > 0:
+        found.extend(_for_length(ledger, ledger.smallest_len))
+        if ledger.num_blocks > 1 and ledger.required_len:
+            found.append(f"--max-model-len {(ledger.num_blocks - 1) * ledger.block_size}")
+    if dtype == "float32":
+        found.append("--dtype bfloat16")
+    if config.max_num_batched_tokens > 256 and ledger.activation_bytes > ledger.memory_available // 10:
+        found.append("--max-num-batched-tokens 256")
+    missing = _bytes_for(ledger, ledger.smallest_len) - ledger.memory_left
+    if missing > 0:
+        found.append(f"{format_bytes(missing)} more memory")
+    return tuple(found)
+
+
+def _for_length(ledger: KVLedger, length: int) -> tuple[str, ...]:
+    """The flag that gives one request room for `length` tokens, if memory has it."""
+    needed = _bytes_for(ledger, length)
+    if ledger.kv_cache_memory is not None:
+        return (f"--kv-cache-memory {_ceil(needed / GIB):g}",) if needed <= ledger.memory_left else ()
+    share = _ceil(needed / ledger.memory_left)
+    return (f"--memory-utilization {share:g}",) if share <= 0.95 else ()
+
+
+def _bytes_for(ledger: KVLedger, length: int) -> int:
+    return (math.ceil(length / ledger.block_size) + 1) * ledger.kv_bytes_per_block
+
+
+def _ceil(value: float) -> float:
+    return math.ceil(value * 100) / 100
+
+
+def _floor(value: float) -> float:
+    return math.floor(value * 100) / 100
+
+
+def format_bytes(num_bytes: int | None) -> str:
+    """With a binary unit."""
+    if num_bytes is None:
+        return "unknown"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:,.2f} {unit}"
+    return f"{num_bytes} bytes"

@@ -1,0 +1,106 @@
+"""Loads a checkpoint into a model that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quire.core.errors import ConfigError
+from quire.models.arch import Arch
+from quire.models.checkpoint import Checkpoint
+from quire.models.decoder import Decoder, build_decoder
+from quire.models.dtype import resolve_dtype
+from quire.models.registry import identify
+from quire.models.weights import load_weights
+from quire.nn.kv import KVCache
+from quire.ops.kernels import select
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """`weight_bytes` counts the parameters in `dtype`; `unexpected_tensors` are in the checkpoint, not in the model."""
+
+    decoder: Decoder
+    arch: Arch
+    dtype: torch.dtype
+    device: torch.device
+    weight_bytes: int
+    max_model_len: int
+    unexpected_tensors: tuple[str, ...]
+
+    def kv_bytes_per_block(self, block_size: int) -> int:
+        return KVCache.bytes_per_block(
+            num_layers=self.arch.num_layers,
+            num_kv_heads=self.arch.num_kv_heads,
+            head_dim=self.arch.head_dim,
+            block_size=block_size,
+            dtype=self.dtype,
+        )
+
+    def new_kv_cache(self, num_blocks: int, block_size: int, *, device: torch.device | None = None) -> KVCache:
+        """A cache of this model's shape, on its device unless another is named (the host, for swapping)."""
+        sizes = self.decoder.kernels.attention.block_sizes
+        if block_size not in sizes:
+            raise ConfigError(
+                f"The attention kernel cannot work with a block size of {block_size}.",
+                param="block_size",
+                remedy=f"It takes {', '.join(map(str, sizes))}.",
+            )
+        return KVCache(
+            num_layers=self.arch.num_layers,
+            num_kv_heads=self.arch.num_kv_heads,
+            head_dim=self.arch.head_dim,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=self.dtype,
+            device=device or self.device,
+        )
+
+
+def load_model(
+    directory: Path, *, dtype: str = "auto", device: str = "cpu", max_model_len: int | None = None
+) -> LoadedModel:
+    """The model in `directory`, its weights mapped rather than read where their dtype is right already.
+
+    `max_model_len` unset takes the model's own limit. Raises CheckpointError's children for what is wrong with the
+    checkpoint, and ConfigError for a dtype or a length that the model cannot serve.
+    """
+    checkpoint = Checkpoint.open(directory)
+    family, arch = identify(checkpoint.config, str(directory / "config.json"))
+    length = _model_len(arch, max_model_len)
+    torch_dtype = _DTYPES[resolve_dtype(dtype, checkpoint, device)]
+    torch_device = torch.device(device)
+    weights = load_weights(checkpoint, family, arch, torch_dtype)
+    parameters = {path: tensor.to(torch_device) for path, tensor in weights.parameters.items()}
+    decoder = build_decoder(arch, parameters, select(torch_device, torch_dtype), max_model_len=length)
+    return LoadedModel(
+        decoder=decoder,
+        arch=arch,
+        dtype=torch_dtype,
+        device=torch_device,
+        weight_bytes=sum(tensor.nbytes for tensor in parameters.values()),
+        max_model_len=length,
+        unexpected_tensors=weights.unexpected,
+    )
+
+
+def _model_len(arch: Arch, asked: int | None) -> int:
+    if asked is None:
+        return arch.rope.default_context
+    if asked > arch.rope.longest_context:
+        raise ConfigError(
+            f"max_model_len is {asked}, but {arch.architecture} with rope type {arch.rope.rope_type!r} has positions "
+            f"for {arch.rope.longest_context} tokens only.",
+            param="max_model_len",
+            remedy="Ask for less, or change rope_scaling and max_position_embeddings in the checkpoint's config.json.",
+        )
+    return asked

@@ -1,0 +1,79 @@
+"""A checkpoint's config.json, read field by field: each with its type and bounds, each fault named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from quire.core.errors import BadValue
+
+
+class ModelConfig:
+    """Wraps the JSON object of `file` (its name in messages). A field that is null counts as missing."""
+
+    def __init__(self, fields: Mapping[str, Any], file: str) -> None:
+        self._fields = fields
+        self.file = file
+
+    def __contains__(self, name: str) -> bool:
+        return self._fields.get(name) is not None
+
+    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.fault(name, value, f"an integer of {minimum} or more")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite positive number."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise self.fault(name, value, "a positive number")
+        return float(value)
+
+    def optional_number(self, name: str) -> float | None:
+        return self.number(name) if name in self else None
+
+    def numbers(self, name: str, length: int) -> tuple[float, ...]:
+        """A list of so many finite positive numbers."""
+        value = self._get(name, None)
+        if not isinstance(value, list) or len(value) != length:
+            raise self.fault(name, value, f"a list of {length} numbers")
+        return tuple(ModelConfig({name: item}, self.file).number(name) for item in value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self.fault(name, value, "true or false")
+        return value
+
+    def text(self, name: str, default: str) -> str:
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise self.fault(name, value, "a string")
+        return value
+
+    def section(self, name: str) -> ModelConfig:
+        """A nested object; its fields are named `name.field` in messages. Empty if missing."""
+        value = self._get(name, {})
+        if not isinstance(value, dict):
+            raise self.fault(name, value, "an object")
+        return ModelConfig(value, f"{self.file}: {name}")
+
+    def names(self) -> list[str]:
+        return list(self._fields)
+
+    def raw(self, name: str) -> Any:
+        """The field as it stands, None if missing, for what has no simple type."""
+        return self._fields.get(name)
+
+    def fault(self, name: str, value: object, expected: str) -> BadValue:
+        """The error for a field that is missing (`value` None) or not as expected."""
+        shown = repr(value)
+        found = "it is missing" if value is None else f"found {shown if len(shown) <= 200 else shown[:200] + '…'}"
+        return BadValue(f"{self.file}: field {name!r} must be {expected}, {found}.", param="model")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self._fields.get(name)
+        return default if value is None else value

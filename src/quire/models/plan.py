@@ -1,0 +1,286 @@
+"""What a model takes and what fits, told from config.json and the headers of the weight files alone.
+
+The sizes are the engine's own: the same ledger (`cache/ledger.py`) sizes the KV pool when an engine starts. The rates
+are upper bounds: a decode step reads every weight and the KV of its requests once, and so is no faster than memory;
+a prefill is no faster than the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from quire.cache.ledger import KVLedger, available_memory
+from quire.config.engine import EngineConfig
+from quire.core.errors import CheckpointError, UnknownArchitecture
+from quire.models.arch import Arch
+from quire.models.checkpoint import Checkpoint
+from quire.models.dtype import resolve_dtype
+from quire.models.family import Family
+from quire.models.fit import DTYPE_BYTES, Fit, build_ledger, format_bytes, judge
+from quire.models.json_file import shorten
+from quire.models.machine import measure_bandwidth, measure_flops
+from quire.models.registry import identify
+from quire.models.shapes import Shapes, guess_shapes, shapes_of
+
+CONTEXTS = (1024, 4096)
+RATE_CONTEXT = 1024
+RATE_BATCHES = (1, 8, 32)
+
+_FLOATS = ("F64", "F32", "F16", "BF16")  # these are converted to the dtype that is run; the others stay as stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Sizes in bytes, lengths in tokens, rates in tokens per second; None where config.json does not tell.
+
+    * `weight_bytes_by_dtype` is as stored (the format's names); `weight_bytes` as run in `dtype`.
+    * `longest` is the model's context; `max_model_len` what one request can have here.
+    * `num_sequences`: how many requests of a length (prompt plus output) the KV cache holds at once.
+    * `decode_tokens_per_s`: of so many requests at once, each with `RATE_CONTEXT` tokens, all together.
+    * `fits` is about memory; `verdict` says it in words, `suggestions` what to try.
+    """
+
+    model: str
+    architecture: str
+    known: bool
+    dtype: str
+    num_parameters: int
+    weight_bytes_by_dtype: Mapping[str, int]
+    weight_bytes: int
+    activation_bytes: int | None
+    kv_bytes_per_token: int | None
+    memory_available: int
+    kv_cache_bytes: int | None
+    num_kv_tokens: int | None
+    longest: int | None
+    max_model_len: int | None
+    num_sequences: Mapping[int, int]
+    fits: bool
+    verdict: str
+    suggestions: tuple[str, ...]
+    notes: tuple[str, ...]
+    bandwidth: float
+    flops: float
+    decode_tokens_per_s: Mapping[int, float]
+    prefill_tokens_per_s: float | None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value for a table, in reading order."""
+        known = "" if self.known else " (unknown architecture)"
+        stored = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.weight_bytes_by_dtype.items())
+        rows = [
+            ("model", self.model),
+            ("architecture", f"{self.architecture}{known}"),
+            ("parameters", f"{self.num_parameters:,}"),
+            ("weights as stored", stored or "none"),
+            (f"weights as run ({self.dtype})", format_bytes(self.weight_bytes)),
+            ("activations of one step", format_bytes(self.activation_bytes)),
+            ("KV cache per token", format_bytes(self.kv_bytes_per_token)),
+            ("memory available", format_bytes(self.memory_available)),
+            ("KV cache", f"{format_bytes(self.kv_cache_bytes)} ({_count(self.num_kv_tokens)} tokens)"),
+            ("longest request", f"{_count(self.max_model_len)} of the model's {_count(self.longest)} tokens"),
+        ]
+        rows += [(f"requests of {length:,} tokens", _count(count)) for length, count in self.num_sequences.items()]
+        rows.append(("verdict", self.verdict))
+        rows += [("suggestion", text) for text in self.suggestions]
+        rows += [("note", text) for text in self.notes]
+        rows.append(("measured", f"{self.bandwidth / 1e9:,.1f} GB/s, {self.flops / 1e9:,.0f} GFLOP/s in float32"))
+        rows += [
+            (f"decode, {batch} at once", f"at most {rate:,.0f} tokens/s")
+            for batch, rate in self.decode_tokens_per_s.items()
+        ]
+        if self.prefill_tokens_per_s is not None:
+            rows.append(("prefill", f"about {self.prefill_tokens_per_s:,.0f} tokens/s at the float32 rate"))
+        return rows
+
+
+def plan_model(
+    directory: Path,
+    config: EngineConfig,
+    *,
+    memory_available: int | None = None,
+    bandwidth: float | None = None,
+    flops: float | None = None,
+) -> Plan:
+    """The plan for the checkpoint in `directory` under `config`'s limits.
+
+    Memory in bytes, bandwidth in bytes/s and flops in operations/s are measured unless given (0.3 s). Raises
+    CheckpointError for a checkpoint whose headers are broken. An unknown architecture is planned all the same, as far
+    as its config.json names its sizes.
+    """
+    checkpoint = Checkpoint.open(directory)
+    model = _identify(checkpoint, config)
+    dtype = resolve_dtype(config.dtype, checkpoint, "cpu")
+    weights = _weights(checkpoint, dtype, model.family, model.arch)
+    available = available_memory() if memory_available is None else memory_available
+    if bandwidth is None:
+        bandwidth = measure_bandwidth(config.threads or len(os.sched_getaffinity(0)))
+    if flops is None:
+        flops = measure_flops()
+    ledger, token_bytes = None, None
+    if model.shapes is None:
+        fits = weights.run_bytes < available
+        fit = Fit(fits, f"The weights {'fit' if fits else 'do not fit'}; the KV cache is unknown.")
+    else:
+        token_bytes = model.shapes.kv_bytes_per_token(DTYPE_BYTES[dtype])
+        ledger = build_ledger(config, model.shapes, weight_bytes=weights.run_bytes, dtype=dtype, available=available)
+        fit = judge(config, ledger, dtype=dtype, runnable=model.arch is not None)
+    cache = _cache(config, ledger if fit.fits else None)
+    return Plan(
+        model=str(directory),
+        architecture=model.name,
+        known=model.known,
+        dtype=dtype,
+        num_parameters=sum(tensor.num_elements for tensor in checkpoint.tensors.values()),
+        weight_bytes_by_dtype=_bytes_by_dtype(checkpoint),
+        weight_bytes=weights.run_bytes,
+        activation_bytes=ledger.activation_bytes if ledger else None,
+        kv_bytes_per_token=token_bytes,
+        memory_available=available,
+        kv_cache_bytes=cache.num_bytes,
+        num_kv_tokens=cache.num_tokens,
+        longest=ledger.longest if ledger else None,
+        max_model_len=cache.max_model_len,
+        num_sequences=cache.num_sequences,
+        fits=fit.fits,
+        verdict=fit.verdict,
+        suggestions=fit.suggestions,
+        notes=model.notes,
+        bandwidth=bandwidth,
+        flops=flops,
+        decode_tokens_per_s=_decode_rates(config, weights, token_bytes or 0, bandwidth, flops),
+        prefill_tokens_per_s=flops / (2 * weights.step_elements) if weights.step_elements else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """What config.json tells. `known`: the architecture is one of ours; `arch` is None all the same if it cannot run."""
+
+    name: str
+    known: bool
+    family: Family | None = None
+    arch: Arch | None = None
+    shapes: Shapes | None
+    notes: tuple[str, ...] = ()
+
+
+def _identify(checkpoint: Checkpoint, config: EngineConfig) -> _Model:
+    name = _architecture(checkpoint)
+    try:
+        family, arch = identify(checkpoint.config, str(checkpoint.directory / "config.json"))
+    except CheckpointError as error:
+        known = not isinstance(error, UnknownArchitecture)
+        shapes = guess_shapes(checkpoint.config)
+        notes = [f"It cannot be run: {error.message}" if known else f"Unknown architecture. {error.remedy}"]
+        notes.append(
+            "Its sizes are estimates, by the usual names in config.json."
+            if shapes
+            else "config.json does not name the sizes that the KV cache depends on."
+        )
+        return _Model(name=name, known=known, shapes=shapes, notes=tuple(notes))
+    longest = arch.rope.longest_context
+    notes = []
+    if config.max_model_len is not None and config.max_model_len > longest:
+        notes.append(f"It will not start: max_model_len is {config.max_model_len}, its positions end at {longest}.")
+    return _Model(name=name, known=True, family=family, arch=arch, shapes=shapes_of(arch), notes=tuple(notes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cache:
+    num_bytes: int | None = None
+    num_tokens: int | None = None
+    max_model_len: int | None = None
+    num_sequences: Mapping[int, int]
+
+
+def _cache(config: EngineConfig, ledger: KVLedger | None) -> _Cache:
+    """What the KV cache holds; nothing is said of one that is unknown or does not fit. Block 0 is nobody's."""
+    if ledger is None:
+        return _Cache(num_sequences={})
+    num_blocks = config.num_kv_blocks or ledger.num_blocks
+    num_tokens = (num_blocks - 1) * config.block_size
+    max_model_len = min(ledger.required_len or ledger.longest, num_tokens)
+    lengths = sorted({*(length for length in CONTEXTS if length < max_model_len), max_model_len})
+    return _Cache(
+        num_bytes=num_blocks * ledger.kv_bytes_per_block,
+        num_tokens=num_tokens,
+        max_model_len=max_model_len,
+        num_sequences={length: (num_blocks - 1) // math.ceil(length / config.block_size) for length in lengths},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Bytes held when run; bytes and elements that every step reads (an input embedding of its own is looked up)."""
+
+    run_bytes: int
+    step_bytes: int
+    step_elements: int
+
+
+def _weights(checkpoint: Checkpoint, dtype: str, family: Family | None, arch: Arch | None) -> _Weights:
+    names = _names_used(family, arch) if family and arch else None
+    run_bytes = step_bytes = step_elements = 0
+    head = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
+    if arch is not None:
+        head = arch.untied_head
+    for name, tensor in checkpoint.tensors.items():
+        if names is not None and name not in names:
+            continue
+        converted = tensor.dtype in _FLOATS
+        size = tensor.num_elements * DTYPE_BYTES[dtype] if converted else tensor.nbytes
+        run_bytes += size
+        if not (head and "embed_tokens" in name):
+            step_bytes += size
+            step_elements += tensor.num_elements
+    return _Weights(run_bytes, step_bytes, step_elements)
+
+
+def _names_used(family: Family, arch: Arch) -> frozenset[str]:
+    """The tensors that the model has a place for, by the family's table."""
+    return frozenset(
+        weight.tensor.format(layer)
+        for weight in family.weights
+        if weight.when is None or getattr(arch, weight.when)
+        for layer in range(arch.num_layers if "{}" in weight.tensor else 1)
+    )
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    names = checkpoint.config.get("architectures")
+    if isinstance(names, list) and names and isinstance(names[0], str):
+        return shorten(names[0], 100)
+    return "unnamed"
+
+
+def _bytes_by_dtype(checkpoint: Checkpoint) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _decode_rates(
+    config: EngineConfig, weights: _Weights, token_bytes: int, bandwidth: float, flops: float
+) -> dict[int, float]:
+    rates = {}
+    for batch in sorted({*RATE_BATCHES, config.max_num_seqs}):
+        if batch > config.max_num_seqs or not weights.step_bytes:
+            continue
+        reading = (weights.step_bytes + batch * RATE_CONTEXT * token_bytes) / bandwidth
+        computing = batch * 2 * weights.step_elements / flops
+        rates[batch] = batch / max(reading, computing)
+    return rates
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"

@@ -1,0 +1,48 @@
+"""Which architectures there are. Others join through the entry-point group `quire.models`, with a `Family`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quire.core.errors import UnknownArchitecture
+from quire.core.registry import Registry
+from quire.models.arch import Arch
+from quire.models.families.llama import LLAMA
+from quire.models.families.qwen2 import QWEN2
+from quire.models.families.qwen3 import QWEN3
+from quire.models.family import Family
+from quire.models.model_config import ModelConfig
+
+ENTRY_POINT_GROUP = "quire.models"
+
+
+def model_registry() -> Registry[Family]:
+    """Families by the architecture's name in config.json."""
+    registry: Registry[Family] = Registry("model architecture", ENTRY_POINT_GROUP)
+    for family in (LLAMA, QWEN2, QWEN3):
+        registry.add(family.architecture, family)
+    return registry
+
+
+def identify(fields: Mapping[str, Any], file: str) -> tuple[Family, Arch]:
+    """The family and the flags of the model that `fields`, the content of `file` (its config.json), describes.
+
+    Raises UnknownArchitecture, or BadValue for a field that is missing or wrong.
+    """
+    config = ModelConfig(fields, file)
+    names = config.raw("architectures")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise config.fault("architectures", names, "a list with the name of a model class")
+    registry = model_registry()
+    for name in names:
+        family = registry.get(name)
+        if family is not None:
+            if "quantization_config" in config:
+                raise config.fault("quantization_config", "one", "absent: quantised checkpoints are not supported yet")
+            return family, family.arch(config)
+    raise UnknownArchitecture(
+        f"{file}: architecture {', '.join(map(repr, names))[:200]} is not known.",
+        param="model",
+        remedy=f"Known architectures: {', '.join(registry.names())}.",
+    )

@@ -1,0 +1,73 @@
+"""The sizes that memory depends on: from a known architecture's flags, or as far as any config.json tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quire.models.arch import Arch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes:
+    """Sizes of a decoder. `longest` is the longest context that the model was made for, in tokens."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    longest: int
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """K and V of all layers, as if every layer kept all of the past."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+
+
+def shapes_of(arch: Arch) -> Shapes:
+    """The sizes of an architecture that is known."""
+    return Shapes(
+        num_layers=arch.num_layers,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        hidden_size=arch.hidden_size,
+        intermediate_size=arch.intermediate_size,
+        vocab_size=arch.vocab_size,
+        longest=arch.rope.default_context,
+    )
+
+
+def guess_shapes(config: Mapping[str, object]) -> Shapes | None:
+    """The sizes by the names that config.json files usually give them; None if one that matters is missing.
+
+    A model that also sees or hears has the sizes of its text part under `text_config`.
+    """
+    inner = config.get("text_config")
+    fields: Mapping[str, object] = inner if isinstance(inner, dict) else config
+    num_layers = _size(fields, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    num_heads = _size(fields, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    hidden_size = _size(fields, "hidden_size", "n_embd", "d_model")
+    vocab_size = _size(fields, "vocab_size") or _size(config, "vocab_size")
+    if num_layers is None or num_heads is None or hidden_size is None or vocab_size is None:
+        return None
+    return Shapes(
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=_size(fields, "num_key_value_heads", "num_kv_heads") or num_heads,
+        head_dim=_size(fields, "head_dim") or max(1, hidden_size // num_heads),
+        hidden_size=hidden_size,
+        intermediate_size=_size(fields, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden_size,
+        vocab_size=vocab_size,
+        longest=_size(fields, "max_position_embeddings", "n_positions", "max_seq_len") or 2048,
+    )
+
+
+def _size(fields: Mapping[str, object], *names: str) -> int | None:
+    for name in names:
+        value = fields.get(name)
+        if type(value) is int and 0 < value < 2**31:
+            return value
+    return None

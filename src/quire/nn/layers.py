@@ -1,0 +1,58 @@
+"""The small layers: a weight and the kernel that uses it. Shapes in `quire.ops`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quire.ops.kernels import Kernels
+
+
+class Linear:
+    """`weight` is `[out, in]`, `bias` `[out]`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
+        self.weight = weight
+        self.bias = bias
+        self._linear = kernels.linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x, self.weight, self.bias)
+
+
+class RMSNorm:
+    def __init__(self, weight: Tensor, eps: float, kernels: Kernels) -> None:
+        self.weight = weight
+        self.eps = eps
+        self._rms_norm = kernels.rms_norm
+        self._add_rms_norm = kernels.add_rms_norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `x + residual`, and the sum."""
+        return self._add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Embedding:
+    """`weight` is `[vocabulary, hidden]`."""
+
+    def __init__(self, weight: Tensor, kernels: Kernels) -> None:
+        self.weight = weight
+        self._embedding = kernels.embedding
+
+    def __call__(self, ids_t: Tensor) -> Tensor:
+        return self._embedding(ids_t, self.weight)
+
+
+class MLP:
+    """The gated feed-forward block: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, gate: Linear, up: Linear, down: Linear, kernels: Kernels) -> None:
+        self.gate = gate
+        self.up = up
+        self.down = down
+        self._silu_mul = kernels.silu_mul
+
+    def __call__(self, x_te: Tensor) -> Tensor:
+        return self.down(self._silu_mul(self.gate(x_te), self.up(x_te)))

@@ -1,0 +1,35 @@
+"""The API key: with one set, every path but /health asks for it."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from quire.core.errors import Unauthorized
+from quire.serve.answers import error_response
+
+OPEN_PATHS = frozenset({"/health"})
+
+
+class ApiKey:
+    """ASGI middleware. Denies by default: a path that does not exist is refused as well."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._key = key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_known(scope):
+            await self._app(scope, receive, send)
+            return
+        error = Unauthorized("The API key is missing or wrong.", remedy="Send it as Authorization: Bearer KEY.")
+        await error_response(error)(scope, receive, send)
+
+    def _is_known(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(given) != 1:
+            return False
+        scheme, _, key = given[0].partition(b" ")
+        # Compared in constant time: how long it takes tells nothing about how much of a guess was right.
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)

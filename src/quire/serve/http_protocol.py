@@ -1,0 +1,167 @@
+"""uvicorn's HTTP protocol with what it lacks: bounds on slow clients, on heads, and on connections.
+
+* A request has to be there, head and body, `read_timeout` seconds after its first byte; so has the first request of a
+  connection. Otherwise 408, or the end of the connection if an answer has begun.
+* What is not body (request line, headers, chunk sizes, trailers) is bounded in bytes and in number of headers: 431.
+* An answer that is not read for `write_timeout` seconds ends its connection.
+* Over `max_connections` a new connection gets a 503 and is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from quire.core.errors import QuireError, Refusal, RequestError
+from quire.serve.answers import HeadersTooLarge, RequestTimeout, encode_json, error_body
+
+FRAMING_PER_BODY_BYTE = 8
+"""Chunks of one byte have six bytes of framing; more than this is no body."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLimits:
+    read_timeout: float
+    write_timeout: float
+    max_connections: int
+    max_head_bytes: int = 64 * 1024
+    max_headers: int = 128
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """Made by uvicorn once per connection."""
+
+    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._in_message = False
+        self._in_head = False
+        self._num_bytes = 0
+        self._num_body_bytes = 0
+        self._fault: QuireError = RequestError("This is not a valid HTTP request.")
+        self._refused = False
+
+    # --- connection ---------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self._arm_read_timer()
+        if len(self.connections) > self._limits.max_connections:
+            self._refuse(Refusal("There are too many connections.", remedy="Try again later.", retry_after=1.0))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm_read_timer()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._num_bytes += len(data)
+        super().data_received(data)
+        framing = self._num_bytes - (1 + FRAMING_PER_BODY_BYTE) * self._num_body_bytes
+        if self._in_message and framing > self._limits.max_head_bytes:
+            self._refuse(self._head_too_large())
+        if not self._in_message and self._is_idle():
+            self._arm_read_timer()  # bytes that begin no request do not keep a connection alive
+
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    # --- the parser's callbacks ---------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_message = self._in_head = True
+        self._num_bytes = self._num_body_bytes = 0
+        self._disarm_read_timer()
+        self._arm_read_timer()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > self._limits.max_headers:
+            self._fault = self._head_too_large()
+            raise self._fault
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        self._disarm_read_timer()
+        super().on_message_complete()
+
+    # --- too slow -----------------------------------------------------------------------------------------------
+
+    def _arm_read_timer(self) -> None:
+        if self._read_timer is None:
+            self._read_timer = self.loop.call_later(self._limits.read_timeout, self._read_timed_out)
+
+    def _disarm_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def _read_timed_out(self) -> None:
+        self._read_timer = None
+        behind_another = bool(self.pipeline) or (self._in_head and not self._is_idle())
+        if behind_another:
+            self._arm_read_timer()  # a pipelined request; the one before it is still being answered
+        elif self._in_message and not self._in_head and self.cycle.response_started:
+            self.transport.abort()
+        else:
+            seconds = self._limits.read_timeout
+            self._refuse(RequestTimeout(f"The request did not arrive within {seconds:g} s."))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self._limits.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        super().resume_writing()
+
+    # --- refusing -----------------------------------------------------------------------------------------------
+
+    def _head_too_large(self) -> QuireError:
+        return HeadersTooLarge(
+            f"The request's head has more than {self._limits.max_headers} headers "
+            f"or {self._limits.max_head_bytes} bytes.",
+            remedy="Send fewer or shorter headers.",
+        )
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words are plain text, ours JSON
+        self._refuse(self._fault)
+
+    def _refuse(self, error: QuireError) -> None:
+        """Answer below ASGI, and close."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self._disarm_read_timer()
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self.cycle.response_started:
+                self.transport.abort()
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        body = encode_json(error_body(error))
+        head = [STATUS_LINE[error.status], b"content-type: application/json\r\nconnection: close\r\n"]
+        if error.retry_after is not None:
+            head.append(b"retry-after: %d\r\n" % max(1, round(error.retry_after)))
+        head.append(b"content-length: %d\r\n\r\n" % len(body))
+        self.transport.write(b"".join(head) + body)
+        self.transport.close()

@@ -1,0 +1,186 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from quire.core.errors import InvalidParameter
+from quire.core.request import TokenLogprobs
+from quire.core.sampling import SamplingParams
+from quire.serve.answers import json_response
+from quire.serve.body import decode_body, is_given, loose_json
+from quire.serve.call import Call, answer
+from quire.serve.chat_messages import plain_messages, template_variables, tool_list
+from quire.serve.generation import Generation, Piece
+from quire.serve.logprobs import chat_logprobs, prompt_logprobs
+from quire.serve.sampling import deadlines, refuse_unsupported, sampling_params, unsupported
+from quire.serve.service import Service, fresh_seed
+from quire.serve.sse import DONE, event
+from quire.wire.openai_chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    Delta,
+)
+
+
+class ChatCompletions:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def create(self, request: Request) -> ASGIApp:
+        service = self._service
+        arrival = service.clock()
+        body = await request.body()
+        fields = decode_body(body, ChatCompletionRequest)
+        call = Call.of(request, body, fields, service.new_id("chatcmpl"), service.check_model(fields.model))
+        sampling = _sampling(fields, service)
+        messages = plain_messages(fields.messages)
+        tools = tool_list(fields.tools) if _may_call_tools(fields) else None
+        with contextlib.ExitStack() as held:
+            held.enter_context(service.running_call())
+            encoder = await service.encoder()
+            encode = partial(
+                encoder.encode_chat,
+                messages,
+                sampling,
+                tools=tools,
+                template_kwargs=template_variables(fields.chat_template_kwargs),
+                add_generation_prompt=_adds_generation_prompt(fields),
+                continue_final_message=bool(fields.continue_final_message),
+                add_special_tokens=bool(fields.add_special_tokens),
+            )
+            token_ids = await asyncio.to_thread(encode)  # the template runs in a process that has to be waited for
+            requests = encoder.engine_requests(
+                call.id,
+                token_ids,
+                sampling,
+                arrival_time=arrival,
+                priority=fields.priority or 0,
+                tenant=call.tenant,
+                cache_salt=fields.cache_salt or "",
+                deadlines=deadlines(fields),
+                fresh_seed=fresh_seed,
+            )
+            generation = Generation(service, [requests], service.eos_token_ids)
+            held.callback(generation.close)
+            return await answer(request, call, generation, _Writer(service, call, fields, generation), held)
+
+
+def _sampling(fields: ChatCompletionRequest, service: Service) -> SamplingParams:
+    refuse_unsupported(fields)
+    for name in ("functions", "function_call", "audio", "prediction", "web_search_options", "documents"):
+        if is_given(getattr(fields, name)):
+            raise unsupported(name)
+    if fields.modalities is not None and fields.modalities != ["text"]:
+        raise unsupported("modalities")
+    if fields.chat_template is not None:
+        raise InvalidParameter(
+            "A request may not bring its own chat template.",
+            param="chat_template",
+            remedy="Start the server with --chat-template.",
+        )
+    if fields.response_format is not None and fields.response_format.type != "text":
+        raise unsupported("response_format", fields.response_format.type[:40])
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise InvalidParameter(
+            "top_logprobs is set without logprobs.", param="top_logprobs", remedy="Set logprobs to true."
+        )
+    max_tokens = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+    logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
+    return sampling_params(fields, service.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
+
+
+def _may_call_tools(fields: ChatCompletionRequest) -> bool:
+    choice = loose_json(fields.tool_choice, "tool_choice")
+    if choice not in (None, "none", "auto"):
+        raise unsupported("tool_choice", str(choice)[:40])
+    return bool(choice != "none")
+
+
+def _adds_generation_prompt(fields: ChatCompletionRequest) -> bool:
+    if fields.add_generation_prompt is None:
+        return not fields.continue_final_message
+    return fields.add_generation_prompt
+
+
+class _Writer:
+    """Turns pieces into OpenAI's objects."""
+
+    def __init__(self, service: Service, call: Call, fields: ChatCompletionRequest, generation: Generation) -> None:
+        self._tokenizer = service.tokenizer
+        self._call = call
+        self._fields = fields
+        self._generation = generation
+
+    def whole(self, pieces: Sequence[Piece]) -> ASGIApp:
+        choices = []
+        for choice in self._generation.choices:
+            own = [piece for piece in pieces if piece.choice is choice]
+            item = ChatChoice(
+                index=choice.index,
+                message=AssistantMessage(content="".join(piece.text for piece in own)),
+                finish_reason=choice.finish_reason,
+                stop_reason=choice.stop_reason,
+            )
+            if self._fields.logprobs:
+                entries: list[TokenLogprobs] = [entry for piece in own for entry in piece.logprobs or ()]
+                item.logprobs = chat_logprobs(self._tokenizer, entries)
+            if self._fields.return_token_ids:
+                item.token_ids = [token_id for piece in own for token_id in piece.token_ids]
+            choices.append(item)
+        body = ChatCompletion(
+            id=self._call.id,
+            created=self._call.created,
+            model=self._call.model,
+            choices=choices,
+            usage=self._generation.usage(),
+        )
+        first = self._generation.choices[0]
+        if self._fields.prompt_logprobs is not None:
+            body.prompt_logprobs = prompt_logprobs(self._tokenizer, first.prompt_logprobs)
+        if self._fields.return_token_ids:
+            body.prompt_token_ids = list(first.request.prompt_token_ids)
+        return json_response(body, headers=self._call.headers)
+
+    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+        for choice in self._generation.choices:
+            opening = self._chunk(ChatChunkChoice(index=choice.index, delta=Delta(role="assistant", content="")))
+            if self._fields.return_token_ids and choice.index == 0:
+                opening.prompt_token_ids = list(choice.request.prompt_token_ids)
+            yield event(opening)
+        async for piece in pieces:
+            choice = piece.choice
+            if piece.text or piece.logprobs or (piece.token_ids and self._fields.return_token_ids):
+                item = ChatChunkChoice(index=choice.index, delta=Delta(content=piece.text))
+                if self._fields.logprobs:
+                    item.logprobs = chat_logprobs(self._tokenizer, piece.logprobs or ())
+                if self._fields.return_token_ids:
+                    item.token_ids = piece.token_ids
+                yield event(self._chunk(item))
+            if choice.finish_reason is not None:
+                last = ChatChunkChoice(index=choice.index, delta=Delta(), finish_reason=choice.finish_reason)
+                last.stop_reason = choice.stop_reason
+                yield event(self._chunk(last))
+        if self._call.include_usage:
+            closing = self._chunk()
+            closing.usage = self._generation.usage()
+            yield event(closing)
+        yield DONE
+
+    def _chunk(self, *choices: ChatChunkChoice) -> ChatCompletionChunk:
+        chunk = ChatCompletionChunk(
+            id=self._call.id, created=self._call.created, model=self._call.model, choices=list(choices)
+        )
+        if self._call.continuous_usage:
+            chunk.usage = self._generation.usage()
+        return chunk

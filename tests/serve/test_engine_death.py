@@ -1,0 +1,155 @@
+"""What a client sees when the engine dies, hangs, or does not come up."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import urllib.request
+
+import openai
+import pytest
+
+from quire.core.errors import CheckpointError, EngineStartFailed
+from quire.serve.engine_client import Supervision
+
+QUICK = Supervision(heartbeat_timeout=0.5, max_restarts=3, first_back_off=0.02, start_wait=5.0)
+
+
+@pytest.fixture
+def fragile(serving):
+    with serving(supervision=QUICK, heartbeat_timeout=0.5) as running:
+        yield running
+
+
+def test_kill_in_the_middle_of_a_stream_goes_unnoticed(fragile, expected):
+    stream = fragile.client().completions.create(
+        model="tiny", prompt="!slow:5", max_tokens=60, seed=5, logprobs=1, stream=True
+    )
+    chunks = []
+    for chunk in stream:
+        chunks.append(chunk)
+        if len(chunks) == 10:
+            fragile.kill_engine()
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected("!slow:5", 60, seed=5)
+    assert [token for chunk in chunks for token in chunk.choices[0].logprobs.tokens] == list(
+        expected("!slow:5", 60, seed=5)
+    )
+    assert chunks[-1].choices[0].finish_reason == "length"
+    metrics = fragile.get("/metrics")[1].decode()
+    assert 'quire_engine_restarts_total{model_name="tiny"} 1.0' in metrics
+    assert 'quire_requests_replayed_total{model_name="tiny"} 1.0' in metrics
+    assert len([event for event in fragile.events() if event[0] == "start"]) == 2
+
+
+def test_many_streams_survive_a_crash(fragile, expected):
+    answers: dict[int, str] = {}
+
+    def ask(index: int) -> None:
+        answer = fragile.client().completions.create(
+            model="tiny", prompt=f"{index} !crash:20 !slow:2", max_tokens=40, seed=index, n=2
+        )
+        answers[index] = "".join(choice.text for choice in answer.choices)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    wanted = {
+        index: "".join(expected(f"{index} !crash:20 !slow:2", 40, seed=index + i) for i in range(2))
+        for index in range(6)
+    }
+    assert answers == wanted
+
+
+def test_poison_is_quarantined_and_the_others_survive(fragile, expected):
+    results: dict[str, object] = {}
+
+    def ask(prompt: str) -> None:
+        try:
+            results[prompt] = fragile.client().completions.create(
+                model="tiny", prompt=prompt, max_tokens=100, seed=0
+            ).choices[0].text
+        except openai.APIStatusError as error:
+            results[prompt] = error
+
+    good = [f"!slow:10 good {index}" for index in range(3)]
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in good]
+    for thread in threads:
+        thread.start()
+    fragile.until(lambda: sum(event[0] == "submit" for event in fragile.events()) == 3, "the good requests")
+    threads.append(threading.Thread(target=ask, args=("!poison",)))
+    threads[-1].start()
+    for thread in threads:
+        thread.join(30)
+    assert {prompt: results[prompt] for prompt in good} == {prompt: expected(prompt, 100) for prompt in good}
+    poisoned = results["!poison"]
+    assert isinstance(poisoned, openai.InternalServerError)
+    assert poisoned.status_code == 503
+    assert poisoned.body["code"] == "engine_dead"
+    assert fragile.client().completions.create(model="tiny", prompt="abc", seed=0).choices[0].text == expected("abc", 16)
+
+
+def test_lone_poison_dies_after_two_engines(fragile):
+    with pytest.raises(openai.InternalServerError, match="died 2 times"):
+        fragile.client().completions.create(model="tiny", prompt="!poison")
+    assert len([event for event in fragile.events() if event[0] == "start"]) <= 3
+
+
+def test_a_hanging_engine_turns_ready_red_and_is_replaced(fragile, expected):
+    assert fragile.get("/ready")[0] == 200
+    fragile.kill_engine(signal.SIGSTOP)
+    fragile.until(lambda: fragile.get("/ready")[0] == 503, "a red /ready")
+    status, body = fragile.get("/health")
+    assert (status, json.loads(body)["status"]) in [(200, "stale"), (200, "starting")]
+    fragile.until(lambda: fragile.get("/ready")[0] == 200, "a new engine")
+    answer = fragile.client().completions.create(model="tiny", prompt="abc", max_tokens=4, seed=0)
+    assert answer.choices[0].text == expected("abc", 4)
+
+
+def test_a_request_survives_a_hang(fragile, expected):
+    answer = fragile.client().completions.create(model="tiny", prompt="!hang", max_tokens=4, seed=0)
+    assert answer.choices[0].text == expected("!hang", 4)
+
+
+def test_giving_up_after_deaths_in_a_row(serving):
+    bounds = Supervision(max_restarts=2, first_back_off=0.01)
+    with serving(supervision=bounds) as running:
+        (running.state / "start").write_text("exit")
+        running.kill_engine()
+        running.until(lambda: running.get("/health")[0] == 503, "a red /health")
+        detail = json.loads(running.get("/health")[1])
+        assert detail["status"] == "failed"
+        assert "died 3 times in a row" in detail["detail"]
+        assert "fake engine: no luck" in detail["detail"]
+        status, answer = running.post("/v1/completions", {"prompt": "abc"})
+        assert (status, answer["error"]["code"]) == (503, "engine_dead")
+        assert running.get("/metrics")[0] == 200
+
+
+def test_first_start_that_fails_is_told_with_its_own_error(serving):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not there"), serving(start="fail"):
+        pass
+    with pytest.raises(EngineStartFailed, match="fake engine: no luck"), serving(start="exit"):
+        pass
+
+
+def test_requests_do_not_wait_for_ever_for_an_engine_that_starts(serving):
+    bounds = Supervision(start_wait=0.1, stop_timeout=0.1)
+    with serving(start="never", wait=False, supervision=bounds) as running:
+        assert running.get("/health")[0] == 200
+        assert running.get("/ready")[0] == 503
+        request = urllib.request.Request(f"{running.url}/v1/completions", data=b'{"prompt": "abc"}')
+        with pytest.raises(urllib.error.HTTPError) as caught, urllib.request.urlopen(request, timeout=20):
+            pass
+        with caught.value:
+            assert caught.value.code == 503
+            assert caught.value.headers["retry-after"] == "5"
+
+
+def test_requests_during_a_restart_wait_for_the_new_engine(fragile, expected):
+    for _ in range(2):
+        fragile.kill_engine()
+        answer = fragile.client().completions.create(model="tiny", prompt="abc", max_tokens=4, seed=0)
+        assert answer.choices[0].text == expected("abc", 4)
