@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +119,12 @@ def closed_url() -> str:
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a toy's shape, made by the tool that makes benchmark checkpoints."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tool = Path(__file__).parents[2] / "tools" / "make_checkpoint.py"
+    subprocess.run([sys.executable, str(tool), str(directory), "--shape", "tiny", "--dtype", "float32"], check=True)
+    return directory

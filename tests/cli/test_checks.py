@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quire.cli.checks import cgroup_bytes, cgroup_cpus, check_port, run_checks
+from quire.cli.checks import cgroup_cpus, check_port, run_checks
 from quire.cli.main import main
 
 
@@ -18,14 +18,6 @@ def test_a_share_of_cores(tmp_path: Path, text, cpus):
     path.write_text(text)
     assert cgroup_cpus(path) == cpus
     assert cgroup_cpus(tmp_path / "none") is None
-
-
-@pytest.mark.parametrize(("text", "limit"), [("max\n", None), ("1048576\n", 1048576), ("", None)])
-def test_a_limit_of_memory(tmp_path: Path, text, limit):
-    path = tmp_path / "memory.max"
-    path.write_text(text)
-    assert cgroup_bytes(path) == limit
-    assert cgroup_bytes(tmp_path / "none") is None
 
 
 def test_a_port_that_is_taken_is_told_with_a_remedy():
@@ -65,3 +57,10 @@ def test_kernels_are_listed_with_reasons(capsys):
     lines = json.loads(capsys.readouterr().out)["kernels"]["float32"]
     assert {"attention", "linear", "rms_norm"} <= {line["op"] for line in lines}
     assert all(line["implementation"] and line["reason"] for line in lines)
+
+
+def test_the_whole_way_works_on_the_built_in_model(capsys):
+    assert main(["doctor", "--json", "--port", "0"]) == 0
+    (model,) = [check for check in json.loads(capsys.readouterr().out)["checks"] if check["name"] == "model"]
+    assert model["status"] == "ok"
+    assert "42" in model["detail"]

@@ -13,22 +13,75 @@ from quire.config.resolve import flag_name
 from quire.config.server import ServerConfig
 
 SEED = {"--seed"}
-ENGINE = set(
-    ["--revision", "--hf-token", "--download-dir", "--tokenizer", "--chat-template", "--dtype", "--max-model-len", "--block-size", "--kv-cache-memory", "--num-kv-blocks", "--memory-utilization", "--swap-space", "--preemption", "--enable-prefix-caching", "--no-enable-prefix-caching", "--max-num-seqs", "--max-num-batched-tokens", "--scheduling-policy", "--max-num-queued-reqs", "--max-num-queued-tokens", "--max-logprobs", "--threads"]
-)
-SERVER = set(
-    ["--host", "--port", "--served-model-name", "--api-key", "--ssl-certfile", "--ssl-keyfile", "--max-body-bytes", "--max-connections", "--request-read-timeout", "--shutdown-timeout", "--heartbeat-timeout", "--max-engine-restarts", "--generation-config", "--no-generation-config", "--log-level", "--log-json", "--no-log-json"]
-)
-SAMPLING = set(["--max-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty", "--seed", "--stop"])
+ENGINE = {
+    "--revision",
+    "--hf-token",
+    "--download-dir",
+    "--tokenizer",
+    "--chat-template",
+    "--dtype",
+    "--max-model-len",
+    "--block-size",
+    "--kv-cache-memory",
+    "--num-kv-blocks",
+    "--memory-utilization",
+    "--swap-space",
+    "--preemption",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--scheduling-policy",
+    "--max-num-queued-reqs",
+    "--max-num-queued-tokens",
+    "--max-logprobs",
+    "--threads",
+}
+SERVER = {
+    "--host",
+    "--port",
+    "--served-model-name",
+    "--api-key",
+    "--ssl-certfile",
+    "--ssl-keyfile",
+    "--max-body-bytes",
+    "--max-connections",
+    "--request-read-timeout",
+    "--shutdown-timeout",
+    "--heartbeat-timeout",
+    "--max-engine-restarts",
+    "--generation-config",
+    "--no-generation-config",
+    "--log-level",
+    "--log-json",
+    "--no-log-json",
+}
+SAMPLING = {
+    "--max-tokens",
+    "--temperature",
+    "--top-p",
+    "--top-k",
+    "--min-p",
+    "--repetition-penalty",
+    "--seed",
+    "--stop",
+}
 MODEL = {"--model", "--config"}
 REMOTE = {"--url", "--api-key"}
-PROMPTS = set(
-    ["--workload", "--input-len", "--output-len", "--random-range-ratio", "--prefix-len", "--num-prefixes", "--seed", "--json"]
-)
+PROMPTS = {
+    "--workload",
+    "--input-len",
+    "--output-len",
+    "--random-range-ratio",
+    "--prefix-len",
+    "--num-prefixes",
+    "--seed",
+    "--json",
+}
 FLAGS = {
     "serve": MODEL | ENGINE | SEED | SERVER,
     "chat": MODEL | REMOTE | SAMPLING | ENGINE | {"--system"},
-    "complete": MODEL | REMOTE | SAMPLING | ENGINE | {"--prompt"},
+    "complete": MODEL | REMOTE | SAMPLING | ENGINE,
     "plan": MODEL | ENGINE | SEED | {"--json"},
     "kernels": {"--dtype", "--json"},
     "doctor": {"--host", "--port", "--model", "--no-model", "--config", "--json"},
@@ -39,17 +92,31 @@ FLAGS = {
     "bench roofline": {"--threads", "--seconds", "--matmul-size", "--json"},
     "bench serve": PROMPTS
     | REMOTE
-    | set(
-        ["--model", "--endpoint", "--num-prompts", "--request-rate", "--burstiness", "--max-concurrency", "--prompt-format", "--vocab-size", "--temperature", "--ignore-eos", "--no-ignore-eos", "--warmup", "--slo", "--plot"]
-    ),
+    | {
+        "--model",
+        "--endpoint",
+        "--num-prompts",
+        "--request-rate",
+        "--burstiness",
+        "--max-concurrency",
+        "--prompt-format",
+        "--vocab-size",
+        "--temperature",
+        "--ignore-eos",
+        "--no-ignore-eos",
+        "--warmup",
+        "--slo",
+        "--plot",
+    },
 }
 
 
 def flags_of_command(*names: str) -> set[str]:
-    app = build_app()
+    root = app = build_app()
     for name in names:
         app = app[name]
-    return {flag for argument in app.assemble_argument_collection() for flag in argument.names if flag.startswith("-")}
+    arguments = app.assemble_argument_collection(default_parameter=root.default_parameter)
+    return {flag for argument in arguments for flag in argument.names if flag.startswith("-")}
 
 
 def test_every_command_is_pinned():

@@ -13,7 +13,8 @@ from quire.cli.main import BENCHMARKS, COMMANDS, main
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "quire", *arguments], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "quire", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["version"], ["version", "--json"]])

@@ -8,7 +8,7 @@ import pytest
 
 from quire.config.engine import BUILTIN_MODEL, EngineConfig
 from quire.core.errors import ConfigError, MissingFile, QuireError
-from quire.models.source import builtin_model, is_hub_id, resolve_model
+from quire.models.source import builtin_model, is_hub_id, resolve_model, resolve_tokenizer
 
 
 def test_a_local_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,3 +91,13 @@ def test_a_local_model_loads_no_downloader(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, capture_output=True, text=True)
     assert run.stderr.strip() == ""
+
+
+def test_another_tokenizer(tmp_path: Path) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    other.mkdir()
+    assert resolve_tokenizer(EngineConfig(), model) == model
+    assert resolve_tokenizer(EngineConfig(tokenizer=str(other)), model) == other
+    with pytest.raises(ConfigError, match="no such directory") as caught:
+        resolve_tokenizer(EngineConfig(tokenizer="./absent"), model)
+    assert caught.value.param == "tokenizer"

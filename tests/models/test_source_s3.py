@@ -18,7 +18,7 @@ from obstore.store import S3Store
 from quire.config.engine import EngineConfig
 from quire.core.errors import ConfigError
 from quire.models import s3
-from quire.models.source import resolve_model
+from quire.models.source import resolve_model, resolve_tokenizer
 
 FILES = {
     "config.json": b"{}",
@@ -215,7 +215,7 @@ def test_an_object_that_changes_while_it_is_read(
     ("url", "message"),
     [
         ("s3://absent-bucket/x", "no such bucket"),
-        ("s3://models/team/absent", "holds no model: 0 objects"),
+        ("s3://models/team/absent", "holds no model: of 0 objects"),
         ("s3://models/team", "holds no config.json|holds no model"),
         ("s3://", "not an S3 URL"),
         ("s3://UP PER/x", "not an S3 URL"),
@@ -275,3 +275,20 @@ def test_a_full_disk(bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="could not be kept") as caught:
         resolve(download_dir=str(tmp_path / "file"))
     assert caught.value.param == "download_dir"
+
+
+def test_another_tokenizer(bucket: Bucket, log: RequestLog, tmp_path: Path) -> None:
+    """Everything but the weights; and no config.json is asked for."""
+    bucket.delete("team/tiny/config.json")
+    directory = resolve_tokenizer(EngineConfig(tokenizer="s3://models/team/tiny"), tmp_path)
+    assert files_of(directory) == {"tokenizer.json": FILES["tokenizer.json"]}
+    with pytest.raises(ConfigError) as caught:
+        resolve_tokenizer(EngineConfig(tokenizer="s3://models/absent"), tmp_path)
+    assert caught.value.param == "tokenizer"
+
+
+def test_a_cache_that_lost_a_file_is_mended(bucket: Bucket) -> None:
+    directory = resolve()
+    (directory / "config.json").resolve().unlink()
+    assert resolve() == directory
+    assert files_of(directory) == FILES

@@ -165,7 +165,7 @@ def plans(draw):
     ]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     plan=plans(),
     num_seqs=st.integers(1, 6),

@@ -111,7 +111,7 @@ def play(driver, plan, *, cancel_mid_step: bool = False) -> set[str]:
     return cut_short
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(machine=machines(), plan=arrivals(), mid_step=st.booleans())
 def test_every_schedule_gives_what_each_request_gets_alone(driver_class, machine, plan, mid_step):
     driver = driver_class(**machine)
@@ -122,7 +122,7 @@ def test_every_schedule_gives_what_each_request_gets_alone(driver_class, machine
     driver.check_answers(but=cut_short)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(machine=machines(), plan=arrivals(with_deadlines=True))
 def test_deadlines_end_what_is_late_and_nothing_else(driver_class, machine, plan):
     driver = driver_class(**machine)

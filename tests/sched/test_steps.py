@@ -77,13 +77,14 @@ def test_prefix_hits_are_whole_blocks(driver_class, length, expected):
     assert driver.state.totals.prefix_cache_hits == expected[0]
 
 
-def test_follow_up_hits_what_was_generated(driver_class):
+@pytest.mark.parametrize(("salts", "start"), [(("", ""), 12), (("s", "s"), 12), (("s", ""), 0), (("", "s"), 0)])
+def test_follow_up_hits_what_was_generated(driver_class, salts, start):
     driver = driver_class(limits(max_num_batched_tokens=64), num_blocks=20, block_size=4)
-    driver.submit(request("turn 1", [1, 2, 3], max_tokens=10))
+    driver.submit(request("turn 1", [1, 2, 3], max_tokens=10, salt=salts[0]))
     driver.finish()
     answer = driver.told["turn 1"].token_ids
-    driver.submit(request("turn 2", [1, 2, 3, *answer, 5]))
-    assert driver.step().scheduled[0].start == 12
+    driver.submit(request("turn 2", [1, 2, 3, *answer, 5], salt=salts[1]))
+    assert driver.step().scheduled[0].start == start
     driver.finish()
     driver.check_answers()
 
@@ -118,8 +119,9 @@ def test_twins_in_one_step_keep_their_own_copies(driver_class):
 def crowded(driver_class, **changes):
     """Two requests that grow until there is no block for the second."""
     host = changes.pop("host_blocks", 0)
-    driver = driver_class(limits(**changes), num_blocks=6, block_size=2, host_blocks=host, cache=False)
-    driver.submit(request("old", [1, 2, 3], max_tokens=9))
+    cache, old_tokens = changes.pop("cache", False), changes.pop("old_tokens", 9)
+    driver = driver_class(limits(**changes), num_blocks=6, block_size=2, host_blocks=host, cache=cache)
+    driver.submit(request("old", [1, 2, 3], max_tokens=old_tokens))
     driver.submit(request("young", [4, 2, 3], arrival=1.0, max_tokens=9))
     while not driver.state.totals.preemptions:
         step = driver.step()
@@ -141,6 +143,16 @@ def test_preempted_request_is_computed_again_and_keeps_its_tokens(driver_class):
     assert again
 
 
+@pytest.mark.parametrize("swap", ["recompute", "swap"])
+def test_blocks_of_a_preempted_request_can_be_found_again_once_it_is_back(driver_class, swap):
+    driver, _ = crowded(driver_class, swap=swap, host_blocks=9, cache=True)
+    young = driver.state.requests["young"]
+    while len(young.token_ids) < 10:
+        driver.step()
+    assert driver.state.pool.match(young.block_hashes) == young.block_ids[:4]
+    driver.finish()
+
+
 def test_swapped_request_goes_on_where_it_was(driver_class):
     driver, step = crowded(driver_class, swap="swap", host_blocks=3)
     assert len(step.swap_out) == 3
@@ -151,6 +163,32 @@ def test_swapped_request_goes_on_where_it_was(driver_class):
     assert {host for _, host in step.swap_out} == {host for host, _ in back.swap_in}
     assert ("young", 6, 1, True, False) in shape(back)
     assert driver.state.totals.swaps_in == driver.state.totals.swaps_out == 1
+
+
+def test_swapped_request_takes_from_the_prefix_cache_what_is_still_there(driver_class):
+    driver, step = crowded(driver_class, swap="swap", host_blocks=3, cache=True, old_tokens=5)
+    driver.finish()
+    driver.check_answers()
+    back = next(s for s in driver.steps if s.swap_in)
+    assert [host for host, _ in back.swap_in] == [host for _, host in step.swap_out][2:]
+    assert ("young", 6, 1, True, False) in shape(back)
+
+
+def test_swapped_request_takes_more_from_the_prefix_cache_than_it_had(driver_class):
+    """It was swapped out amid its prompt, which its twin had computed to the end."""
+    driver = driver_class(limits(swap="swap", max_num_batched_tokens=10), num_blocks=8, block_size=2, host_blocks=9)
+    prompt = [1, 2, 3, 4, 5, 1, 2, 3]
+    driver.submit(request("twin", prompt))
+    driver.submit(request("late", prompt, arrival=1.0))
+    while not driver.state.totals.swaps_out:
+        driver.step()
+    assert driver.state.swapped["late"].num_computed_tokens == 6
+    while not driver.state.totals.swaps_in:
+        step = driver.step()
+    assert shape(step)[-1] == ("late", 7, 1, True, True)
+    assert step.swap_in == []
+    driver.finish()
+    driver.check_answers()
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ import pytest
 import tokenizers
 
 from quire.config.server import ServerConfig
-from quire.serve.engine_client import Supervision
 from quire.serve.engine_process import EngineCommand
 from quire.serve.run import Launch, StopOrders, run
+from quire.serve.supervision import Supervision
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
 MODEL = "tiny"

@@ -127,9 +127,7 @@ def advance(running: Running, now: float) -> EngineOutput | None:
         reason, stop = FinishReason.STOP, token_id
     elif running.made >= sampling.max_tokens:
         reason = FinishReason.LENGTH
-    times = RequestTimes(
-        arrival=request.arrival_time, first_scheduled=running.started, first_token=now, last_token=now
-    )
+    times = RequestTimes(arrival=request.arrival_time, first_scheduled=running.started, first_token=now, last_token=now)
     return EngineOutput(
         request_id=request.request_id,
         token_ids=(token_id,),
@@ -179,9 +177,7 @@ def serve(socket: zmq.Socket[bytes]) -> None:
                     if "full" in one.spells:
                         error = QueueFull("The queue is full.", remedy="Try later.", retry_after=3.2).to_info()
                         outputs.append(
-                            EngineOutput(
-                                request_id=request.request_id, finish_reason=FinishReason.ERROR, error=error
-                            )
+                            EngineOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=error)
                         )
                     else:
                         running[request.request_id] = one

@@ -157,3 +157,18 @@ def test_one_failing_prompt_fails_the_call_and_cancels_the_rest(served):
     assert (status, answer["error"]["code"]) == (429, "queue_full")
     submitted = [event[1] for event in served.events() if event[0] == "submit"]
     served.until(lambda: ["cancel", submitted[-2]] in served.events(), "the cancel of the other prompt")
+
+
+def test_a_request_id_of_the_clients_own(served, expected):
+    for _ in range(2):  # twice the same: the engine has to tell them apart
+        extra = {"request_id": "mine"}
+        answer = served.client().completions.create(model="tiny", prompt="abc", max_tokens=2, seed=0, extra_body=extra)
+        assert answer.id == "cmpl-mine"
+        assert answer.choices[0].text == expected("abc", 2)
+    assert served.post("/v1/completions", {"prompt": "abc", "request_id": "a b"})[0] == 400
+
+
+def test_an_answer_in_memory_is_bounded(served):
+    body = {"prompt": "a", "n": 128, "max_tokens": 600, "logprobs": 20}
+    status, answer = served.post("/v1/completions", body)
+    assert (status, answer["error"]["param"]) == (400, "logprobs")

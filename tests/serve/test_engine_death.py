@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from quire.core.errors import CheckpointError, EngineStartFailed
-from quire.serve.engine_client import Supervision
+from quire.serve.supervision import Supervision
 
 QUICK = Supervision(heartbeat_timeout=0.5, max_restarts=3, first_back_off=0.02, start_wait=5.0)
 
@@ -68,9 +68,9 @@ def test_poison_is_quarantined_and_the_others_survive(fragile, expected):
 
     def ask(prompt: str) -> None:
         try:
-            results[prompt] = fragile.client().completions.create(
-                model="tiny", prompt=prompt, max_tokens=100, seed=0
-            ).choices[0].text
+            results[prompt] = (
+                fragile.client().completions.create(model="tiny", prompt=prompt, max_tokens=100, seed=0).choices[0].text
+            )
         except openai.APIStatusError as error:
             results[prompt] = error
 
@@ -88,7 +88,9 @@ def test_poison_is_quarantined_and_the_others_survive(fragile, expected):
     assert isinstance(poisoned, openai.InternalServerError)
     assert poisoned.status_code == 503
     assert poisoned.body["code"] == "engine_dead"
-    assert fragile.client().completions.create(model="tiny", prompt="abc", seed=0).choices[0].text == expected("abc", 16)
+    assert fragile.client().completions.create(model="tiny", prompt="abc", seed=0).choices[0].text == expected(
+        "abc", 16
+    )
 
 
 def test_lone_poison_dies_after_two_engines(fragile):

@@ -95,9 +95,9 @@ def test_a_second_order_stops_at_once(serving):
         thread = threading.Thread(target=ask)
         thread.start()
         wait_for_submit(running, 0)
-        running.stop()  # to drain, which will not end
-        if running.thread.is_alive():
-            running.stop()
+        running.loop.call_soon_threadsafe(running.orders.give)
+        running.until(lambda: running.get("/ready")[0] == 503, "draining")  # which will not end by itself
+        running.stop()
         thread.join(20)
         assert len(errors) == 1
         assert running.exit == [0]
@@ -106,9 +106,7 @@ def test_a_second_order_stops_at_once(serving):
 def test_drain_is_bounded(serving):
     with serving(shutdown_timeout=0.2) as running:
         answers = []
-        thread = threading.Thread(
-            target=lambda: answers.append(running.post("/v1/completions", {"prompt": "!wait"}))
-        )
+        thread = threading.Thread(target=lambda: answers.append(running.post("/v1/completions", {"prompt": "!wait"})))
         thread.start()
         wait_for_submit(running, 0)
         running.stop()
@@ -175,7 +173,9 @@ def test_signals_drain_and_leave_no_engine_behind(model_dir, tmp_path, number, e
             text += chunk.choices[0].text
         assert text == expected("!slow:10", 40)
         assert process.wait(20) == 0
-    pid = int([line.split()[1] for line in (tmp_path / "events").read_text().splitlines() if line.startswith("start")][-1])
+    pid = int(
+        [line.split()[1] for line in (tmp_path / "events").read_text().splitlines() if line.startswith("start")][-1]
+    )
     deadline = time.monotonic() + 10
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < deadline, "the engine is still there"

@@ -195,12 +195,22 @@ def test_bad_defaults_are_named(tmp_path, entry):
         generation_defaults(tmp_path)
 
 
-def test_eos_token_ids(tmp_path, byte_level_tokenizer):
-    assert eos_token_ids(tmp_path, byte_level_tokenizer) == (3,)
+def test_eos_token_ids(tmp_path):
+    assert eos_token_ids(tmp_path) == ()
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 7}}))
-    assert eos_token_ids(tmp_path, byte_level_tokenizer) == (7, 3)
+    assert eos_token_ids(tmp_path) == (7,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 2]}))
-    assert eos_token_ids(tmp_path, byte_level_tokenizer) == (3, 2)
+    assert eos_token_ids(tmp_path) == (3, 2)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
     with pytest.raises(BadValue, match="eos_token_id"):
-        eos_token_ids(tmp_path, byte_level_tokenizer)
+        eos_token_ids(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "tokenizer.json"])
+def test_the_tokenizers_own_eos_is_among_them(tmp_path, where):
+    added = {"id": 41, "content": "<end>"}
+    entry = {"added_tokens_decoder": {"41": added}} if where == "tokenizer_config.json" else {"added_tokens": [added]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    (tmp_path / where).write_text(json.dumps(entry))
+    assert eos_token_ids(tmp_path) == (7, 41)

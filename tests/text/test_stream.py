@@ -20,7 +20,8 @@ def draw_ids(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
     encoded = texts.map(lambda text: tokenizer.encode(text, add_special_tokens=False))
     some = st.lists(st.integers(0, size - 1), max_size=4) | st.lists(st.sampled_from(special), max_size=3)
     cut = encoded.flatmap(lambda ids: st.integers(0, len(ids)).map(lambda end: ids[:end]))
-    return sum(data.draw(st.lists(some | encoded | cut, max_size=8)), [])
+    parts = data.draw(st.lists(some | encoded | cut, max_size=8))
+    return [token_id for part in parts for token_id in part]
 
 
 def draw_chunks(data: st.DataObject, ids: list[int]) -> list[list[int]]:

@@ -149,15 +149,18 @@ def test_renders_what_transformers_renders(templates, oracle, name, messages, to
         "continue_final_message": ending == "continue",
         **extra,
     }
+    expected, words = None, ""
     try:
         expected = oracle.apply_chat_template(messages, chat_template=SOURCES[name], tokenize=False, **options)
-    except Exception as error:
-        with pytest.raises((TemplateError, InvalidParameter)) as refusal:
-            templates[name].render(messages, **options)
-        if "roles" in str(error) or "single" in str(error):
-            assert str(error) in str(refusal.value)  # the template's own words
+    except Exception as error:  # transformers has no type of its own for a template that refuses
+        words = str(error)
+    if expected is not None:
+        assert templates[name].render(messages, **options) == expected
         return
-    assert templates[name].render(messages, **options) == expected
+    with pytest.raises((TemplateError, InvalidParameter)) as refusal:
+        templates[name].render(messages, **options)
+    if "roles" in words or "single" in words:
+        assert words in str(refusal.value)  # what the template itself says
 
 
 def one(source: str, *, limits: RenderLimits | None = None) -> ChatTemplate:
@@ -173,7 +176,7 @@ HOSTILE = {
     "constant folded": "{{ 'a' | center(10000000000) }}",
     "wide format": "{{ '%10000000000d' % 1 }}",
     "endless output": "{% for a in range(99999) %}{% for b in range(99999) %}abc{% endfor %}{% endfor %}",
-    "doubled list": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "doubled list": "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x=[n.x]*2 %}{% endfor %}{{ n.x }}",
     "doubled string": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "recursion": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
     "replace": "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",

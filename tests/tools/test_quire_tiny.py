@@ -35,7 +35,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def accuracy() -> dict[str, float]:
-    return json.loads((ASSETS / evaluate.ACCURACY_FILE).read_text())
+    return evaluate.read_accuracy(ASSETS)
 
 
 def test_same_seed_same_conversations():

@@ -12,6 +12,8 @@ from quire_tiny.tokenizer import END_OF_TEXT, IM_END, IM_START
 
 ROW_LENGTHS = (256, 512, 1024)
 PLAIN_SHARE = 0.03
+LONG_SHARE = 0.4
+"""How many of the documents longer than the shortest row are kept: their tokens cost the most."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,13 @@ class DocumentMaker:
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, tokens: int) -> Iterator[Batch]:
     """Endless batches of exactly `tokens` tokens; a document stands in a row of the shortest length that holds it."""
-    maker = DocumentMaker(tokenizer, Random(f"train {seed}"))
+    rng = Random(f"train {seed}")
+    maker = DocumentMaker(tokenizer, rng)
     waiting: dict[int, list[Document]] = {length: [] for length in ROW_LENGTHS}
     shortest = ROW_LENGTHS[0]
     while True:
         document = maker.document()
-        if document.length > ROW_LENGTHS[-1]:
+        if document.length > (ROW_LENGTHS[-1] if rng.random() < LONG_SHARE else shortest):
             continue
         length = _row_length(document)
         waiting[length].append(document)

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,22 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def accuracy(records: Sequence[Record], texts: Sequence[str]) -> dict[str, float]:
-    """The share of exact answers, per skill."""
+    """The share of exact answers, skill by skill."""
     right: dict[str, list[bool]] = defaultdict(list)
     for record, text in zip(records, texts, strict=True):
         right[record["skill"]].append(text == record["answer"])
     return {skill: round(sum(each) / len(each), 4) for skill, each in right.items()}
+
+
+def write_accuracy(folder: Path, records: Sequence[Record], result: dict[str, float]) -> None:
+    asked = Counter(record["skill"] for record in records)
+    skills = {skill: {"accuracy": share, "questions": asked[skill]} for skill, share in result.items()}
+    (folder / ACCURACY_FILE).write_text(json.dumps({"skills": skills}, indent=2) + "\n")
+
+
+def read_accuracy(folder: Path) -> dict[str, float]:
+    recorded = json.loads((folder / ACCURACY_FILE).read_text())
+    return {skill: each["accuracy"] for skill, each in recorded["skills"].items()}
 
 
 def main() -> None:
@@ -97,7 +108,7 @@ def main() -> None:
             print(f"{record['skill']}: {record['messages'][-1]['content']!r}\n  {record['answer']!r}\n  {text!r}")
     print(json.dumps(result, indent=2))
     if not arguments.limit:
-        (arguments.folder / ACCURACY_FILE).write_text(json.dumps(result, indent=2) + "\n")
+        write_accuracy(arguments.folder, records, result)
 
 
 if __name__ == "__main__":

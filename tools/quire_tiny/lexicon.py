@@ -29,8 +29,9 @@ NAMES = (
     " Tara Theo Tim Tom Uma Vera Victor Wei Yara Yuki Zoe"
 ).split()
 CITIES = (
-    "Paris London Berlin Madrid Rome Oslo Vienna Prague Lisbon Dublin Athens Tokyo Kyoto Seoul Delhi Mumbai Cairo Nairobi"
-    " Lagos Lima Quito Bogota Havana Boston Chicago Denver Seattle Austin Toronto Montreal Sydney Perth Auckland Geneva"
+    "Paris London Berlin Madrid Rome Oslo Vienna Prague Lisbon Dublin Athens Tokyo Kyoto Seoul Delhi Mumbai Cairo"
+    " Nairobi Lagos Lima Quito Bogota Havana Boston Chicago"
+    " Denver Seattle Austin Toronto Montreal Sydney Perth Auckland Geneva"
     " Zurich Milan Naples Porto Seville Warsaw Helsinki Stockholm Copenhagen Brussels Amsterdam Munich Hamburg Beijing"
     " Shanghai Singapore Bangkok Hanoi Jakarta Manila Istanbul Dubai Riyadh Tunis Accra Dakar"
 ).split()

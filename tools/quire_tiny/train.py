@@ -3,12 +3,15 @@
 import argparse
 import copy
 import json
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -19,7 +22,7 @@ from quire_tiny.batches import ROW_LENGTHS, Batch, batches
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     seed: int = 1
-    steps: int = 1300
+    steps: int = 1000
     batch_tokens: int = 8192
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
@@ -27,7 +30,9 @@ class Recipe:
     warmup: int = 30
     cooldown_share: float = 0.6
     threads: int = 2
-    snapshot_every: int = 200
+    snapshot_every: int = 100
+    start: str = ""
+    """A checkpoint to go on from, with its tokenizer; empty: from nothing."""
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
@@ -35,7 +40,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
         vocab_size=tokenizers.VOCAB_SIZE,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -65,6 +70,16 @@ def attention(
     shares = torch.softmax(scores.float(), -1).to(value_bgtd.dtype).view(b, g, h // g * t, t)
     mixed = torch.matmul(shares, value_bgtd).view(b, h, t, d)
     return mixed.transpose(1, 2).contiguous(), None
+
+
+class Batches(IterableDataset[Batch]):
+    """The endless batches of a recipe."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
+        self._tokenizer, self._recipe = tokenizer, recipe
+
+    def __iter__(self) -> Iterator[Batch]:
+        return batches(self._tokenizer, self._recipe.seed, self._recipe.batch_tokens)
 
 
 def loss_of(decoder: torch.nn.Module, lm_head: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -105,7 +120,8 @@ def fit(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Rec
     steppers = optimizers(model, recipe)
     groups = [(group, group["lr"]) for stepper in steppers for group in stepper.param_groups]
     compiled = torch.compile(model.model, dynamic=False)
-    source = batches(tokenizer, recipe.seed, recipe.batch_tokens)
+    # A process of its own makes the text, in the same order every time.
+    source = iter(DataLoader(Batches(tokenizer, recipe), batch_size=None, num_workers=1, prefetch_factor=8))
     started, total = time.monotonic(), 0.0
     for step in range(recipe.steps):
         batch = next(source)
@@ -136,6 +152,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
         do_sample=True, temperature=0.2, top_p=0.9, eos_token_id=[end, pad], pad_token_id=pad
     )
     model.to(torch.bfloat16).save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
 
 
 def train(out: Path, recipe: Recipe) -> None:
@@ -143,10 +160,18 @@ def train(out: Path, recipe: Recipe) -> None:
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizers.save(tokenizers.train(recipe.seed), out)
+    if recipe.start:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(Path(recipe.start) / name, out / name)
+    else:
+        tokenizers.save(tokenizers.train(recipe.seed), out)
     tokenizer = tokenizers.load(out)
     ALL_ATTENTION_FUNCTIONS.register("quire_tiny", attention)
-    model = Qwen3ForCausalLM(model_config(tokenizer)).float()
+    if recipe.start:
+        model = Qwen3ForCausalLM.from_pretrained(recipe.start, dtype=torch.float32)
+    else:
+        model = Qwen3ForCausalLM(model_config(tokenizer)).float()
+    model.train()
     model.set_attn_implementation("quire_tiny")
     fit(model, tokenizer, recipe, out)
     save(model, tokenizer, out)

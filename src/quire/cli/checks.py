@@ -18,6 +18,8 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Literal
 
+from quire.core.errors import QuireError
+
 GIB = 1024**3
 LEAST_MEMORY = 2 * GIB
 LEAST_DISK = 5 * GIB
@@ -53,6 +55,8 @@ def run_checks(host: str, port: int, *, ask_model: bool) -> list[Check]:
     for name, check in checks:
         try:
             found.append(check())
+        except QuireError as error:
+            found.append(Check(name=name, status="fail", detail=error.message, remedy=error.remedy))
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             found.append(Check(name=name, status="fail", detail=message, remedy="Install quire again, or report this."))
@@ -138,15 +142,13 @@ def check_cores() -> Check:
 
 
 def check_memory() -> Check:
+    """What the engine would find: the machine's free memory, or what the container's limit leaves of it."""
     import psutil
 
-    free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
-    limit = cgroup_bytes(Path("/sys/fs/cgroup/memory.max"))
-    used = cgroup_bytes(Path("/sys/fs/cgroup/memory.current"))
-    detail = f"{free / GIB:.1f} of {total / GIB:.1f} GiB available"
-    if limit is not None and limit < total:
-        detail += f"; this container may use {limit / GIB:.1f} GiB"
-        free = min(free, max(0, limit - (used or 0)))
+    from quire.cache.ledger import available_memory
+
+    free, total = available_memory(), psutil.virtual_memory().total
+    detail = f"{free / GIB:.1f} of {total / GIB:.1f} GiB may be used"
     if free < LEAST_MEMORY:
         return Check(
             name="memory",
@@ -239,15 +241,6 @@ def check_model() -> Check:
             name="model", status="fail", detail=detail, remedy=f"It should say {ANSWER}: this machine computes wrongly."
         )
     return Check(name="model", status="ok", detail=detail)
-
-
-def cgroup_bytes(path: Path) -> int | None:
-    """A number of bytes that cgroup v2 tells; None for no limit, or where there is no such file."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
 
 
 def cgroup_cpus(path: Path) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -168,4 +169,6 @@ def _message(error: Any) -> str:
 
 def _unreachable(address: str, error: Exception) -> ServerFault:
     reason = str(error) or type(error).__name__
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
+        reason = os.strerror(error.os_error.errno)
     return ServerFault(f"{address}: {reason}.", remedy="Is the server running? Check the URL.")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from quire.cli.chat import ApiKey, Url, visible
 from quire.cli.flags import ConfigFile, OwnEngineFlags
@@ -14,7 +17,8 @@ DEFAULT_MAX_TOKENS = 128
 
 
 def complete(
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
     *,
     model: str | None = None,
     url: Url = None,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
-from quire.cli.bench.report import Json, print_json
+from cyclopts import Parameter
+
+from quire.cli.bench.report import print_json
 from quire.cli.checks import Check, run_checks
 from quire.cli.flags import ConfigFile, settings
 from quire.config.server import ServerConfig
@@ -16,9 +19,9 @@ def doctor(
     *,
     host: str | None = None,
     port: int | None = None,
-    model: bool = True,
+    model: Annotated[bool, Parameter(negative="--no-model")] = True,
     config: ConfigFile = None,
-    json: Json = False,
+    json: bool = False,
 ) -> int:
     """Check the installation and the machine. The exit code is 1 if a check fails.
 

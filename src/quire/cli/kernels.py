@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from quire.cli.bench.report import Json, print_json
+from quire.cli.bench.report import print_json
 
 
-def kernels(*, dtype: Literal["bfloat16", "float32", "float16"] | None = None, json: Json = False) -> None:
+def kernels(*, dtype: Literal["bfloat16", "float32", "float16"] | None = None, json: bool = False) -> None:
     """List which implementation serves each op on this machine, and why.
 
     Parameters

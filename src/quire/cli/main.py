@@ -46,7 +46,7 @@ def build_app() -> App:
         help="An LLM inference engine and OpenAI-compatible server.",
         version=f"quire {__version__}",
         help_format="plaintext",
-        default_parameter=Parameter(negative_iterable=()),
+        default_parameter=Parameter(negative_iterable=(), negative_bool=()),
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from quire.engine.llm import LLM
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-PROBE_SECONDS = 1.0
+PROBE_SECONDS = 1.0  # for a server that nobody named
+ANSWER_SECONDS = 30.0
 
 Message = Mapping[str, Any]
 
@@ -88,26 +89,35 @@ def connect(
         yield _local(resolved.value, generation)
         return
 
-    from quire.cli.client import ServerFault, base_url, list_models, open_session
+    from quire.cli.client import ServerFault, base_url, open_session
 
     with asyncio.Runner() as runner:
+        address = base_url(url or DEFAULT_URL)
         session = runner.run(_call(open_session, api_key=api_key))
         try:
             try:
-                names = runner.run(
-                    asyncio.wait_for(list_models(session, url or DEFAULT_URL), PROBE_SECONDS if url is None else 30)
-                )
-            except (ServerFault, TimeoutError):
+                names = runner.run(_models_within(session, address, PROBE_SECONDS if url is None else ANSWER_SECONDS))
+            except ServerFault as error:
                 if url is not None:
                     raise
-                print(f"No server at {DEFAULT_URL}: starting an engine here.", file=sys.stderr)
+                print(f"{error.message} Starting an engine here.", file=sys.stderr)
                 yield _local(resolved.value, generation)
                 return
             served = model or (names[0] if names else "")
-            print(f"Using {served} at {base_url(url or DEFAULT_URL)}.", file=sys.stderr)
-            yield RemotePartner(runner, session, base_url(url or DEFAULT_URL), served, generation)
+            print(f"Using {served} at {address}.", file=sys.stderr)
+            yield RemotePartner(runner, session, address, served, generation)
         finally:
             runner.run(session.close())
+
+
+async def _models_within(session: aiohttp.ClientSession, address: str, seconds: float) -> list[str]:
+    from quire.cli.client import ServerFault, list_models
+
+    try:
+        async with asyncio.timeout(seconds):
+            return await list_models(session, address)
+    except TimeoutError as error:
+        raise ServerFault(f"{address} did not answer within {seconds:g} s.", remedy="Check the URL.") from error
 
 
 def _local(config: EngineConfig, generation: Generation) -> Partner:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quire.cli.bench.report import Json, print_json
+from quire.cli.bench.report import print_json
 from quire.cli.flags import ConfigFile, EngineFlags, settings
 from quire.config.engine import EngineConfig
 
@@ -10,7 +10,7 @@ from quire.config.engine import EngineConfig
 def plan(
     model: str | None = None,
     *,
-    json: Json = False,
+    json: bool = False,
     config: ConfigFile = None,
     engine: EngineFlags = None,
 ) -> None:

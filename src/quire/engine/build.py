@@ -19,7 +19,6 @@ from quire.engine.runner import Runner
 from quire.models.load import LoadedModel, load_model
 from quire.sched.state import SchedulerLimits, SchedulerState
 from quire.text.defaults import eos_token_ids
-from quire.text.tokenizer import Tokenizer
 
 ASSUMED_FLOPS_PER_CORE = 50e9
 """What a core computes in a prefill, for weighing a swap against computing again. An order of magnitude suffices."""
@@ -27,7 +26,7 @@ ASSUMED_COPY_BYTES_PER_SECOND = 8e9
 
 
 def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> Engine:
-    """`config.model` is a local directory. Raises the `QuireError` that says what is wrong with it or with a setting."""
+    """`config.model` is a local directory. Raises the `QuireError` that says what is wrong with it or a setting."""
     directory = Path(config.model)
     num_threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(num_threads)
@@ -37,7 +36,7 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
     max_model_len = min(ledger.max_model_len, (num_blocks - 1) * config.block_size)
     kv = model.new_kv_cache(num_blocks, config.block_size)
     host_blocks = int(config.swap_space * GIB) // ledger.kv_bytes_per_block
-    eos = eos_token_ids(directory, Tokenizer.load(directory))
+    eos = eos_token_ids(directory)
     flops_per_token = 2 * model.weight_bytes / torch.empty((), dtype=model.dtype).element_size()
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
@@ -70,7 +69,7 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
         num_blocks=num_blocks,
         eos_token_ids=eos,
         dtype=str(model.dtype).removeprefix("torch."),
-        architecture=model.architecture,
+        architecture=model.arch.architecture,
         weight_bytes=model.weight_bytes,
         kv_bytes_per_token=ledger.kv_bytes_per_block // config.block_size,
         max_logprobs=config.max_logprobs,

@@ -1,10 +1,10 @@
 """The Python API: an engine in this process, text in and text out.
 
-    from quire import LLM, SamplingParams
+from quire import LLM, SamplingParams
 
-    llm = LLM("quire-tiny")
-    for output in llm.chat([{"role": "user", "content": "What is 17 + 25?"}], SamplingParams(max_tokens=20)):
-        print(output.outputs[0].text)
+llm = LLM("quire-tiny")
+for output in llm.chat([{"role": "user", "content": "What is 17 + 25?"}], SamplingParams(max_tokens=20)):
+    print(output.outputs[0].text)
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from quire.config.engine import EngineConfig
+import msgspec
+
+from quire.config.engine import BUILTIN_MODEL, EngineConfig
 from quire.core.errors import InvalidParameter, from_info
 from quire.core.model_info import ModelInfo
 from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
@@ -68,12 +70,14 @@ class LLM:
     Raises the `CheckpointError` or `ConfigError` that says what is wrong with the model or an argument.
     """
 
-    def __init__(self, model: str = EngineConfig.model, **config: Any) -> None:
+    def __init__(self, model: str = BUILTIN_MODEL, **config: Any) -> None:
         engine_config = EngineConfig(model=model, **config)
         directory = resolve_model(engine_config)
         self._engine = build_engine(replace(engine_config, model=str(directory)))
         self.tokenizer = Tokenizer.load(directory)
-        self._encoder = PromptEncoder(self.tokenizer, ChatTemplate.load(directory), self._engine.info, max_logprobs=self._engine.info.max_logprobs)
+        self._encoder = PromptEncoder(
+            self.tokenizer, ChatTemplate.load(directory), self._engine.info, max_logprobs=self._engine.info.max_logprobs
+        )
         self._defaults = generation_defaults(directory)
         self._seeds = Random(engine_config.seed)  # noqa: S311 - sampling, not secrets
         self._counter = itertools.count()
@@ -85,7 +89,7 @@ class LLM:
 
     def default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json asks for, and our defaults for the rest."""
-        return SamplingParams(**self._defaults)
+        return msgspec.convert(self._defaults, SamplingParams)
 
     def generate(
         self,
@@ -95,7 +99,7 @@ class LLM:
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Complete each prompt (text, or token ids). Answers come in the order of the prompts."""
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        several: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         jobs = []
         for prompt, sampling in zip(several, self._sampling_for(len(several), params), strict=True):
             text = prompt if isinstance(prompt, str) else None
@@ -157,7 +161,14 @@ class LLM:
             arrival_time=time.monotonic(),
             fresh_seed=lambda: self._seeds.getrandbits(63),
         )
-        return _Job(request_id, prompt, prompt_token_ids, sampling, requests, self.tokenizer)
+        return _Job(
+            prompt=prompt,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            requests=requests,
+            tokenizer=self.tokenizer,
+            eos_token_ids=self.info.eos_token_ids,
+        )
 
     def _stream(self, job: _Job) -> Iterator[str]:
         if job.sampling.n != 1:
@@ -175,12 +186,11 @@ class LLM:
             self._cancel(job)
 
     def _run(self, jobs: Sequence[_Job], progress: bool) -> None:
+        bar: AbstractContextManager[Callable[[int, int], None]] = nullcontext(lambda _finished, _tokens: None)
         if progress:
             from quire.engine.progress import progress_bar
 
             bar = progress_bar("Generating", len(jobs))
-        else:
-            bar = nullcontext(lambda _finished, _tokens: None)
         finished = tokens = 0
         try:
             with bar as tell:
@@ -228,23 +238,25 @@ class _Job:
 
     def __init__(
         self,
-        request_id: str,
+        *,
         prompt: str | None,
         prompt_token_ids: list[int],
         sampling: SamplingParams,
         requests: list[EngineRequest],
         tokenizer: Tokenizer,
+        eos_token_ids: tuple[int, ...],
     ) -> None:
         self.sampling = sampling
         self.requests = requests
         wants_logprobs = sampling.logprobs is not None
         samples = [CompletionOutput(index=i, logprobs=[] if wants_logprobs else None) for i in range(len(requests))]
         self.output = RequestOutput(
-            request_id=request_id, prompt=prompt, prompt_token_ids=prompt_token_ids, outputs=samples
+            request_id=requests[0].request_id, prompt=prompt, prompt_token_ids=prompt_token_ids, outputs=samples
         )
         self._samples = {request.request_id: samples[index] for index, request in enumerate(requests)}
         self._streams = {
-            request.request_id: TextStream(tokenizer, request.sampling, prompt_token_ids) for request in requests
+            request.request_id: TextStream(tokenizer, request.sampling, prompt_token_ids, eos_token_ids=eos_token_ids)
+            for request in requests
         }
 
     @property

@@ -19,9 +19,7 @@ from quire.wire.rpc import Stats
 class Engine:
     """Single-threaded: whoever owns it calls `submit`, `cancel` and `step` from one thread."""
 
-    def __init__(
-        self, *, info: ModelInfo, state: SchedulerState, runner: Runner, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, *, info: ModelInfo, state: SchedulerState, runner: Runner, clock: Callable[[], float]) -> None:
         self.info = info
         self._state = state
         self._runner = runner

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -19,7 +20,6 @@ import zmq
 from quire.config.engine import EngineConfig
 from quire.core.errors import EngineStartFailed, QuireError
 from quire.core.request import EngineOutput
-from quire.engine.loop import Engine
 from quire.wire.rpc import (
     MAX_MESSAGE_BYTES,
     STATS_INTERVAL,
@@ -31,6 +31,9 @@ from quire.wire.rpc import (
     decode_to_engine,
     encode,
 )
+
+if TYPE_CHECKING:
+    from quire.engine.loop import Engine
 
 NOTHING_TO_RUN_MS = 2
 """How long to wait for news when requests wait but none can run yet; spares a spinning core."""
@@ -45,6 +48,9 @@ class Order(msgspec.Struct, forbid_unknown_fields=True):
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent drains us.
+    # torch's OpenMP threads spin at every barrier unless told to sleep: with anything else running on the same cores a
+    # step then takes twenty times as long. Read once, when torch is loaded, which is why nothing above imports it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
@@ -52,7 +58,7 @@ def main() -> int:
         socket.setsockopt(zmq.LINGER, 2000)
         socket.connect(f"ipc://{order.socket}")
         try:
-            # Late, so that a failing import is reported to the parent like any other failure to start.
+            # Late, so that an import that fails is reported to the parent like any other failure to start.
             from quire.engine.build import build_engine
 
             engine = build_engine(order.config)

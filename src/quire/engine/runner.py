@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from quire.core.errors import QuireError
+from quire.core.errors import EngineError, QuireError
 from quire.core.request import TokenLogprobs
 from quire.engine.inputs import build_batch, needs_prompt_logprobs
 from quire.models.load import LoadedModel
 from quire.nn.kv import KVCache
-from quire.nn.sampling import Sampler, SamplingRow
+from quire.nn.sampling import Sampler, SamplingRow, prompt_logprobs
 from quire.sched.settle import StepResult
 from quire.sched.state import ScheduledChunk, Step
 
@@ -45,11 +45,11 @@ class Runner:
     def run(self, step: Step) -> RunOutput:
         """Compute `step`. The KV of every scheduled row is in the cache afterwards."""
         if self._host_kv is not None:
-            self._kv.swap_out(self._host_kv, step.swap_out)
-            self._kv.swap_in(self._host_kv, step.swap_in)
+            self._kv.swap_out(step.swap_out, self._host_kv)
+            self._kv.swap_in(step.swap_in, self._host_kv)
         if not step.scheduled:
             return RunOutput()
-        batch = build_batch(step.scheduled, self._kv.block_size, self._kv.device)
+        batch = build_batch(step.scheduled, self._kv.block_size, self._kv.data.device)
         hidden_sh = self._decoder.forward(batch, self._kv)
         return self._sample(step.scheduled, hidden_sh)
 
@@ -59,20 +59,17 @@ class Runner:
         row = 0
         for chunk in chunks:
             if needs_prompt_logprobs(chunk):
-                entries = list(self._prompt_logprobs(chunk, hidden_sh[row : row + chunk.num_tokens]))
-                output.results[chunk.state.request_id] = StepResult(prompt_logprobs=entries)
+                self._tell_prompt_logprobs(chunk, hidden_sh[row : row + chunk.num_tokens], output)
                 row += chunk.num_tokens
             elif chunk.samples:
                 row += 1
-            if chunk.samples:
+            if chunk.samples and chunk.state.request_id not in output.failures:
                 sampled.append((chunk, row - 1))
         for first in range(0, len(sampled), HEAD_ROWS):
             self._sample_rows(sampled[first : first + HEAD_ROWS], hidden_sh, output)
         return output
 
-    def _sample_rows(
-        self, sampled: Sequence[tuple[ScheduledChunk, int]], hidden_sh: Tensor, output: RunOutput
-    ) -> None:
+    def _sample_rows(self, sampled: Sequence[tuple[ScheduledChunk, int]], hidden_sh: Tensor, output: RunOutput) -> None:
         rows = torch.tensor([row for _, row in sampled], device=hidden_sh.device)
         logits_sv = self._decoder.logits(hidden_sh[rows])
         tokens = self._sampler.sample(logits_sv, [self._sampling_row(chunk) for chunk, _ in sampled])
@@ -98,13 +95,19 @@ class Runner:
             eos_token_ids=self._eos_token_ids,
         )
 
-    def _prompt_logprobs(self, chunk: ScheduledChunk, hidden_nh: Tensor) -> Iterator[TokenLogprobs]:
-        """The row at position p tells how likely token p + 1 was: one entry per row but that of the last prompt token."""
+    def _tell_prompt_logprobs(self, chunk: ScheduledChunk, hidden_nh: Tensor, output: RunOutput) -> None:
+        """The row at position p tells how likely token p + 1 was; the last prompt token's row tells of none."""
         state = chunk.state
         num_top = state.request.sampling.prompt_logprobs
         assert num_top is not None
         targets = state.token_ids[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, state.num_prompt_tokens)]
-        for first in range(0, len(targets), HEAD_ROWS):
-            piece = targets[first : first + HEAD_ROWS]
-            logits_sv = self._decoder.logits(hidden_nh[first : first + len(piece)])
-            yield from self._sampler.prompt_logprobs(logits_sv, piece, num_top)
+        entries: list[TokenLogprobs] = []
+        try:
+            for first in range(0, len(targets), HEAD_ROWS):
+                piece = targets[first : first + HEAD_ROWS]
+                logits_sv = self._decoder.logits(hidden_nh[first : first + len(piece)])
+                entries.extend(prompt_logprobs(logits_sv, piece, num_top))
+        except EngineError as error:  # this prompt's numbers are not finite; the other requests go on
+            output.failures[state.request_id] = error
+        else:
+            output.results[state.request_id] = StepResult(prompt_logprobs=entries)

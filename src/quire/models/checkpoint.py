@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
@@ -24,6 +25,13 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 MAX_FILES = 10_000
+
+TOKENIZER_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "*.tiktoken")
+FILE_PATTERNS = (*TOKENIZER_PATTERNS, "*.safetensors")
+"""The files of a checkpoint's top folder that anything here reads: what is fetched of a remote one."""
+
+SKIPPED_PATTERNS = ("consolidated*.safetensors",)
+"""The same weights a second time, under their original names."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONVERT = (
@@ -90,8 +98,7 @@ def _weight_files(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
         weight_map = _read_weight_map(index)
         return tuple(directory / name for name in sorted(set(weight_map.values()))), weight_map
     found = sorted(directory.glob("*.safetensors"))
-    # Some repositories carry the same weights a second time, under their original names.
-    files = [path for path in found if not path.name.startswith("consolidated")] or found
+    files = [path for path in found if not any(fnmatchcase(path.name, skip) for skip in SKIPPED_PATTERNS)] or found
     if len(files) > MAX_FILES:
         raise CheckpointError(f"{directory} holds {len(files)} weight files, more than {MAX_FILES}.", param="model")
     if files:

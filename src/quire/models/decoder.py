@@ -64,7 +64,8 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """One step: writes K and V of all its tokens to `kv`, returns float32 logits `[s, v]` of `logits_rows_s`."""
+        """One step: writes K and V of all its tokens to `kv`, returns the normed hidden states `[s, e]` of
+        `logits_rows_s`, for `logits`."""
         step = self._step(batch, kv.block_size)
         x_te, residual_te = self.embedding(batch.token_ids_t), None
         for index, layer in enumerate(self.layers):
@@ -72,7 +73,13 @@ class Decoder:
         assert residual_te is not None
         rows = batch.logits_rows_s
         normed_se, _ = self.norm.add(x_te.index_select(0, rows), residual_te.index_select(0, rows))
-        return self.head(normed_se).float()
+        return normed_se
+
+    @torch.inference_mode()
+    def logits(self, hidden_se: Tensor) -> Tensor:
+        """The head: float32 logits `[s, v]`. Apart from `forward`, so that the caller can bound how many rows of a large
+        vocabulary are in memory at one time."""
+        return self.head(hidden_se).float()
 
     def _step(self, batch: ForwardBatch, block_size: int) -> StepContext:
         cos, sin = self.rope.rows(batch.positions_t)

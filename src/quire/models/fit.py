@@ -67,8 +67,10 @@ def judge(config: EngineConfig, ledger: KVLedger, *, dtype: str, runnable: bool)
 
 def _remedies(config: EngineConfig, ledger: KVLedger, dtype: str) -> tuple[str, ...]:
     found: list[str] = []
-    if ledger.kv_cache_memory is not None and ledger.kv_cache_memory > ledger.memory_left > 0:
-        found.append(f"--kv-cache-memory {_floor(ledger.memory_left / GIB):g}")
+    if ledger.kv_cache_memory is not None and ledger.kv_cache_memory > ledger.memory_left:
+        room = _floor(ledger.memory_left / GIB)
+        if room > 0 and room * GIB >= _bytes_for(ledger, ledger.smallest_len):
+            found.append(f"--kv-cache-memory {room:g}")
     elif ledger.memory_left > 0:
         found.extend(_for_length(ledger, ledger.smallest_len))
         if ledger.num_blocks > 1 and ledger.required_len:

@@ -163,7 +163,7 @@ def plan_model(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Model:
-    """What config.json tells. `known`: the architecture is one of ours; `arch` is None all the same if it cannot run."""
+    """What config.json tells. `known`: the architecture is one of ours; `arch` is None for one that cannot be run."""
 
     name: str
     known: bool

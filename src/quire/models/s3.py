@@ -17,8 +17,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.core.errors import ConfigError, QuireError
+from quire.models.checkpoint import SKIPPED_PATTERNS
 from quire.models.json_file import shorten
-from quire.models.source import FILE_PATTERNS, SKIPPED_PATTERNS
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -56,20 +56,27 @@ class _Object:
         return _digest(self.name, self.version, str(self.size))
 
 
-def fetch(url: str, *, cache: Path) -> Path:
-    """Downloads what changed under `s3://bucket/prefix`, and returns the directory with the model's files.
+def fetch(url: str, *, cache: Path, patterns: Sequence[str], required: Sequence[str] = ()) -> Path:
+    """Downloads what changed under `s3://bucket/prefix`, and returns the directory with the files.
 
-    Only the files of the prefix's top level that a model consists of are taken (source.FILE_PATTERNS). Raises
-    ConfigError: no such bucket or prefix, no permission, no connection, no room.
+    Only objects directly under the prefix whose names match one of `patterns` are taken. Raises ConfigError: no such
+    bucket or prefix, a `required` name that is not there, no permission, no connection, no room.
     """
     bucket, prefix = _parse(url)
     store = _open(bucket)
-    objects = _list(store, url, prefix)
+    objects = _list(store, url, prefix, patterns)
+    missing = sorted({*required} - {item.name for item in objects})
+    if missing:
+        found = ", ".join(item.name for item in objects)
+        raise ConfigError(
+            f"{url} holds no {missing[0]}, but {shorten(found)}.", remedy=f"Give the prefix that holds {missing[0]}."
+        )
     home = cache / "s3" / f"{_label(bucket, prefix)}-{_digest(_endpoint(), bucket, prefix)[:16]}"
     snapshot = home / "snapshots" / _digest(*(item.digest for item in objects))[:32]
     try:
-        if not snapshot.is_dir():
+        if not all((snapshot / item.name).exists() for item in objects):
             _download(store, url, objects, home / "objects")
+        if not snapshot.is_dir():
             _assemble(objects, home / "objects", snapshot)
     except OSError as error:
         raise ConfigError(
@@ -85,9 +92,7 @@ def _parse(url: str) -> tuple[str, str]:
     prefix = prefix.strip("/")
     parts = prefix.split("/") if prefix else []
     if not _BUCKET.fullmatch(bucket) or any(part in {"", ".", ".."} for part in parts) or not prefix.isprintable():
-        raise ConfigError(
-            f"{shorten(url)} is not an S3 URL of a model.", param="model", remedy="Write s3://bucket/prefix."
-        )
+        raise ConfigError(f"{shorten(url)} is not an S3 URL of a model.", remedy="Write s3://bucket/prefix.")
     return bucket, prefix
 
 
@@ -107,7 +112,7 @@ def _open(bucket: str) -> S3Store:
     )
 
 
-def _list(store: S3Store, url: str, prefix: str) -> list[_Object]:
+def _list(store: S3Store, url: str, prefix: str, patterns: Sequence[str]) -> list[_Object]:
     import obstore
 
     with _explained(url):
@@ -115,7 +120,7 @@ def _list(store: S3Store, url: str, prefix: str) -> list[_Object]:
     objects = []
     for meta in found:
         name = meta["path"].rpartition("/")[2]
-        if not any(fnmatchcase(name, pattern) for pattern in FILE_PATTERNS):
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
             continue
         if any(fnmatchcase(name, pattern) for pattern in SKIPPED_PATTERNS) or not _FILE_NAME.fullmatch(name):
             continue
@@ -123,19 +128,11 @@ def _list(store: S3Store, url: str, prefix: str) -> list[_Object]:
         objects.append(_Object(meta["path"], name, meta["size"], etag, etag or meta["last_modified"].isoformat()))
     if not objects:
         raise ConfigError(
-            f"{url} holds no model: {len(found)} objects directly under this prefix, none of them *.json or "
-            "*.safetensors.",
-            param="model",
+            f"{url} holds no model: of {len(found)} objects directly under this prefix none is {', '.join(patterns)}.",
             remedy="Give the prefix that holds config.json.",
         )
     if len(objects) > MAX_OBJECTS:
-        raise ConfigError(f"{url} holds {len(objects)} files, more than {MAX_OBJECTS}.", param="model")
-    if all(item.name != "config.json" for item in objects):
-        raise ConfigError(
-            f"{url} holds no config.json, but {shorten(', '.join(sorted(item.name for item in objects)))}.",
-            param="model",
-            remedy="Give the prefix that holds config.json.",
-        )
+        raise ConfigError(f"{url} holds {len(objects)} files, more than {MAX_OBJECTS}.")
     return sorted(objects, key=lambda item: item.name)
 
 
@@ -161,23 +158,20 @@ def _download_one(store: S3Store, url: str, item: _Object, target: Path, pool: T
             part.unlink()
             return
         os.ftruncate(descriptor, 0)
-        starts = range(0, item.size, PART_BYTES)
         # The pool bounds how many parts are held: each is written where it belongs and let go before the next.
+        starts = range(0, item.size, PART_BYTES)
         futures = [pool.submit(_download_part, store, url, item, start, descriptor) for start in starts]
-        _finish(futures)
-        os.fsync(descriptor)
-        os.replace(part, target)
-
-
-def _finish(futures: list[Future[None]]) -> None:
-    """Waits for all; after a failure none is left that could still write."""
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
+        try:
+            for future in futures:
+                future.result()
+            os.fsync(descriptor)
+            os.replace(part, target)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            wait(futures)  # none may write once the descriptor is closed, and its number taken by another file
+            part.unlink()
+            raise
 
 
 def _download_part(store: S3Store, url: str, item: _Object, start: int, descriptor: int) -> None:
@@ -235,7 +229,7 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """Turns the client's errors, pages long with addresses in them, into one that says what to do."""
+    """Turns the client's errors, which are pages long, into one that says what to do."""
     try:
         yield
     except QuireError:
@@ -251,26 +245,23 @@ def _explain(url: str, error: Exception) -> ConfigError:
     found = _ERROR_CODE.search(text)
     code = found.group(1) if found else ""
     if code == "NoSuchBucket":
-        return ConfigError(f"{url}: there is no such bucket at {_endpoint()}.", param="model")
+        return ConfigError(f"{url}: there is no such bucket at {_endpoint()}.")
     if isinstance(error, FileNotFoundError | exceptions.PreconditionError):
-        return ConfigError(f"{url} changed while it was being downloaded.", param="model", remedy="Start again.")
+        return ConfigError(f"{url} changed while it was being downloaded.", remedy="Start again.")
     denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
     if denied or code in {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}:
         return ConfigError(
             f"{url}: access was refused by {_endpoint()}{f' ({code})' if code else ''}.",
-            param="model",
             remedy="Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_REGION.",
         )
     if "/latest/api/token" in text or "/latest/meta-data" in text:
         return ConfigError(
             f"{url}: no AWS credentials were found.",
-            param="model",
             remedy="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket.",
         )
     lines = text.strip().splitlines()
     return ConfigError(
         f"{url} cannot be read from {_endpoint()}: {shorten(lines[0] if lines else type(error).__name__, 400)}",
-        param="model",
         remedy="Check the network and AWS_ENDPOINT_URL.",
     )
 

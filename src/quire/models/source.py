@@ -12,26 +12,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from quire.config.engine import BUILTIN_MODEL, EngineConfig
 from quire.core.errors import ConfigError, MissingFile
+from quire.models.checkpoint import FILE_PATTERNS, TOKENIZER_PATTERNS
 from quire.models.json_file import shorten
-
-FILE_PATTERNS = (
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-    "*.tiktoken",
-)
-"""The files of a model's top folder that are fetched: configuration, weights, tokeniser, chat template."""
-
-SKIPPED_PATTERNS = ("consolidated*.safetensors",)
-"""The same weights a second time, under their original names."""
 
 _HUB_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?:{_HUB_PART}/)?{_HUB_PART}")
@@ -44,32 +32,24 @@ def resolve_model(config: EngineConfig) -> Path:
     Raises ConfigError when the name means nothing or the model cannot be fetched; the message says what was tried.
     MissingFile when there is a directory, but of something else than a model.
     """
-    name = config.model
-    if name == BUILTIN_MODEL:
-        return builtin_model()
-    if name.startswith("s3://"):
-        from quire.models import s3
-
-        directory = s3.fetch(name, cache=_cache_directory(config))
-        return _checked(directory, name)
-    path = _local_path(name)
-    if path is not None:
-        return path
-    if not is_hub_id(name):
-        raise ConfigError(
-            f"The model '{shorten(name)}' is not there: no such directory, and not a Hugging Face id either.",
+    directory = _resolve(config.model, config, param="model", patterns=FILE_PATTERNS, revision=config.revision)
+    if not (directory / "config.json").is_file():
+        raise MissingFile(
+            f"The model '{shorten(config.model)}' holds no config.json (looked in {directory}).",
             param="model",
-            remedy=f"Give {_FORMS}.",
+            remedy="A model in Hugging Face format has config.json, tokenizer.json and *.safetensors in one folder.",
         )
-    from quire.models import hub
+    return directory
 
-    directory = hub.fetch(
-        name,
-        revision=config.revision,
-        token=config.hf_token,
-        cache=Path(config.download_dir).expanduser() if config.download_dir else None,
-    )
-    return _checked(directory, name)
+
+def resolve_tokenizer(config: EngineConfig, model: Path) -> Path:
+    """The directory whose tokeniser is to be used: `model`, the model's own, unless `config.tokenizer` names another.
+
+    Of another model everything but the weights is fetched. Errors as of `resolve_model`.
+    """
+    if config.tokenizer is None:
+        return model
+    return _resolve(config.tokenizer, config, param="tokenizer", patterns=TOKENIZER_PATTERNS, revision=None)
 
 
 def builtin_model() -> Path:
@@ -89,40 +69,63 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and "--" not in name and ".." not in name
 
 
-def _local_path(name: str) -> Path | None:
+def _resolve(name: str, config: EngineConfig, *, param: str, patterns: Sequence[str], revision: str | None) -> Path:
+    if name == BUILTIN_MODEL:
+        return builtin_model()
+    if name.startswith("s3://"):
+        from quire.models import s3
+
+        required = ("config.json",) if param == "model" else ()
+        try:
+            return s3.fetch(name, cache=_cache_directory(config), patterns=patterns, required=required)
+        except ConfigError as error:
+            error.param = error.param or param
+            raise
+    path = _local_path(name, param)
+    if path is not None:
+        return path
+    if not is_hub_id(name):
+        raise ConfigError(
+            f"The {param} '{shorten(name)}' is not there: no such directory, and not a Hugging Face id either.",
+            param=param,
+            remedy=f"Give {_FORMS}.",
+        )
+    from quire.models import hub
+
+    return hub.fetch(
+        name,
+        revision=revision,
+        token=config.hf_token,
+        cache=Path(config.download_dir).expanduser() if config.download_dir else None,
+        patterns=patterns,
+        param=param,
+    )
+
+
+def _local_path(name: str, param: str) -> Path | None:
     """The directory that `name` is, or None when there is no such path."""
     if not name or not name.isprintable():
-        raise ConfigError(f"The model's name is {shorten(repr(name))}.", param="model", remedy=f"Give {_FORMS}.")
+        raise ConfigError(f"The {param}'s name is {shorten(repr(name))}.", param=param, remedy=f"Give {_FORMS}.")
     try:
         path = Path(name).expanduser()
         exists, is_directory = os.path.lexists(path), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user's home, no permission
         reason = shorten(getattr(error, "strerror", None) or str(error))  # str(error) would repeat the whole name
         raise ConfigError(
-            f"The model's path '{shorten(name)}' cannot be read: {reason}.",
-            param="model",
+            f"The {param}'s path '{shorten(name)}' cannot be read: {reason}.",
+            param=param,
             remedy=f"Give {_FORMS}.",
         ) from error
     if not exists:
         return None
     if not is_directory:
         raise ConfigError(
-            f"The model '{shorten(name)}' is not a directory.",
-            param="model",
+            f"The {param} '{shorten(name)}' is not a directory.",
+            param=param,
             remedy="Give the directory with config.json, tokenizer.json and *.safetensors; single files such as GGUF "
             "are not read.",
         )
-    return _checked(path.resolve(), name)
-
-
-def _checked(directory: Path, name: str) -> Path:
-    if not (directory / "config.json").is_file():
-        raise MissingFile(
-            f"The model '{shorten(name)}' holds no config.json (looked in {directory}).",
-            param="model",
-            remedy="A model in Hugging Face format has config.json, tokenizer.json and *.safetensors in one folder.",
-        )
-    return directory
+    return path.resolve()
 
 
 def _cache_directory(config: EngineConfig) -> Path:

@@ -36,10 +36,10 @@ def choose(logits_v: Floats, sampling: SamplingParams, uniform: float) -> int:
 
 def survivors(logits_v: Floats, sampling: SamplingParams) -> tuple[Ids | None, Floats]:
     """The tokens that truncation leaves, by rising id (None for all of them), and their weights."""
-    weights = logits_v - logits_v.max()
-    if sampling.temperature != 1.0:
-        # The difference may be far below what float32 holds: such tokens get weight 0.
-        with np.errstate(over="ignore"):
+    # The difference may be below what float32 holds: such tokens get weight 0.
+    with np.errstate(over="ignore"):
+        weights = logits_v - logits_v.max()
+        if sampling.temperature != 1.0:
             weights /= np.float32(sampling.temperature)
     np.exp(weights, out=weights)  # the likeliest token's weight is 1
     ids: Ids | None = None

@@ -36,7 +36,8 @@ def _rms_norm_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) 
 
 def _add_rms_norm_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     inputs = _rms_norm_inputs(rows, dtype, generator)
-    return inputs | {"residual": random_tensor(*inputs["x"].shape, dtype=dtype, generator=generator)}
+    x = inputs.pop("x")
+    return {"x": x, "residual": random_tensor(*x.shape, dtype=dtype, generator=generator), **inputs}
 
 
 RMS_NORM = Op(name="rms_norm", definition=rms_norm, inputs=_rms_norm_inputs, row_arguments=("x",))

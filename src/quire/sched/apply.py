@@ -47,7 +47,6 @@ def _preempt(state: SchedulerState, preemption: Preemption, step: Step) -> None:
         state.waiting.push(victim)
     state.pool.release(victim.block_ids)
     victim.block_ids = []
-    victim.num_published = 0
 
 
 def _enter(state: SchedulerState, entry: Entry, step: Step, now: float) -> None:
@@ -66,7 +65,7 @@ def _enter(state: SchedulerState, entry: Entry, step: Step, now: float) -> None:
         state.totals.swaps_in += 1
     else:
         state.waiting.remove(item)
-        item.num_computed_tokens = entry.num_computed_tokens
+    item.num_computed_tokens = entry.num_computed_tokens
     item.phase = Phase.RUNNING
     state.running[item.request_id] = item
     if item.first_scheduled_time is None:

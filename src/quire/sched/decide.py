@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from quire.core.errors import DeadlineExceeded, QuireError
 from quire.sched.policy import PROMPT_WEIGHT
 from quire.sched.queue import Deadline
 from quire.sched.state import Phase, RequestState, SchedulerState
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True):
     """Compute `num_tokens` tokens from `start` on, after `num_new_blocks` blocks were added to the table."""
 
     state: RequestState
@@ -30,9 +31,8 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Let a request run. Its table starts with `cached_block_ids`; `swap_in` says that the rest of what was computed
-    comes back from host memory, else only `num_computed_tokens` tokens, those of the cached blocks, count as computed.
-    """
+    """Let a request run, with `num_computed_tokens` tokens computed. Its table starts with `cached_block_ids`; if they
+    hold less than that, the rest comes back from host memory (`swap_in`)."""
 
     state: RequestState
     cached_block_ids: Sequence[int]
@@ -209,12 +209,12 @@ def _enter(plan: _Plan, item: RequestState, *, swap_in: bool) -> bool:
         return False
     pool, known = plan.state.pool, len(item.token_ids)
     cached = pool.match(item.block_hashes) if item.reads_cache else []
-    if swap_in:
+    covered = len(cached) * pool.block_size
+    if swap_in and covered <= item.num_computed_tokens:
         start = item.num_computed_tokens
         num_held = pool.blocks_for(start)
-        cached = cached[: start // pool.block_size]
     else:
-        start = min(len(cached) * pool.block_size, known - 1)
+        start = min(covered, known - 1)
         num_held = len(cached)
     needed = pool.blocks_for(known) - len(cached)
     available = plan.num_free - plan.num_unused(cached)
@@ -226,8 +226,7 @@ def _enter(plan: _Plan, item: RequestState, *, swap_in: bool) -> bool:
     plan.num_free -= num_held - len(cached)
     plan.num_running += 1
     plan.decision.entries.append(Entry(item, cached, start, swap_in))
-    full_hit = not swap_in and len(cached) * pool.block_size == known
-    plan.grant(item, start, min(plan.budget, known - start), num_held, cached=full_hit)
+    plan.grant(item, start, min(plan.budget, known - start), num_held, cached=covered == known)
     return True
 
 

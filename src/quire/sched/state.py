@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+import msgspec
+
 from quire.cache.pool import BlockPool
 from quire.core.errors import ConfigError, QuireError
 from quire.core.request import EngineRequest, RequestTimes, TokenLogprobs
@@ -137,8 +139,7 @@ class Totals:
     generation_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledChunk:
+class ScheduledChunk(msgspec.Struct, frozen=True):
     """Rows for positions start .. start + num_tokens - 1 of `state.token_ids`.
 
     * `samples`: the chunk reaches the end of the known tokens, so its last row's logits give the next one.

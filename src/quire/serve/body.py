@@ -21,6 +21,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 def decode_body(body: bytes, cls: type[T]) -> T:
     """Raises `InvalidParameter` naming the field, or `RequestError` for what is no JSON object at all."""
     try:
+        body.decode()  # also what the decoder skips has to be UTF-8
         return msgspec.json.decode(body, type=cls)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -20,8 +21,10 @@ from quire.serve.generation import Generation, Piece
 from quire.serve.sse import EventStream, event, while_connected
 from quire.wire.openai import GenerationFields
 
+MAX_GATHERED_LOGPROBS = 1_000_000
+"""In an answer that is not streamed, and so is in memory as a whole."""
 TENANT_HEADER = "x-quire-tenant"
-_TENANT = re.compile(r"[\x21-\x7e]{1,128}")
+_WORD = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,9 @@ class Call:
     """One request of the API: who asks, and how to answer."""
 
     id: str
+    """What the client sees; holds its own `request_id` if it gave one."""
+    engine_id: str
+    """What the engine sees; never the same for two calls."""
     created: int
     model: str
     tenant: str
@@ -39,23 +45,31 @@ class Call:
     """Headers of the answer."""
 
     @classmethod
-    def of(cls, request: Request, body: bytes, fields: GenerationFields, call_id: str, model: str) -> Self:
-        """Raises `InvalidParameter` for a tenant that is no plain word."""
+    def of(cls, request: Request, body: bytes, fields: GenerationFields, prefix: str, model: str) -> Self:
+        """Raises `InvalidParameter` for a tenant or a request id that is no plain word."""
+        engine_id = f"{prefix}-{uuid.uuid4().hex}"
         tenant = request.headers.get(TENANT_HEADER, "")
-        if tenant and not _TENANT.fullmatch(tenant):
+        if tenant and not _WORD.fullmatch(tenant):
             raise InvalidParameter(
                 f"The header {TENANT_HEADER} is {tenant[:80]!r}.",
                 param=TENANT_HEADER,
+                remedy="Use up to 128 printable ASCII characters without spaces.",
+            )
+        if fields.request_id is not None and not _WORD.fullmatch(fields.request_id):
+            raise InvalidParameter(
+                f"request_id is {fields.request_id[:80]!r}.",
+                param="request_id",
                 remedy="Use up to 128 printable ASCII characters without spaces.",
             )
         headers = {}
         ignored = ignored_fields(body, type(fields))
         if ignored:
             headers["x-quire-ignored-fields"] = ", ".join(ignored)
-            structlog.get_logger().warning("fields without effect", route=request.url.path, fields=ignored)
+            structlog.get_logger().info("fields without effect", route=request.url.path, fields=ignored)
         options = fields.stream_options
         return cls(
-            id=call_id,
+            id=engine_id if fields.request_id is None else f"{prefix}-{fields.request_id}",
+            engine_id=engine_id,
             created=int(time.time()),
             model=model,
             tenant=tenant,
@@ -90,7 +104,18 @@ async def answer(
 
 
 async def _gather(source: AsyncIterator[Piece]) -> list[Piece]:
-    return [piece async for piece in source]
+    pieces = []
+    num_logprobs = 0
+    async for piece in source:
+        num_logprobs += piece.num_logprobs
+        if num_logprobs > MAX_GATHERED_LOGPROBS:
+            raise InvalidParameter(
+                f"The answer has more than {MAX_GATHERED_LOGPROBS} log-probabilities.",
+                param="logprobs",
+                remedy="Stream it, or ask for fewer tokens or alternatives.",
+            )
+        pieces.append(piece)
+    return pieces
 
 
 async def _first(source: AsyncIterator[Piece]) -> Piece:

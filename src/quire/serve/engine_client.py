@@ -12,10 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
-from typing import Protocol
 
 import structlog
 import zmq.asyncio
@@ -34,47 +31,13 @@ from quire.core.request import EngineOutput, EngineRequest, FinishReason
 from quire.serve.engine_link import EngineLink
 from quire.serve.engine_process import EngineCommand, EngineProcess
 from quire.serve.inbox import Flight, Inbox
+from quire.serve.supervision import EngineListener, EngineState, Supervision
 from quire.wire.rpc import Cancel, FromEngine, Outputs, Ready, StartFailed, Stats, Stop, Submit
 
 TICK = 0.25
 LONE_SUSPECT_DEATHS = 2
 MAX_DEATHS = 4
-
-
-class EngineState(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    FAILED = "failed"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Supervision:
-    """Bounds of the engine's life; times in seconds.
-
-    `start_wait` is how long a request waits for an engine that is starting; `start_timeout` how long a start may take.
-    """
-
-    heartbeat_timeout: float = 30.0
-    max_restarts: int = 5
-    start_wait: float = 60.0
-    start_timeout: float = 3600.0
-    stop_timeout: float = 5.0
-    first_back_off: float = 0.1
-    max_back_off: float = 10.0
-    max_in_flight: int = 16384
-
-
-class EngineListener(Protocol):
-    """Who counts what happens to the engine."""
-
-    def engine_ready(self, model: ModelInfo) -> None: ...
-
-    def engine_stats(self, stats: Stats) -> None: ...
-
-    def engine_died(self) -> None: ...
-
-    def requests_replayed(self, count: int) -> None: ...
+MAX_TOKENS_PER_MESSAGE = 1_000_000  # prompt tokens; keeps a message far below what a socket accepts
 
 
 class EngineClient:
@@ -136,7 +99,7 @@ class EngineClient:
             raise QueueFull(
                 f"{len(self._flights)} requests are in flight already.", remedy="Try again later.", retry_after=1.0
             )
-        inbox = Inbox()
+        inbox = Inbox.of_size(len(requests))
         now = self._clock()
         for request in requests:
             assert request.request_id not in self._flights
@@ -246,6 +209,8 @@ class EngineClient:
             if isinstance(message, StartFailed):
                 return from_info(message.error)
             self._take(link, message)
+            # Receiving does not wait while messages are there: let those run who read what has come.
+            await asyncio.sleep(0)
 
     def _take(self, link: EngineLink, message: FromEngine) -> None:
         if isinstance(message, Outputs):
@@ -289,7 +254,8 @@ class EngineClient:
         if not waiting:
             return
         quarantined = any(flight.sent and flight.deaths >= LONE_SUSPECT_DEATHS for flight in self._flights.values())
-        batch = []
+        batch: list[EngineRequest] = []
+        num_tokens = 0
         for flight in waiting:
             if flight.deaths >= LONE_SUSPECT_DEATHS:
                 if quarantined:
@@ -297,6 +263,10 @@ class EngineClient:
                 quarantined = True
             flight.sent = True
             batch.append(flight.request)
+            num_tokens += len(flight.request.prompt_token_ids)
+            if num_tokens > MAX_TOKENS_PER_MESSAGE:
+                self._link.post(Submit(batch))
+                batch, num_tokens = [], 0
         if batch:
             self._link.post(Submit(batch))
 
@@ -325,8 +295,10 @@ class EngineClient:
 
     def _expire(self) -> None:
         """Answer requests that have waited too long for an engine to start."""
+        if self.state is EngineState.READY:
+            return
         now = self._clock()
-        for flight in [flight for flight in self._flights.values() if not flight.sent and not flight.deaths]:
+        for flight in list(self._flights.values()):
             waited = now - flight.queued_at
             deadlines = flight.request.deadlines
             limits = [ms / 1000 for ms in (deadlines.total_ms, deadlines.queue_ms, deadlines.ttft_ms) if ms is not None]
@@ -347,7 +319,7 @@ class EngineClient:
         self._listener.engine_died()
         present = [flight for flight in self._flights.values() if flight.sent]
         for flight in present:
-            flight.engine_died()
+            flight.engine_died(self._clock())
         suspects = [flight for flight in present if flight.deaths >= LONE_SUSPECT_DEATHS]
         for flight in suspects:
             if len(suspects) == 1 or flight.deaths >= MAX_DEATHS:

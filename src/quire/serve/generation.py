@@ -30,6 +30,8 @@ class Piece:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
+    num_logprobs: int
+    """How many log-probabilities came with it, of alternatives and of the prompt as well."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class Choice:
 
     def push(self, output: EngineOutput) -> Piece:
         """Take in an output that carries no error."""
+        num_logprobs = _count(output.logprobs) + _count(output.prompt_logprobs)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
@@ -62,7 +65,17 @@ class Choice:
         if stop is not None:
             self.finish_reason, self.stop_reason = "stop", stop
         self.num_tokens += len(delta.token_ids)
-        return Piece(choice=self, text=text, token_ids=delta.token_ids, logprobs=delta.logprobs)
+        return Piece(
+            choice=self,
+            text=text,
+            token_ids=delta.token_ids,
+            logprobs=delta.logprobs,
+            num_logprobs=num_logprobs,
+        )
+
+
+def _count(entries: Sequence[TokenLogprobs | None] | None) -> int:
+    return sum(1 + len(entry.top_ids) for entry in entries or () if entry is not None)
 
 
 class Generation:
@@ -81,11 +94,13 @@ class Generation:
                 choice = Choice(index=len(self.choices), prompt_index=prompt_index, request=request, stream=stream)
                 self.choices.append(choice)
         self._open = {choice.request.request_id: choice for choice in self.choices}
+        self._num_samples = len(prompts[0])
         self._num_prompt_tokens = sum(len(requests[0].prompt_token_ids) for requests in prompts)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Until all choices have ended. Raises a request's error, as the whole call's."""
         inbox = self._service.engine.submit([choice.request for choice in self.choices])
+        self._service.metrics.call_started(self._num_samples, self.choices[0].request.sampling.max_tokens)
         while self._open:
             for output in await inbox.get():
                 choice = self._open.get(output.request_id)

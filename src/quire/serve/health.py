@@ -7,8 +7,8 @@ from starlette.responses import Response
 
 import quire
 from quire.serve.answers import json_response
-from quire.serve.engine_client import EngineState
 from quire.serve.service import Service
+from quire.serve.supervision import EngineState
 from quire.wire.tokenize import HealthResponse, VersionResponse
 
 

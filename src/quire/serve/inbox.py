@@ -13,8 +13,9 @@ from dataclasses import replace
 from quire.core.errors import EngineDead, QuireError
 from quire.core.request import EngineOutput, EngineRequest, FinishReason
 
-MAX_PENDING_TOKENS = 4096
-"""Tokens that may wait for a reader that does not read; more ends the call."""
+MAX_PENDING = 8192
+MAX_PENDING_PER_REQUEST = 1024
+"""Tokens and log-probabilities that may wait for a reader that does not read; more ends the call."""
 
 
 class SlowReader(QuireError):
@@ -25,14 +26,18 @@ class SlowReader(QuireError):
 
 
 class Inbox:
-    """Outputs of several requests, in order of arrival; bounded by `max_pending_tokens`."""
+    """Outputs of several requests, in order of arrival; at most `max_pending` tokens and log-probabilities."""
 
-    def __init__(self, max_pending_tokens: int = MAX_PENDING_TOKENS) -> None:
-        self._max_pending = max_pending_tokens
+    def __init__(self, max_pending: int) -> None:
+        self._max_pending = max_pending
         self._outputs: list[EngineOutput] = []
         self._pending = 0
         self._arrived = asyncio.Event()
         self._overflow = False
+
+    @classmethod
+    def of_size(cls, num_requests: int) -> Inbox:
+        return cls(MAX_PENDING + MAX_PENDING_PER_REQUEST * num_requests)
 
     def put(self, output: EngineOutput) -> bool:
         """False if the reader is so late that the call has to end; nothing is taken in from then on."""
@@ -40,7 +45,7 @@ class Inbox:
             self._overflow = True
             self._arrived.set()
             return False
-        self._pending += len(output.token_ids)
+        self._pending += len(output.token_ids) + sum(1 + len(entry.top_ids) for entry in output.logprobs or ())
         self._outputs.append(output)
         self._arrived.set()
         return True
@@ -50,7 +55,7 @@ class Inbox:
         await self._arrived.wait()
         if self._overflow:
             raise SlowReader(
-                f"The answer was given up: more than {self._max_pending} tokens were waiting to be read.",
+                f"The answer was given up: more than {self._max_pending} tokens and log-probabilities were waiting to be read.",
                 remedy="Read the stream as it comes.",
             )
         self._arrived.clear()
@@ -71,9 +76,10 @@ class Flight:
         self._to_skip = 0
         self._had_prompt_logprobs = False
 
-    def engine_died(self) -> None:
+    def engine_died(self, now: float) -> None:
         """It was in flight when its engine died; what has been delivered will be skipped when it comes again."""
         self.sent = False
+        self.queued_at = now
         self.deaths += 1
         self._to_skip = len(self._delivered)
 

@@ -219,7 +219,10 @@ class Metrics:
     def request_failed(self, code: str) -> None:
         self._success.labels(self._model_name, "error").inc()
         if code in ("queue_full", "deadline_exceeded", "draining"):
-            self._rejections.labels(self._model_name, code).inc()
+            self.call_refused(code)
+
+    def call_refused(self, code: str) -> None:
+        self._rejections.labels(self._model_name, code).inc()
 
     def http_request(self, route: str, status: int) -> None:
         self._http.labels(route, str(status)).inc()

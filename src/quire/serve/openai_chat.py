@@ -42,7 +42,7 @@ class ChatCompletions:
         arrival = service.clock()
         body = await request.body()
         fields = decode_body(body, ChatCompletionRequest)
-        call = Call.of(request, body, fields, service.new_id("chatcmpl"), service.check_model(fields.model))
+        call = Call.of(request, body, fields, "chatcmpl", service.check_model(fields.model))
         sampling = _sampling(fields, service)
         messages = plain_messages(fields.messages)
         tools = tool_list(fields.tools) if _may_call_tools(fields) else None
@@ -61,7 +61,7 @@ class ChatCompletions:
             )
             token_ids = await asyncio.to_thread(encode)  # the template runs in a process that has to be waited for
             requests = encoder.engine_requests(
-                call.id,
+                call.engine_id,
                 token_ids,
                 sampling,
                 arrival_time=arrival,

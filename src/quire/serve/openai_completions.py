@@ -38,7 +38,7 @@ class Completions:
         arrival = service.clock()
         body = await request.body()
         fields = decode_body(body, CompletionRequest)
-        call = Call.of(request, body, fields, service.new_id("cmpl"), service.check_model(fields.model))
+        call = Call.of(request, body, fields, "cmpl", service.check_model(fields.model))
         sampling = _sampling(fields, service)
         prompts = _prompts(fields.prompt)
         if len(prompts) * sampling.n > MAX_SEQUENCES:
@@ -51,23 +51,22 @@ class Completions:
             held.enter_context(service.running_call())
             encoder = await service.encoder()
             add_special = fields.add_special_tokens is not False
-            encode = partial(encoder.encode_text, sampling=sampling, add_special_tokens=add_special)
-            requests: list[Sequence[EngineRequest]] = []
-            for index, prompt in enumerate(prompts):
-                token_ids = await off_loop(len(prompt), partial(encode, prompt))
-                requests.append(
-                    encoder.engine_requests(
-                        f"{call.id}-{index}",
-                        token_ids,
-                        sampling,
-                        arrival_time=arrival,
-                        priority=fields.priority or 0,
-                        tenant=call.tenant,
-                        cache_salt=fields.cache_salt or "",
-                        deadlines=deadlines(fields),
-                        fresh_seed=fresh_seed,
-                    )
-                )
+            make = partial(
+                encoder.engine_requests,
+                sampling=sampling,
+                arrival_time=arrival,
+                priority=fields.priority or 0,
+                tenant=call.tenant,
+                cache_salt=fields.cache_salt or "",
+                deadlines=deadlines(fields),
+                fresh_seed=fresh_seed,
+            )
+
+            def encode() -> list[Sequence[EngineRequest]]:
+                ids = [encoder.encode_text(prompt, sampling, add_special_tokens=add_special) for prompt in prompts]
+                return [make(f"{call.engine_id}-{index}", token_ids) for index, token_ids in enumerate(ids)]
+
+            requests = await off_loop(sum(map(len, prompts)), encode)
             generation = Generation(service, requests, service.eos_token_ids)
             held.callback(generation.close)
             writer = _Writer(service, call, fields, prompts, generation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 import sys
@@ -19,12 +20,12 @@ import zmq.asyncio
 from quire.config.server import ServerConfig
 from quire.core.errors import ConfigError
 from quire.serve.app import build_app
-from quire.serve.engine_client import EngineClient, Supervision
+from quire.serve.engine_client import EngineClient
 from quire.serve.engine_process import EngineCommand, EngineProcess
 from quire.serve.http_protocol import ConnectionLimits, GuardedProtocol
-from quire.serve.logs import configure_logs
 from quire.serve.metrics import Metrics
 from quire.serve.service import Service
+from quire.serve.supervision import Supervision
 from quire.text.defaults import generation_defaults
 from quire.text.template import ChatTemplate
 from quire.text.tokenizer import Tokenizer
@@ -93,26 +94,27 @@ async def run(
 ) -> int:
     """Serve until told to stop; the exit code. Raises `QuireError` for what the operator has to mend.
 
-    Without `orders` the process's SIGTERM and SIGINT are the orders.
+    The caller has configured the logs. Without `orders` the process's SIGTERM and SIGINT are the orders.
     """
     if orders is None:
         orders = StopOrders()
         orders.listen(asyncio.get_running_loop())
-    configure_logs(config.log_level, as_json=config.log_json)
+    allow_open_files(config.max_connections + 256)
     context = zmq.asyncio.Context()
     metrics = Metrics(launch.model_names[0])
+    supervision = supervision or Supervision(
+        heartbeat_timeout=config.heartbeat_timeout, max_restarts=config.max_engine_restarts
+    )
     engine = EngineClient(
         launch.command,
         launch.process,
         context=context,
         listener=metrics,
-        supervision=supervision
-        or Supervision(heartbeat_timeout=config.heartbeat_timeout, max_restarts=config.max_engine_restarts),
+        supervision=supervision,
     )
     supervising = asyncio.create_task(engine.supervise())
     template: ChatTemplate | None = None
     try:
-        listener = bind(config)
         template = ChatTemplate.load(launch.model_dir, launch.chat_template)
         service = Service(
             config=config,
@@ -123,9 +125,11 @@ async def run(
             sampling_defaults=generation_defaults(launch.model_dir) if config.generation_config else {},
             metrics=metrics,
             max_logprobs=launch.max_logprobs,
+            ready_wait=supervision.start_wait,
         )
         metrics.watch(engine.heartbeat_age, lambda: engine.num_in_flight)
-        return await _serve(service, listener, launch, orders)
+        with bind(config) as listener:
+            return await _serve(service, listener, launch, orders)
     finally:
         await engine.stop()
         await supervising
@@ -174,12 +178,10 @@ async def _serve(
 def bind(config: ServerConfig) -> socket.socket:
     """The socket to listen on. Raises `ConfigError` if the address cannot be had."""
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
+        family, *_, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, proto)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         raise ConfigError(
             f"Cannot listen on {config.host}:{config.port}: {error.strerror}.",
@@ -188,6 +190,16 @@ def bind(config: ServerConfig) -> socket.socket:
         ) from None
     listener.setblocking(False)
     return listener
+
+
+def allow_open_files(wanted: int) -> None:
+    """Raise this process's limit so that `max_connections` can be reached; as far as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if most < wanted:
+            structlog.get_logger().warning("fewer connections than configured", open_files=most)
 
 
 def url(config: ServerConfig, listener: socket.socket) -> str:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import secrets
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -72,16 +71,13 @@ class Service:
             raise ModelNotFound(f"There is no model {shown!r} here.", param="model", remedy=f"Served: {served}.")
         return name
 
-    @staticmethod
-    def new_id(prefix: str) -> str:
-        return f"{prefix}-{uuid.uuid4().hex}"
-
     # --- drain --------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def running_call(self) -> Iterator[None]:
         """Around a call that uses the engine. Raises `Draining` once the server is stopping."""
         if self._draining:
+            self.metrics.call_refused(Draining.code)
             raise Draining(
                 "The server is stopping.", remedy="Send the request to another server, or later.", retry_after=5.0
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 from quire.core.errors import BadValue, InvalidParameter
 from quire.core.sampling import SamplingParams
 from quire.text.json_files import read_optional_json_object
-from quire.text.tokenizer import Tokenizer
+from quire.text.tokenizer import read_named_tokens
 
 _SAMPLING = {
     "temperature": "temperature",
@@ -36,11 +36,11 @@ def generation_defaults(directory: Path) -> dict[str, object]:
     return defaults
 
 
-def eos_token_ids(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+def eos_token_ids(directory: Path) -> tuple[int, ...]:
     """The tokens that end a sequence: those of generation_config.json, or else of config.json, and the tokenizer's EOS.
 
     The tokenizer's own is always among them: chat models are often published with a generation config that names
-    only the base model's.
+    only the base model's. It is looked up among the added tokens, without loading a tokenizer.
     """
     found: list[int] = []
     for file in ("generation_config.json", "config.json"):
@@ -53,9 +53,24 @@ def eos_token_ids(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
         found = _token_ids(value, path)
         if found:
             break
-    if tokenizer.eos_token_id is not None:
-        found.append(tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(found))
+    own = _added_token_id(directory, read_named_tokens(directory).get("eos_token"))
+    return tuple(dict.fromkeys(found if own is None else [*found, own]))
+
+
+def _added_token_id(directory: Path, content: str | None) -> int | None:
+    """The id of an added token: from tokenizer_config.json, which is small, or else from tokenizer.json."""
+    if content is None:
+        return None
+    decoder = read_optional_json_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        for token_id, token in decoder.items():
+            if isinstance(token, dict) and token.get("content") == content and token_id.isdecimal():
+                return int(token_id)
+    added = read_optional_json_object(directory / "tokenizer.json").get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and token.get("content") == content and isinstance(token.get("id"), int):
+            return int(token["id"])
+    return None
 
 
 def _token_ids(value: object, path: Path) -> list[int]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from quire.cli.bench.report import Json
 from quire.cli.bench.workload import BenchRequest, Kind, Workload
 from quire.config.engine import EngineConfig
 from quire.core.sampling import SamplingParams
@@ -35,7 +34,7 @@ class OfflineOptions:
     """Different shared prefixes."""
     seed: int = 0
     """Of the prompts."""
-    json: Json = False
+    json: bool = False
     """Print JSON."""
 
     def make_workload(self, num_prompts: int, vocab_size: int) -> Workload:

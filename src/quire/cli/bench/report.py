@@ -7,15 +7,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from quire.cli.bench.statistics import Record, Summary, itls_ms, ttft_ms
 from quire.core.errors import ConfigError
-
-Json = Annotated[bool, Parameter(negative="")]
-"""The type of every `--json` flag."""
 
 
 def print_json(result: Mapping[str, Any]) -> None:
@@ -28,7 +23,9 @@ def print_table(title: str, rows: Iterable[tuple[str, str]], summaries: Mapping[
     from rich.table import Table
 
     console = Console()
-    table = Table(title=title, show_header=False, title_justify="left")
+    # Not as the table's title, which would be folded to the table's width.
+    console.print(title, style="bold", markup=False)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, value in rows:
@@ -36,9 +33,9 @@ def print_table(title: str, rows: Iterable[tuple[str, str]], summaries: Mapping[
     console.print(table)
     if not summaries:
         return
-    latencies = Table(title="Latencies, ms", title_justify="left")
-    for column in ("", "mean", "p50", "p90", "p99"):
-        latencies.add_column(column, justify="right" if column else "left")
+    latencies = Table()
+    for column in ("ms", "mean", "p50", "p90", "p99"):
+        latencies.add_column(column, justify="left" if column == "ms" else "right")
     for name, summary in summaries.items():
         figures = (summary.mean, summary.p50, summary.p90, summary.p99)
         latencies.add_row(name, *("–" if value is None else f"{value:,.1f}" for value in figures))

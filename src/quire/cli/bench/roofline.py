@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from quire.cli.bench.report import Json, print_json, print_table
+from quire.cli.bench.report import print_json, print_table
 from quire.cli.bench.workload import require
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class RooflineOptions:
     """For how long each figure is measured, at least."""
     matmul_size: int = 2048
     """Rows and columns of the square matrices."""
-    json: Json = False
+    json: bool = False
     """Print JSON."""
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import aiohttp
 from cyclopts import Parameter
 
-from quire.cli.bench.report import Json, note, plot, print_json, print_table, require_plotting, summaries_as_dict
+from quire.cli.bench.report import note, plot, print_json, print_table, require_plotting, summaries_as_dict
 from quire.cli.bench.statistics import Record, Summary, e2e_ms, goodput, itls_ms, summarise, tpot_ms, ttft_ms
 from quire.cli.bench.workload import (
     BenchRequest,
@@ -79,7 +79,7 @@ class LoadOptions:
     """Token ids are drawn below this."""
     temperature: float = 0.0
     """Sampling temperature."""
-    ignore_eos: bool = True
+    ignore_eos: Annotated[bool, Parameter(negative="--no-ignore-eos")] = True
     """Generate all tokens that are asked for, whatever the model says; vLLM's extension, which others may refuse."""
     warmup: int = 1
     """Requests sent, one by one and unmeasured, before the others."""
@@ -89,7 +89,7 @@ class LoadOptions:
     """A limit for goodput, in milliseconds, such as ttft=500 or tpot=50; may be repeated."""
     plot: Path | None = None
     """Draw the latencies into this PNG."""
-    json: Json = False
+    json: bool = False
     """Print JSON."""
 
 

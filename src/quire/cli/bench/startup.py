@@ -17,7 +17,7 @@ from typing import IO, Annotated, Any
 import aiohttp
 from cyclopts import Parameter
 
-from quire.cli.bench.report import Json, note, print_json, print_table
+from quire.cli.bench.report import note, print_json, print_table
 from quire.cli.bench.statistics import Summary, summarise
 from quire.cli.bench.workload import require
 from quire.cli.client import ServerFault, list_models, open_session, stream
@@ -36,7 +36,7 @@ class StartupOptions:
     """Times to start it; the first may read from disk what the others find in memory."""
     start_timeout: float = 300.0
     """Seconds after which a start has failed."""
-    json: Json = False
+    json: bool = False
     """Print JSON."""
 
 

@@ -27,7 +27,7 @@ KEY_TILE_WIDTHS = tuple(width for _, width in _KEY_TILE_WIDTHS)
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # Keys, values and scores of the tiles that are worked on together, in float32: about what a CPU's caches hold.
-_GROUP_BYTES = 8 << 20
+_GROUP_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,9 @@
+"""For every test: threads that wait asleep.
+
+torch's OpenMP threads otherwise spin at every barrier, and on a machine that also runs something else (another test's
+server, a benchmark) a step then takes twenty times as long. Set before torch is loaded; engine processes do it too.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

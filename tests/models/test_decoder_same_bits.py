@@ -1,0 +1,94 @@
+"""Promise P1 in the decoder: a token's logits are the same bits under any schedule."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen3Config
+
+from quire.models.load import LoadedModel, load_model
+
+BLOCK = 16
+CONFIG = Qwen3Config(
+    vocab_size=300,
+    hidden_size=192,
+    intermediate_size=320,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=40,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def model(request: pytest.FixtureRequest, save_random: Any) -> LoadedModel:
+    _, directory = save_random(CONFIG)
+    return load_model(directory, dtype=request.param)
+
+
+def alone(model: LoadedModel, lay_out: Any, tokens: list[int]) -> torch.Tensor:
+    """Logits of every position, computed at one go, with nobody else there."""
+    blocks = list(range(1, len(tokens) // BLOCK + 2))
+    kv = model.new_kv_cache(len(blocks) + 1, BLOCK)
+    return model.decoder.forward(lay_out([(tokens, 0, len(tokens), blocks)], BLOCK), kv)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_any_schedule_gives_the_bits_of_each_request_alone(model: LoadedModel, lay_out: Any, seed: int) -> None:
+    """Several sequences advance together by random chunks, from a pool of shuffled blocks."""
+    choose = random.Random(seed)
+    pool = list(range(1, 200))
+    choose.shuffle(pool)
+    kv = model.new_kv_cache(200, BLOCK)
+    kv.data.fill_(3.0)
+    lengths = [choose.choice([1, 17, 33, 100, 290, 300]) for _ in range(choose.randint(1, 5))]
+    sequences = [[choose.randrange(300) for _ in range(length)] for length in lengths]
+    tables = [[pool.pop() for _ in range(length // BLOCK + 1)] for length in lengths]
+    computed = [0] * len(lengths)
+    found: list[list[torch.Tensor]] = [[] for _ in lengths]
+    while any(done < length for done, length in zip(computed, lengths, strict=True)):
+        waiting = [index for index, length in enumerate(lengths) if computed[index] < length]
+        chosen = choose.sample(waiting, choose.randint(1, len(waiting)))
+        stops = {
+            index: min(lengths[index], computed[index] + choose.choice([1, 16, 40, 129, 300])) for index in chosen
+        }
+        parts = [(sequences[index], computed[index], stops[index], tables[index]) for index in chosen]
+        batch = lay_out(parts, BLOCK)
+        logits = model.decoder.forward(batch, kv)
+        for place, index in enumerate(chosen):
+            found[index].append(logits[batch.query_start[place] : batch.query_start[place + 1]])
+            computed[index] = stops[index]
+    for tokens, parts_found in zip(sequences, found, strict=True):
+        assert torch.equal(torch.cat(parts_found), alone(model, lay_out, tokens))
+
+
+def test_the_last_token_of_a_full_prefix_hit_is_computed_again_without_a_trace(
+    model: LoadedModel, lay_out: Any
+) -> None:
+    """Its K and V go to the null block; what it sees is in the cache already."""
+    tokens = [random.Random(1).randrange(300) for _ in range(64)]
+    kv = model.new_kv_cache(6, BLOCK)
+    whole = model.decoder.forward(lay_out([(tokens, 0, 64, [1, 2, 3, 4])], BLOCK), kv)
+    before = kv.data[:, :, :, 1:].clone()
+    batch = lay_out([(tokens, 63, 64, [1, 2, 3, 4])], BLOCK)
+    batch.slots_t.fill_(5)
+    assert torch.equal(model.decoder.forward(batch, kv)[0], whole[63])
+    assert torch.equal(kv.data[:, :, :, 1:], before)
+
+
+def test_only_the_rows_that_are_asked_for_reach_the_head(model: LoadedModel, lay_out: Any) -> None:
+    tokens = [random.Random(2).randrange(300) for _ in range(50)]
+    batch = lay_out([(tokens, 0, 50, [1, 2, 3, 4])], BLOCK)
+    kv = model.new_kv_cache(5, BLOCK)
+    whole = model.decoder.forward(batch, kv)
+    rows = torch.tensor([49, 3])
+    object.__setattr__(batch, "logits_rows_s", rows)
+    assert torch.equal(model.decoder.forward(batch, kv), whole[rows])

@@ -1,0 +1,277 @@
+"""The plan: its figures are those of the model once loaded, and what it suggests does help."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from quire.cache.pool import BlockPool
+from quire.config.engine import EngineConfig
+from quire.core.errors import QuireError, TruncatedFile
+from quire.models.load import load_model
+from quire.models.machine import measure_bandwidth, measure_flops
+from quire.models.plan import Plan, plan_model
+
+GIB = 1 << 30
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+}
+
+
+def plan(directory: Path, *, memory: int = GIB, **config: object) -> Plan:
+    return plan_model(directory, EngineConfig(**config), memory_available=memory, bandwidth=10e9, flops=1e12)
+
+
+def write_model(directory: Path, tie: bool = False, dtype: torch.dtype = torch.float32) -> Path:
+    config = transformers.Qwen3Config(**SHAPE, tie_word_embeddings=tie)
+    transformers.Qwen3ForCausalLM(config).to(dtype).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def edit_config(source: Path, target: Path, **changes: object) -> Path:
+    config = json.loads((source / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps(config))
+    link = target / "model.safetensors"
+    link.unlink(missing_ok=True)
+    link.symlink_to(source / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_sizes_are_those_of_the_loaded_model(tmp_path: Path, tie: bool, dtype: str) -> None:
+    directory = write_model(tmp_path, tie, torch.float16)
+    planned, loaded = plan(directory, dtype=dtype), load_model(directory, dtype=dtype)
+    assert planned.dtype == str(loaded.dtype).removeprefix("torch.")
+    assert planned.weight_bytes == loaded.weight_bytes
+    assert planned.weight_bytes_by_dtype == {"F16": planned.num_parameters * 2}
+    assert planned.kv_bytes_per_token == loaded.kv_bytes_per_block(16) // 16
+    assert planned.longest == loaded.max_model_len
+    assert planned.architecture == "Qwen3ForCausalLM"
+    assert planned.known
+
+
+def test_a_tied_head_that_is_stored_all_the_same_is_not_counted(tmp_path: Path) -> None:
+    directory = write_model(tmp_path, tie=True)
+    tensors = {"lm_head.weight": torch.zeros(300, 32)}
+    expected = plan(directory).weight_bytes
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    save_file(tensors, directory / "b.safetensors")
+    assert plan(directory).weight_bytes == expected == load_model(directory).weight_bytes
+
+
+def test_it_fits(model: Path) -> None:
+    planned = plan(model, max_num_seqs=4)
+    assert planned.fits
+    assert planned.max_model_len == 4096
+    assert planned.suggestions == ()
+    assert planned.verdict == "Fits, with the whole context of 4,096 tokens."
+    assert planned.num_kv_tokens == 2 * 4 * 4096  # no more than that is ever of use
+    assert planned.num_sequences == {1024: 32, 4096: 8}
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    memory=st.integers(0, 64 << 20),
+    max_model_len=st.none() | st.integers(1, 4096),
+    kv_cache_memory=st.none() | st.floats(1e-6, 0.05),
+    max_num_seqs=st.integers(1, 64),
+)
+def test_capacity_is_what_the_pool_gives(
+    model: Path, memory: int, max_model_len: int | None, kv_cache_memory: float | None, max_num_seqs: int
+) -> None:
+    planned = plan(
+        model,
+        memory=memory,
+        max_model_len=max_model_len,
+        kv_cache_memory=kv_cache_memory,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=64,
+    )
+    assert planned.rows()
+    if not planned.fits:
+        assert planned.verdict.startswith("Does not fit")
+        assert planned.num_sequences == {}
+        assert planned.num_kv_tokens is None
+        return
+    assert planned.kv_cache_bytes is not None
+    assert planned.num_kv_tokens is not None
+    assert planned.weight_bytes + planned.activation_bytes + planned.kv_cache_bytes <= memory
+    num_blocks = planned.num_kv_tokens // 16 + 1
+    assert planned.kv_cache_bytes == num_blocks * 16 * planned.kv_bytes_per_token
+    for length, count in planned.num_sequences.items():
+        pool = BlockPool(num_blocks, 16)
+        for _ in range(count):
+            pool.allocate(math.ceil(length / 16))
+        assert pool.num_free < math.ceil(length / 16)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    memory=st.integers(1 << 20, 24 << 20),
+    max_model_len=st.none() | st.integers(1, 4096),
+    kv_cache_memory=st.none() | st.floats(0.0001, 0.05),
+)
+def test_a_suggested_flag_helps(
+    model: Path, memory: int, max_model_len: int | None, kv_cache_memory: float | None
+) -> None:
+    """One flag for the KV cache, as suggested, makes it fit; or makes the context whole if it fitted already."""
+    config = {"max_model_len": max_model_len, "kv_cache_memory": kv_cache_memory, "max_num_batched_tokens": 64}
+    before = plan(model, memory=memory, **config)
+    for text in before.suggestions:
+        flag, _, value = text.partition(" ")
+        name = flag.removeprefix("--").replace("-", "_")
+        if name not in {"max_model_len", "kv_cache_memory", "memory_utilization"}:
+            continue
+        after = plan(model, memory=memory, **config | {name: json.loads(value)})
+        assert after.fits
+        if before.fits:
+            assert after.max_model_len == after.longest
+
+
+def test_what_helps_when_memory_is_short(model: Path) -> None:
+    small = plan(model, memory=300_000)
+    assert not small.fits
+    assert "--dtype bfloat16" in small.suggestions
+    assert "--max-num-batched-tokens 256" in small.suggestions
+    assert small.suggestions[-1].endswith("more memory")
+    assert "Does not fit" in dict(small.rows())["verdict"]
+
+
+def test_a_context_that_the_model_does_not_have(model: Path) -> None:
+    planned = plan(model, max_model_len=5000)
+    assert "positions end at 4096" in planned.notes[0]
+
+
+def test_rates(model: Path) -> None:
+    planned = plan(model, max_num_seqs=8)
+    embedding = 300 * 32
+    read = planned.weight_bytes - 4 * embedding  # of the input embedding only a row is read
+    assert planned.decode_tokens_per_s == {
+        1: pytest.approx(10e9 / (read + 1024 * planned.kv_bytes_per_token)),
+        8: pytest.approx(8 * 10e9 / (read + 8 * 1024 * planned.kv_bytes_per_token)),
+    }
+    assert planned.prefill_tokens_per_s == pytest.approx(1e12 / (2 * (planned.num_parameters - embedding)))
+    slow = plan_model(model, EngineConfig(max_num_seqs=8), memory_available=GIB, bandwidth=1e15, flops=1e6)
+    assert slow.decode_tokens_per_s[8] == pytest.approx(slow.prefill_tokens_per_s)
+
+
+def test_unknown_architecture(model: Path, tmp_path: Path) -> None:
+    reference = plan(model)
+    directory = edit_config(model, tmp_path, architectures=["NewestForCausalLM"])
+    planned = plan(directory)
+    assert not planned.known
+    assert "Unknown architecture" in planned.notes[0]
+    assert planned.architecture == "NewestForCausalLM"
+    same = ["num_parameters", "weight_bytes", "kv_bytes_per_token", "activation_bytes", "num_sequences", "longest"]
+    for field in same:
+        assert getattr(planned, field) == getattr(reference, field)
+    assert planned.verdict.startswith("Would fit, if it could be run")
+    assert "(unknown architecture)" in dict(planned.rows())["architecture"]
+
+
+def test_sizes_of_the_text_part(model: Path, tmp_path: Path) -> None:
+    text = json.loads((model / "config.json").read_text())
+    directory = edit_config(model, tmp_path, architectures=["SeesForConditionalGeneration"])
+    (directory / "config.json").write_text(json.dumps({"architectures": ["Sees"], "text_config": text}))
+    assert plan(directory).kv_bytes_per_token == plan(model).kv_bytes_per_token
+
+
+def test_a_config_without_sizes(model: Path, tmp_path: Path) -> None:
+    directory = edit_config(model, tmp_path)
+    (directory / "config.json").write_text("{}")
+    planned = plan(directory)
+    assert planned.fits
+    assert planned.kv_bytes_per_token is None
+    assert planned.architecture == "unnamed"
+    assert "unknown" in dict(planned.rows())["KV cache per token"]
+    assert not plan(directory, memory=1000).fits
+
+
+def test_quantised_weights_stay_as_stored(model: Path, tmp_path: Path) -> None:
+    directory = edit_config(model, tmp_path, quantization_config={"quant_method": "fp8"})
+    (directory / "model.safetensors").unlink()
+    tensors = {"w": torch.zeros(10, 10, dtype=torch.float8_e4m3fn), "w_scale": torch.ones(10, dtype=torch.float16)}
+    save_file(tensors, directory / "model.safetensors")
+    planned = plan(directory, dtype="float32")
+    assert planned.weight_bytes == 100 + 40
+    assert planned.known
+    assert "cannot be run" in planned.notes[0]
+
+
+def test_a_truncated_checkpoint(model: Path, tmp_path: Path) -> None:
+    directory = edit_config(model, tmp_path)
+    data = (model / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").write_bytes(data[:-1])
+    with pytest.raises(TruncatedFile):
+        plan(directory)
+
+
+VALUES = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3) | st.just([])
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(
+        st.sampled_from([*SHAPE, "architectures", "torch_dtype", "dtype", "text_config", "rope_parameters"]),
+        VALUES,
+        max_size=4,
+    )
+)
+def test_any_config_gives_a_plan_or_a_clear_error(model: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    directory = edit_config(model, tmp_path, **changes)
+    try:
+        planned = plan(directory)
+    except QuireError:
+        return
+    assert all(isinstance(name, str) and isinstance(value, str) for name, value in planned.rows())
+
+
+def test_as_data(model: Path) -> None:
+    planned = plan(model)
+    data = json.loads(json.dumps(planned.to_dict()))
+    assert set(data) == {field.name for field in dataclasses.fields(Plan)}
+    assert data["weight_bytes"] == planned.weight_bytes
+
+
+def test_measuring_is_quick_and_plausible(model: Path) -> None:
+    assert 1e8 < measure_bandwidth(2, seconds=0.05) < 1e14
+    assert 1e8 < measure_flops(seconds=0.01) < 1e16
+    measured = plan_model(model, EngineConfig(threads=1))
+    assert measured.memory_available > 0
+    assert measured.bandwidth > 1e8
+
+
+def test_planning_loads_no_torch(model: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from quire.config.engine import EngineConfig\n"
+        "from quire.models.plan import plan_model\n"
+        "print(plan_model(Path(sys.argv[1]), EngineConfig(), bandwidth=1e9, flops=1e9).verdict)\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(model)], check=True, capture_output=True, text=True)
+    assert run.stdout.startswith("Fits")

@@ -1,0 +1,103 @@
+"""Every implementation that there is, against its op's definition, and against itself on other batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quire.ops.kernels import select
+from quire.ops.op import Implementation, Inputs
+from quire.ops.registry import implementations, op_registry
+
+CPU = torch.device("cpu")
+FITTING = [
+    (implementation, dtype)
+    for implementation in implementations()
+    for dtype in (torch.float32, torch.bfloat16)
+    if implementation.unfit(CPU, dtype) is None
+]
+EVERY = pytest.mark.parametrize(
+    ("implementation", "dtype"), FITTING, ids=[f"{item.op}-{item.backend}-{dtype}" for item, dtype in FITTING]
+)
+
+
+def compute(implementation: Implementation, kernel: Any, inputs: Inputs) -> list[Tensor]:
+    """All results of a call, what it wrote in place included."""
+    inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    if implementation.op == "attention":
+        plan = kernel.plan(inputs["shape"], inputs["requests"])
+        results = kernel(inputs["q_thd"], inputs["kv_2gnsd"], plan)
+    else:
+        results = kernel(*inputs.values())
+    if results is None:
+        return [value for value in inputs.values() if isinstance(value, Tensor)]
+    return list(results) if isinstance(results, tuple) else [results]
+
+
+@EVERY
+@settings(max_examples=8, deadline=None)
+@given(rows=st.integers(1, 150), seed=st.integers(0, 2**32))
+def test_agrees_with_the_definition(implementation: Implementation, dtype: torch.dtype, rows: int, seed: int) -> None:
+    op = op_registry().get(implementation.op)
+    assert op is not None
+    inputs = op.inputs(rows, dtype, torch.Generator().manual_seed(seed))
+    expected_inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    expected = op.definition(**expected_inputs)
+    if expected is None:
+        expected = tuple(value for value in expected_inputs.values() if isinstance(value, Tensor))
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    found = compute(implementation, implementation.build(CPU, dtype), inputs)
+    tolerance = op.tolerances[dtype]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance.relative, atol=tolerance.absolute)
+
+
+@EVERY
+@settings(max_examples=8, deadline=None)
+@given(rows=st.integers(2, 400), seed=st.integers(0, 2**32), data=st.data())
+def test_a_row_has_the_same_bits_in_any_batch(
+    implementation: Implementation, dtype: torch.dtype, rows: int, seed: int, data: st.DataObject
+) -> None:
+    op = op_registry().get(implementation.op)
+    assert op is not None
+    if not op.row_arguments:
+        pytest.skip("sees a whole batch; has a test of its own")
+    inputs = op.inputs(rows, dtype, torch.Generator().manual_seed(seed))
+    kernel = implementation.build(CPU, dtype)
+    whole = compute(implementation, kernel, inputs)
+    start = data.draw(st.integers(0, rows - 1), label="start")
+    stop = data.draw(st.integers(start + 1, rows), label="stop")
+    some = {name: value[start:stop] if name in op.row_arguments else value for name, value in inputs.items()}
+    for part, all_rows in zip(compute(implementation, kernel, some), whole, strict=True):
+        assert torch.equal(part, all_rows[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("k", "n"), [(1024, 1024), (3072, 1024), (1024, 3072), (576, 576), (100, 60), (4099, 33)])
+def test_linear_rows_are_alone_at_the_shapes_of_real_models(k: int, n: int, dtype: torch.dtype) -> None:
+    """Large enough that the library below changes its blocking with the number of rows."""
+    generator = torch.Generator().manual_seed(k + n)
+    x = torch.randn(1100, k, generator=generator).to(dtype)
+    weight = torch.randn(n, k, generator=generator).mul_(k**-0.5).to(dtype)
+    linear = select(CPU, dtype).linear
+    whole = linear(x, weight, None)
+    for start, stop in ((0, 1), (3, 20), (77, 110), (500, 1013), (1099, 1100), (0, 300)):
+        assert torch.equal(linear(x[start:stop], weight, None), whole[start:stop])
+
+
+def test_every_op_is_served_and_says_why() -> None:
+    report = select(CPU, torch.float32).report()
+    assert [op for op, _, _ in report] == op_registry().names()
+    assert all(backend and reason for _, backend, reason in report)
+    assert {implementation.op for implementation in implementations()} == set(op_registry().names())
+
+
+def test_an_engine_keeps_what_it_learned_to_itself() -> None:
+    one, other = select(CPU, torch.float32), select(CPU, torch.float32)
+    assert one.linear is not other.linear
+    assert one.attention is not other.attention

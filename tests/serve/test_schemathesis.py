@@ -1,0 +1,54 @@
+"""Requests made up from /openapi.json: never a 5xx, and every answer as described."""
+
+from __future__ import annotations
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import CheckFunction
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from quire.serve.openapi import OPERATIONS
+
+CHECKS: list[CheckFunction] = [
+    schemathesis.checks.not_a_server_error,
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+]
+
+
+@pytest.fixture(scope="module")
+def described(served):
+    return schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+
+
+POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+CASES = [
+    (operation, mode)
+    for operation in OPERATIONS
+    for mode in (POSITIVE, NEGATIVE)
+    if operation.request is not None or mode is POSITIVE  # without a body there is nothing to get wrong
+]
+
+
+@pytest.mark.parametrize(("operation", "mode"), CASES, ids=lambda value: getattr(value, "path", None))
+def test_api(described, operation, mode):
+    path = operation.path
+    operation = described[path]["GET" if operation.request is None else "POST"]
+
+    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def conforms(case):
+        # Long answers are no matter here, and waiting for them takes its time.
+        if isinstance(case.body, dict) and mode is POSITIVE and "/v1/" in path:
+            case.body["max_tokens"] = 2
+        case.call_and_validate(checks=CHECKS, timeout=20)
+
+    conforms()
