@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config
 
 from quire.models.load import LoadedModel, load_model
+from quire.nn.batch import ForwardBatch
+from quire.nn.kv import KVCache
 
 BLOCK = 16
 CONFIG = Qwen3Config(
@@ -33,11 +35,15 @@ def model(request: pytest.FixtureRequest, save_random: Any) -> LoadedModel:
     return load_model(directory, dtype=request.param)
 
 
+def logits_of(model: LoadedModel, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
+    return model.decoder.logits(model.decoder.forward(batch, kv))
+
+
 def alone(model: LoadedModel, lay_out: Any, tokens: list[int]) -> torch.Tensor:
     """Logits of every position, computed at one go, with nobody else there."""
     blocks = list(range(1, len(tokens) // BLOCK + 2))
     kv = model.new_kv_cache(len(blocks) + 1, BLOCK)
-    return model.decoder.forward(lay_out([(tokens, 0, len(tokens), blocks)], BLOCK), kv)
+    return logits_of(model, lay_out([(tokens, 0, len(tokens), blocks)], BLOCK), kv)
 
 
 @settings(max_examples=8, deadline=None)
@@ -57,12 +63,10 @@ def test_any_schedule_gives_the_bits_of_each_request_alone(model: LoadedModel, l
     while any(done < length for done, length in zip(computed, lengths, strict=True)):
         waiting = [index for index, length in enumerate(lengths) if computed[index] < length]
         chosen = choose.sample(waiting, choose.randint(1, len(waiting)))
-        stops = {
-            index: min(lengths[index], computed[index] + choose.choice([1, 16, 40, 129, 300])) for index in chosen
-        }
+        stops = {index: min(lengths[index], computed[index] + choose.choice([1, 16, 40, 129, 300])) for index in chosen}
         parts = [(sequences[index], computed[index], stops[index], tables[index]) for index in chosen]
         batch = lay_out(parts, BLOCK)
-        logits = model.decoder.forward(batch, kv)
+        logits = logits_of(model, batch, kv)
         for place, index in enumerate(chosen):
             found[index].append(logits[batch.query_start[place] : batch.query_start[place + 1]])
             computed[index] = stops[index]
@@ -76,11 +80,11 @@ def test_the_last_token_of_a_full_prefix_hit_is_computed_again_without_a_trace(
     """Its K and V go to the null block; what it sees is in the cache already."""
     tokens = [random.Random(1).randrange(300) for _ in range(64)]
     kv = model.new_kv_cache(6, BLOCK)
-    whole = model.decoder.forward(lay_out([(tokens, 0, 64, [1, 2, 3, 4])], BLOCK), kv)
+    whole = logits_of(model, lay_out([(tokens, 0, 64, [1, 2, 3, 4])], BLOCK), kv)
     before = kv.data[:, :, :, 1:].clone()
     batch = lay_out([(tokens, 63, 64, [1, 2, 3, 4])], BLOCK)
     batch.slots_t.fill_(5)
-    assert torch.equal(model.decoder.forward(batch, kv)[0], whole[63])
+    assert torch.equal(logits_of(model, batch, kv)[0], whole[63])
     assert torch.equal(kv.data[:, :, :, 1:], before)
 
 
@@ -88,7 +92,7 @@ def test_only_the_rows_that_are_asked_for_reach_the_head(model: LoadedModel, lay
     tokens = [random.Random(2).randrange(300) for _ in range(50)]
     batch = lay_out([(tokens, 0, 50, [1, 2, 3, 4])], BLOCK)
     kv = model.new_kv_cache(5, BLOCK)
-    whole = model.decoder.forward(batch, kv)
+    whole = logits_of(model, batch, kv)
     rows = torch.tensor([49, 3])
     object.__setattr__(batch, "logits_rows_s", rows)
-    assert torch.equal(model.decoder.forward(batch, kv), whole[rows])
+    assert torch.equal(logits_of(model, batch, kv), whole[rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -61,7 +62,8 @@ VARIANTS: dict[str, PretrainedConfig] = {
         **SIZES | {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16}, tie_word_embeddings=True
     ),
     "qwen3-bias-yarn": Qwen3Config(
-        **SIZES | {"head_dim": 16, "attention_bias": True}, **rope("yarn", factor=4.0, original_max_position_embeddings=64)
+        **SIZES | {"head_dim": 16, "attention_bias": True},
+        **rope("yarn", factor=4.0, original_max_position_embeddings=64),
     ),
 }  # fmt: skip
 
@@ -78,13 +80,13 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, save_rand
         generated = theirs.generate(torch.tensor([tokens]), max_new_tokens=20, do_sample=False)[0].tolist()
 
     def forward(known: list[int], start: int, stop: int) -> torch.Tensor:
-        return ours.decoder.forward(lay_out([(known, start, stop, BLOCKS)], BLOCK), kv)
+        return ours.decoder.logits(ours.decoder.forward(lay_out([(known, start, stop, BLOCKS)], BLOCK), kv))
 
     kv = ours.new_kv_cache(len(BLOCKS) + 1, BLOCK)
     scale = expected.abs().max()
     torch.testing.assert_close(forward(tokens, 0, length) / scale, expected / scale, rtol=1e-4, atol=2e-5)
     kv = ours.new_kv_cache(len(BLOCKS) + 1, BLOCK)
-    parts = [forward(tokens, start, stop) for start, stop in zip(chunks, chunks[1:], strict=False)]
+    parts = [forward(tokens, start, stop) for start, stop in itertools.pairwise(chunks)]
     torch.testing.assert_close(torch.cat(parts) / scale, expected / scale, rtol=1e-4, atol=2e-5)
     known, logits = list(tokens), parts[-1]
     for _ in range(20):
@@ -103,6 +105,7 @@ def test_bfloat16_stays_as_close_as_transformers_own(family: str, save_random: A
     with torch.inference_mode():
         rounded = theirs(torch.tensor([tokens])).logits[0].float()
         exact = theirs.float()(torch.tensor([tokens])).logits[0]
-    found = ours.decoder.forward(lay_out([(tokens, 0, 60, BLOCKS)], BLOCK), ours.new_kv_cache(20, BLOCK))
+    batch = lay_out([(tokens, 0, 60, BLOCKS)], BLOCK)
+    found = ours.decoder.logits(ours.decoder.forward(batch, ours.new_kv_cache(20, BLOCK)))
     assert found.dtype == torch.float32
     assert (found - exact).square().mean() < 1.5 * (rounded - exact).square().mean()

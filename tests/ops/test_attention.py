@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -29,9 +30,7 @@ class Sequence:
     def random(length: int, shape: AttentionShape, dtype: torch.dtype, seed: int) -> Sequence:
         generator = torch.Generator().manual_seed(seed)
         heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-        return Sequence(
-            *(torch.randn(length, count, shape.head_dim, generator=generator).to(dtype) for count in heads)
-        )
+        return Sequence(*(torch.randn(length, count, shape.head_dim, generator=generator).to(dtype) for count in heads))
 
 
 def run(
@@ -62,7 +61,7 @@ def run(
     )
     q_thd = torch.cat([sequence.q_thd[start:stop] for sequence, start, stop in parts])
     out = kernels.attention(q_thd, kv, kernels.attention.plan(shape, requests))
-    return [out[start:stop] for start, stop in zip(starts, starts[1:], strict=False)]
+    return [out[start:stop] for start, stop in itertools.pairwise(starts)]
 
 
 def shape_of(heads: int, kv_heads: int, head_dim: int) -> AttentionShape:

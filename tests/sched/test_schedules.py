@@ -160,3 +160,37 @@ def test_deadlines_end_what_is_late_and_nothing_else(driver_class, machine, plan
         else:
             assert not broken, f"{request_id} should have been refused for {broken}"
     driver.check_answers(but=cut_short | late)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    members=st.lists(
+        st.tuples(st.integers(0, 6), st.sampled_from([4, 8, 6, 9]), st.integers(-3, 3)), min_size=3, max_size=8
+    ),
+    num_blocks=st.integers(6, 10),
+    num_tokens=st.sampled_from([4, 6, 9, 16]),
+    swap=st.sampled_from(["recompute", "swap"]),
+)
+def test_a_crowd_that_shares_its_prefix(driver_class, members, num_blocks, num_tokens, swap):
+    """Whoever gives way frees only what nobody else holds."""
+    limits = SchedulerLimits(
+        max_num_seqs=4, max_num_batched_tokens=num_tokens, max_model_len=64, scheduling_policy="priority", swap=swap
+    )
+    driver = driver_class(limits, num_blocks=num_blocks, block_size=2, host_blocks=6)
+    plan = [
+        (
+            moment,
+            EngineRequest(
+                request_id=f"r{number}",
+                prompt_token_ids=(*STEMS[0], 3)[:length],
+                sampling=SamplingParams(max_tokens=8, seed=number),
+                arrival_time=float(moment),
+                priority=priority,
+            ),
+            None,
+        )
+        for number, (moment, length, priority) in enumerate(sorted(members))
+    ]
+    play(driver, plan)
+    event(f"preempted {driver.state.totals.preemptions > 0}, swapped {driver.state.totals.swaps_in > 0}")
+    driver.check_answers()

@@ -79,6 +79,7 @@ class Served:
     thread: threading.Thread
     log: list[str]
     exit: list[object] = field(default_factory=list)
+    clients: list[openai.OpenAI] = field(default_factory=list)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -89,7 +90,9 @@ class Served:
 
     def client(self, **settings: object) -> openai.OpenAI:
         settings = {"api_key": "none", "max_retries": 0, "timeout": 30.0} | settings
-        return openai.OpenAI(base_url=f"{self.url}/v1", **settings)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", **settings)
+        self.clients.append(client)
+        return client
 
     def get(self, path: str, **headers: str) -> tuple[int, bytes]:
         request = urllib.request.Request(self.url + path, headers=headers)
@@ -202,6 +205,8 @@ class Serving:
             yield served
         finally:
             served.stop()
+            for client in served.clients:
+                client.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import openai
 import pytest
+
+from quire.core.errors import InvalidParameter
+from quire.serve.call import gather
+from quire.serve.generation import Piece
 
 
 def test_text(served, expected):
@@ -168,7 +174,13 @@ def test_a_request_id_of_the_clients_own(served, expected):
     assert served.post("/v1/completions", {"prompt": "abc", "request_id": "a b"})[0] == 400
 
 
-def test_an_answer_in_memory_is_bounded(served):
-    body = {"prompt": "a", "n": 128, "max_tokens": 600, "logprobs": 20}
-    status, answer = served.post("/v1/completions", body)
-    assert (status, answer["error"]["param"]) == (400, "logprobs")
+async def test_an_answer_in_memory_is_bounded():
+    piece = Piece(choice=None, text="a", token_ids=[1], logprobs=None, num_logprobs=400_000)
+
+    async def pieces(count: int) -> AsyncIterator[Piece]:
+        for _ in range(count):
+            yield piece
+
+    assert await gather(pieces(2)) == [piece, piece]
+    with pytest.raises(InvalidParameter, match="1000000"):
+        await gather(pieces(3))

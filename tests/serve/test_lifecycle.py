@@ -165,12 +165,13 @@ def command(model_dir: Path, tmp_path: Path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_drain_and_leave_no_engine_behind(model_dir, tmp_path, number, expected):
     with command(model_dir, tmp_path) as (process, url):
-        client = openai.OpenAI(base_url=url, api_key="x", max_retries=0)
         text = ""
-        for chunk in client.completions.create(model="tiny", prompt="!slow:10", max_tokens=40, seed=0, stream=True):
-            if not text:
-                os.killpg(process.pid, number)  # as the terminal does: to the whole group
-            text += chunk.choices[0].text
+        request = {"model": "tiny", "prompt": "!slow:10", "max_tokens": 40, "seed": 0}
+        with openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client:
+            for chunk in client.completions.create(**request, stream=True):
+                if not text:
+                    os.killpg(process.pid, number)  # as the terminal does: to the whole group
+                text += chunk.choices[0].text
         assert text == expected("!slow:10", 40)
         assert process.wait(20) == 0
     pid = int(

@@ -14,14 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import msgspec
 
 from quire.config.engine import BUILTIN_MODEL, EngineConfig
-from quire.core.errors import InvalidParameter, from_info
+from quire.config.validate import validate
+from quire.core.errors import ConfigError, InvalidParameter, from_info
 from quire.core.model_info import ModelInfo
 from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from quire.core.sampling import SamplingParams
@@ -71,12 +74,18 @@ class LLM:
     """
 
     def __init__(self, model: str = BUILTIN_MODEL, **config: Any) -> None:
-        engine_config = EngineConfig(model=model, **config)
+        engine_config = _engine_config(model, config)
+        validate(engine_config)
         directory = resolve_model(engine_config)
         self._engine = build_engine(replace(engine_config, model=str(directory)))
-        self.tokenizer = Tokenizer.load(directory)
+        tokenizer = engine_config.tokenizer
+        self.tokenizer = Tokenizer.load(
+            directory if tokenizer is None else resolve_model(replace(engine_config, model=tokenizer))
+        )
+        chat_template = engine_config.chat_template
+        template = ChatTemplate.load(directory, None if chat_template is None else Path(chat_template))
         self._encoder = PromptEncoder(
-            self.tokenizer, ChatTemplate.load(directory), self._engine.info, max_logprobs=self._engine.info.max_logprobs
+            self.tokenizer, template, self._engine.info, max_logprobs=self._engine.info.max_logprobs
         )
         self._defaults = generation_defaults(directory)
         self._seeds = Random(engine_config.seed)  # noqa: S311 - sampling, not secrets
@@ -231,6 +240,19 @@ class LLM:
     def _cancel(self, job: _Job) -> None:
         for request in job.requests:
             self._engine.cancel(request.request_id)
+
+
+def _engine_config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
+    names = [each.name for each in fields(EngineConfig)]
+    unknown = next((name for name in settings if name not in names), None)
+    if unknown is not None:
+        closest = get_close_matches(unknown, names, 1)
+        raise ConfigError(
+            f"LLM has no argument {unknown!r}.",
+            param=unknown,
+            remedy=f"Did you mean {closest[0]!r}?" if closest else "See quire.config.engine.EngineConfig.",
+        )
+    return EngineConfig(model=model, **settings)
 
 
 class _Job:

@@ -81,16 +81,17 @@ def serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
     was_busy = True
     while True:
         now = time.monotonic()
-        if now >= next_stats:
+        idles = was_busy and not engine.has_work
+        if now >= next_stats or idles:
             socket.send(encode(engine.stats()))
             next_stats = now + STATS_INTERVAL
         if engine.has_work:
             was_busy = True
             wait_ms = NOTHING_TO_RUN_MS if engine.stalled else 0
         else:
-            if was_busy:
+            if idles:
                 engine.check_integrity()
-                was_busy = False
+            was_busy = False
             wait_ms = max(0, int((next_stats - now) * 1000) + 1)
         outputs: list[EngineOutput] = []
         if not _take_messages(engine, socket, wait_ms, outputs):

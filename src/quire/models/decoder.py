@@ -77,8 +77,8 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden_se: Tensor) -> Tensor:
-        """The head: float32 logits `[s, v]`. Apart from `forward`, so that the caller can bound how many rows of a large
-        vocabulary are in memory at one time."""
+        """The head: float32 logits `[s, v]`. Apart from `forward`, so that the caller can bound how many rows of a
+        large vocabulary are in memory at one time."""
         return self.head(hidden_se).float()
 
     def _step(self, batch: ForwardBatch, block_size: int) -> StepContext:

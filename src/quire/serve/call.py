@@ -97,13 +97,14 @@ async def answer(
     """
     source = generation.pieces()
     if not call.stream:
-        return writer.whole(await while_connected(request.receive, _gather(source)))
+        return writer.whole(await while_connected(request.receive, gather(source)))
     first = await while_connected(request.receive, _first(source))
     headers = [(name.encode(), value.encode()) for name, value in call.headers.items()]
     return EventStream(_events(writer, _chain(first, source)), held.pop_all().close, headers)
 
 
-async def _gather(source: AsyncIterator[Piece]) -> list[Piece]:
+async def gather(source: AsyncIterator[Piece]) -> list[Piece]:
+    """All pieces of an answer. Raises `InvalidParameter` when its log-probabilities outgrow memory's bound."""
     pieces = []
     num_logprobs = 0
     async for piece in source:

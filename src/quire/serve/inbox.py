@@ -55,7 +55,7 @@ class Inbox:
         await self._arrived.wait()
         if self._overflow:
             raise SlowReader(
-                f"The answer was given up: more than {self._max_pending} tokens and log-probabilities were waiting to be read.",
+                f"The answer was given up: more than {self._max_pending} tokens and logprobs waited to be read.",
                 remedy="Read the stream as it comes.",
             )
         self._arrived.clear()
