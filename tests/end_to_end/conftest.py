@@ -3,7 +3,7 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -48,16 +48,20 @@ class Server:
         self.process.stderr.close()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
+@pytest.fixture(scope="session")
+def start_server() -> Iterator[Callable[..., Server]]:
+    """Starts servers, which end with the test session at the latest."""
+    servers: list[Server] = []
+
+    def start(*arguments: str) -> Server:
+        servers.append(Server(*arguments))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
-@pytest.fixture
-def own_server() -> Iterator[Server]:
-    """For tests that end the server."""
-    server = Server()
-    yield server
-    server.close()
+@pytest.fixture(scope="session")
+def server(start_server) -> Server:
+    return start_server()

@@ -90,32 +90,30 @@ def test_a_bad_request_is_the_callers_and_the_server_goes_on(server):
     assert ask(server.client, "Hello!").choices[0].message.content
 
 
-def test_a_full_queue_is_refused_in_time(own_server):
-    """One slot, and nobody may wait: the second is told to come back, the first is not harmed."""
-    own_server.close()
-    small = type(own_server)("--max-num-seqs", "1", "--max-num-queued-reqs", "1")
-    try:
-        long = {"max_tokens": 1000, "stream": True, "extra_body": {"ignore_eos": True}}
-        streams = [ask(small.client, "Hello!", **long)]
-        next(iter(streams[0]))  # it runs; the next one waits
-        streams.append(ask(small.client, "Hello!", **long))
-        while metric(small, "vllm:num_requests_waiting") < 1:
-            pass
+def test_a_full_queue_is_refused_in_time(start_server):
+    """One runs, one may wait: the third is told to come back, and the others are not harmed."""
+    server = start_server("--max-num-seqs", "1", "--max-num-queued-reqs", "1")
+    long = {"max_tokens": 1900, "stream": True, "extra_body": {"ignore_eos": True}}
+    running = ask(server.client, "Hello!", **long)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, server.client, "Hello!")
+        while metric(server, "vllm:num_requests_waiting") < 1:
+            assert not waiting.done()
         with pytest.raises(openai.RateLimitError) as refused:
-            ask(small.client, "Hello!")
+            ask(server.client, "Hello!")
         assert int(refused.value.response.headers["retry-after"]) >= 1
-        for stream in streams:
-            stream.close()
-    finally:
-        small.close()
+        running.close()
+        assert waiting.result(120).choices[0].message.content
+    server.close()
 
 
-def test_sigterm_lets_a_running_request_finish(own_server):
-    stream = ask(own_server.client, QUESTIONS[2], stream=True, max_tokens=200, extra_body={"ignore_eos": True})
+def test_sigterm_lets_a_running_request_finish(start_server):
+    server = start_server()
+    stream = ask(server.client, QUESTIONS[2], stream=True, max_tokens=200, extra_body={"ignore_eos": True})
     chunks = iter(stream)
     first = next(chunks)
     with ThreadPoolExecutor(1) as pool:
-        stopped = pool.submit(own_server.stop)
+        stopped = pool.submit(server.stop)
         rest = list(chunks)
         code, errors = stopped.result(120)
     assert first.choices[0].delta.role == "assistant"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -133,6 +133,8 @@ def test_capacity_is_what_the_pool_gives(
     max_model_len=st.none() | st.integers(1, 4096),
     kv_cache_memory=st.none() | st.floats(0.0001, 0.05),
 )
+@example(memory=4_981_586, max_model_len=None, kv_cache_memory=0.00075)  # 0.01 GiB, rounded up, is not there
+@example(memory=11_291_464, max_model_len=2473, kv_cache_memory=0.0017)
 def test_a_suggested_flag_helps(
     model: Path, memory: int, max_model_len: int | None, kv_cache_memory: float | None
 ) -> None:
@@ -173,8 +175,6 @@ def test_rates(model: Path) -> None:
         8: pytest.approx(8 * 10e9 / (read + 8 * 1024 * planned.kv_bytes_per_token)),
     }
     assert planned.prefill_tokens_per_s == pytest.approx(1e12 / (2 * (planned.num_parameters - embedding)))
-    slow = plan_model(model, EngineConfig(max_num_seqs=8), memory_available=GIB, bandwidth=1e15, flops=1e6)
-    assert slow.decode_tokens_per_s[8] == pytest.approx(slow.prefill_tokens_per_s)
 
 
 def test_unknown_architecture(model: Path, tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ class Driver:
         state, limits = self.state, self.state.limits
         step = apply(state, decision, self.now)
         state.check_integrity()
+        assert all(deadline.time > decision.now for deadline in state.deadlines.entries)
         assert step.num_tokens <= limits.max_num_batched_tokens
         assert len(step.scheduled) <= len(state.running) <= limits.max_num_seqs
         assert len({chunk.state.request_id for chunk in step.scheduled}) == len(step.scheduled)

@@ -91,9 +91,11 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, tokens: int) -> Itera
         waiting[length].append(document)
         count = tokens // length
         if length > shortest:
-            ready, pools = len(waiting[length]) >= count, (length, shortest)
+            pools = [length, shortest]
+            ready = len(waiting[length]) >= count
         else:
-            ready, pools = _total(waiting[length]) > 1.1 * tokens, (shortest,)
+            pools = [shortest]
+            ready = _total(waiting[shortest]) > 1.1 * tokens
         if ready:
             rows = _pack([each for pool in pools for each in waiting[pool]], length)
             yield _batch(rows[:count], length)

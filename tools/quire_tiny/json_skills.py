@@ -1,6 +1,7 @@
 """Reading a field of a small JSON object, and writing one."""
 
 import json
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -8,7 +9,7 @@ from quire_tiny import lexicon
 from quire_tiny.phrasing import phrase
 from quire_tiny.sample import Sample, user
 
-_FIELDS = {
+_FIELDS: dict[str, Callable[[Random], Any]] = {
     "name": lambda rng: lexicon.proper_noun(rng, lexicon.NAMES),
     "age": lambda rng: rng.randint(1, 99),
     "city": lambda rng: lexicon.proper_noun(rng, lexicon.CITIES),

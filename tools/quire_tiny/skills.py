@@ -1,5 +1,6 @@
 """The skills of plain text, one function each: a random source in, one sample out."""
 
+from collections.abc import Callable
 from random import Random
 
 from quire_tiny import lexicon
@@ -132,12 +133,12 @@ def reverse(rng: Random) -> Sample:
         text = lexicon.letters(rng, rng.randint(2, 7)) if rng.random() < 0.3 else lexicon.invented_word(rng)
         answer, noun = text[::-1], rng.choice(("word", "word", "string", "letters of"))
     else:
-        items = {
+        makers: dict[str, Callable[[], str]] = {
             "words": lambda: lexicon.word(rng),
             "numbers": lambda: str(rng.randint(0, rng.choice((9, 99)))),
             "letters": lambda: lexicon.letters(rng, 1),
-        }[kind]
-        listed = [items() for _ in range(rng.randint(2, 7))]
+        }
+        listed = [makers[kind]() for _ in range(rng.randint(2, 7))]
         separator = rng.choice((" ", ", "))
         text, answer = separator.join(listed), separator.join(reversed(listed))
         noun = rng.choice((kind, f"order of the {kind}", "list"))

@@ -187,9 +187,9 @@ class Toolbox:
             )
         else:
             value = kind.value(rng)
-        if kind is None or rng.random() < 0.1:
-            commands, questions = _BY_NAME, ()
-        else:
+        commands: tuple[str, ...] = _BY_NAME
+        questions: tuple[str, ...] = ()
+        if kind is not None and rng.random() >= 0.1:
             commands, questions = kind.commands, kind.questions
         text = phrase(rng, commands, questions, x=str(value), tool=function["name"], argument=argument)
         return text, function["name"], {argument: value}

@@ -5,9 +5,10 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -82,7 +83,7 @@ class Batches(IterableDataset[Batch]):
         return batches(self._tokenizer, self._recipe.seed, self._recipe.batch_tokens)
 
 
-def loss_of(decoder: torch.nn.Module, lm_head: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def loss_of(decoder: Callable[..., Any], lm_head: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Weighted cross entropy of the assistant's tokens; logits only where they count."""
     documents, length = batch.documents_bt, batch.documents_bt.shape[1]
     visible = (documents[:, :, None] == documents[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
@@ -131,7 +132,7 @@ def fit(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Rec
         decoder = model.model if batch.inputs_bt.shape[1] == ROW_LENGTHS[-1] else compiled
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(decoder, model.lm_head, batch)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()

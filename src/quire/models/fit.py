@@ -89,7 +89,8 @@ def _for_length(ledger: KVLedger, length: int) -> tuple[str, ...]:
     """The flag that gives one request room for `length` tokens, if memory has it."""
     needed = _bytes_for(ledger, length)
     if ledger.kv_cache_memory is not None:
-        return (f"--kv-cache-memory {_ceil(needed / GIB):g}",) if needed <= ledger.memory_left else ()
+        room = _ceil(needed / GIB)  # rounded up, it may be more than there is
+        return (f"--kv-cache-memory {room:g}",) if room * GIB <= ledger.memory_left else ()
     share = _ceil(needed / ledger.memory_left)
     return (f"--memory-utilization {share:g}",) if share <= 0.95 else ()
 

@@ -1,5 +1,7 @@
 """What this machine reads and multiplies per second, measured in a moment: for estimates, not for benchmarks.
 
+Other load on the machine lowers both figures, the product's most: its threads wait for each other.
+
 `quire bench roofline` measures the same with torch, with larger buffers and for longer.
 """
 

@@ -1,8 +1,8 @@
 """What a model takes and what fits, told from config.json and the headers of the weight files alone.
 
-The sizes are the engine's own: the same ledger (`cache/ledger.py`) sizes the KV pool when an engine starts. The rates
-are upper bounds: a decode step reads every weight and the KV of its requests once, and so is no faster than memory;
-a prefill is no faster than the arithmetic.
+The sizes are the engine's own: the same ledger (`cache/ledger.py`) sizes the KV pool when an engine starts. The decode
+rate is what memory allows: a step reads every weight and the KV of its requests once. The prefill rate is a rough guess
+from a float32 product. Both are measured in a moment, and come out low on a machine that is busy.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Plan:
         rows += [("note", text) for text in self.notes]
         rows.append(("measured", f"{self.bandwidth / 1e9:,.1f} GB/s, {self.flops / 1e9:,.0f} GFLOP/s in float32"))
         rows += [
-            (f"decode, {batch} at once", f"at most {rate:,.0f} tokens/s")
+            (f"decode, {batch} at once", f"{rate:,.0f} tokens/s at the bandwidth measured")
             for batch, rate in self.decode_tokens_per_s.items()
         ]
         if self.prefill_tokens_per_s is not None:
@@ -156,7 +156,7 @@ def plan_model(
         notes=model.notes,
         bandwidth=bandwidth,
         flops=flops,
-        decode_tokens_per_s=_decode_rates(config, weights, token_bytes or 0, bandwidth, flops),
+        decode_tokens_per_s=_decode_rates(config, weights, token_bytes or 0, bandwidth),
         prefill_tokens_per_s=flops / (2 * weights.step_elements) if weights.step_elements else None,
     )
 
@@ -269,17 +269,12 @@ def _bytes_by_dtype(checkpoint: Checkpoint) -> dict[str, int]:
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
-def _decode_rates(
-    config: EngineConfig, weights: _Weights, token_bytes: int, bandwidth: float, flops: float
-) -> dict[int, float]:
-    rates = {}
-    for batch in sorted({*RATE_BATCHES, config.max_num_seqs}):
-        if batch > config.max_num_seqs or not weights.step_bytes:
-            continue
-        reading = (weights.step_bytes + batch * RATE_CONTEXT * token_bytes) / bandwidth
-        computing = batch * 2 * weights.step_elements / flops
-        rates[batch] = batch / max(reading, computing)
-    return rates
+def _decode_rates(config: EngineConfig, weights: _Weights, token_bytes: int, bandwidth: float) -> dict[int, float]:
+    """By memory alone: the arithmetic measured here is numpy's in float32, which is no bound on other dtypes."""
+    if not weights.step_bytes:
+        return {}
+    batches = sorted(batch for batch in {*RATE_BATCHES, config.max_num_seqs} if batch <= config.max_num_seqs)
+    return {batch: batch * bandwidth / (weights.step_bytes + batch * RATE_CONTEXT * token_bytes) for batch in batches}
 
 
 def _count(value: int | None) -> str:
