@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -98,7 +98,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert [self.pool.references(b) for b in range(1, 9)] == [self.held(b) for b in range(1, 9)]
 
 
-PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 TestPool = PoolMachine.TestCase
 
 
@@ -150,6 +152,7 @@ def test_without_prefix_caching_nothing_is_found():
     assert pool.match([b"content"]) == []
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(tokens=st.lists(st.integers(0, 3), max_size=9), others=st.lists(st.integers(0, 3), max_size=9))
 def test_match_is_the_longest_common_run_of_full_blocks(tokens, others):
     pool = BlockPool(9, 2)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quire
 from quire import LLM, SamplingParams
-from quire.core.errors import InvalidParameter, PromptTooLong
+from quire.core.errors import ConfigError, EngineError, InvalidParameter, PromptTooLong
 
 ASSETS = Path(quire.__file__).parent / "assets" / "quire_tiny"
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
@@ -86,6 +86,59 @@ def test_a_stream_that_is_closed_frees_what_it_held(llm):
     stream.close()
     assert not llm._engine.has_work
     llm._engine.check_integrity()
+
+
+def test_a_stream_goes_on_while_others_are_served(llm):
+    messages = [{"role": "user", "content": "Count from 1 to 12."}]
+    [alone] = llm.chat(messages, GREEDY, progress=False)
+    first, second = llm.stream_chat(messages, GREEDY), llm.stream_chat(messages, GREEDY)
+    pieces = [next(first), next(second), next(first)]
+    [between] = llm.chat(messages, GREEDY, progress=False)
+    assert between.outputs[0].text == alone.outputs[0].text
+    assert pieces[0] + pieces[2] + "".join(first) == alone.outputs[0].text
+    assert pieces[1] + "".join(second) == alone.outputs[0].text
+    assert not llm._jobs
+    llm._engine.check_integrity()
+
+
+def test_a_step_that_breaks_ends_what_was_running_and_no_more(llm):
+    stream = llm.stream_complete("Hello", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    next(stream)
+    runner = llm._engine._runner
+    kv, runner._kv = runner._kv, None  # as good a fault as any
+    with pytest.raises(AttributeError):
+        llm.generate(["a"], GREEDY, progress=False)
+    runner._kv = kv
+    with pytest.raises(EngineError, match="did not end"):
+        list(stream)
+    llm._engine.check_integrity()
+    assert not llm._engine.has_work
+    assert llm.generate(["a"], GREEDY, progress=False)[0].outputs[0].token_ids
+
+
+def test_an_error_of_one_prompt_is_raised_and_frees_the_others(llm):
+    nothing_left = SamplingParams(temperature=0, allowed_token_ids=[7], stop_token_ids=[7], min_tokens=1, max_tokens=5)
+    with pytest.raises(InvalidParameter, match="leave no token"):
+        llm.generate(["a", "b"], [GREEDY, nothing_left], progress=False)
+    assert not llm._engine.has_work
+    assert not llm._jobs
+
+
+def test_the_model_may_be_a_path_and_arguments_are_checked():
+    assert LLM(ASSETS, kv_cache_memory=0.01).generate("a", GREEDY, progress=False)[0].prompt == "a"
+    for wrong in ({"max_model_len": "12"}, {"dtype": "int4"}, {"kv_cache_memory": -1.0}, {"max_len": 3}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            LLM(ASSETS, **wrong)
+
+
+def test_what_nobody_asks_for_is_not_kept_for_ever():
+    llm = LLM("quire-tiny", kv_cache_memory=0.01, max_num_seqs=1, threads=1)
+    steps = llm._engine._iteration_tokens
+    assert steps.maxlen is not None
+    llm.generate("a", SamplingParams(max_tokens=3, temperature=0, ignore_eos=True), progress=False)
+    assert len(steps) == 3
+    assert llm._engine.stats().iteration_tokens == [1, 1, 1]
+    assert not steps
 
 
 def test_a_stop_string_ends_the_text_before_it(llm):

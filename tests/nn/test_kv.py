@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
+import psutil
+import pytest
 import torch
 
+from quire.core.errors import NotEnoughMemory
 from quire.nn.kv import KVCache
 
 SIZES = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 5, "block_size": 4}
@@ -23,6 +29,33 @@ def test_starts_finite_and_has_the_size_it_says() -> None:
     assert not kv.data.any()
     assert kv.data.nbytes == 7 * KVCache.bytes_per_block(**SIZES, dtype=torch.float32)
     assert kv.layer(1).shape == (2, 2, 7, 4, 5)
+
+
+def test_memory_is_taken_when_it_is_written() -> None:
+    sizes = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 16, "dtype": torch.bfloat16}
+    num_blocks = (256 << 20) // KVCache.bytes_per_block(**sizes)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    kv = KVCache(**sizes, num_blocks=num_blocks)
+    kv.data[:, :, :, num_blocks // 2] = 1.0
+    assert not kv.data[:, :, :, num_blocks // 2 + 1].any()
+    assert process.memory_info().rss - before < 32 << 20
+    kv.data.fill_(1.0)  # that the measure would notice
+    assert process.memory_info().rss - before > 200 << 20
+
+
+def test_memory_is_given_back_with_the_last_view() -> None:
+    kv = cache(3, seed=0)
+    layer, expected, gone = kv.layer(1), kv.data[1].clone(), weakref.ref(kv)
+    del kv
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(layer, expected)
+
+
+def test_a_pool_that_no_machine_has_is_refused() -> None:
+    with pytest.raises(NotEnoughMemory, match="GiB"):
+        cache(2**48)
 
 
 def test_copies_blocks_and_nothing_else() -> None:

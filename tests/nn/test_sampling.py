@@ -24,7 +24,7 @@ from quire.core.sampling import SamplingParams
 from quire.nn.choosing import choose, survivors, top_ids
 from quire.nn.logits_processing import process_logits
 from quire.nn.randomness import uniform
-from quire.nn.sampling import Sampler, SamplingRow, prompt_logprobs
+from quire.nn.sampling import SamplingRow, prompt_logprobs, sample
 
 V = 97
 PROPERTY = settings(max_examples=60, deadline=None)
@@ -128,7 +128,7 @@ def test_presence_and_frequency_count_the_output_alone():
 
 def test_allowed_tokens_are_all_there_is():
     rows = [make_row(position=position, allowed_token_ids=[3, 50], temperature=5.0) for position in range(40)]
-    results = Sampler().sample(torch.zeros(40, V), rows)
+    results = sample(torch.zeros(40, V), rows)
     assert {result.token_id for result in results} == {3, 50}
 
 
@@ -198,7 +198,7 @@ def test_ties_go_to_the_lower_id():
     assert ids.tolist() == [1, 2]
     ids, _ = survivors(values.numpy(), SamplingParams(top_p=0.5))
     assert ids.tolist() == [1, 2]
-    (result,) = Sampler().sample(values[None], [make_row(temperature=0, generated=[])])
+    (result,) = sample(values[None], [make_row(temperature=0, generated=[])])
     assert result.token_id == 1
 
 
@@ -222,7 +222,7 @@ def test_the_nucleus_is_the_same_however_it_is_found(scale, top_p):
 
 def test_logprobs_are_of_the_raw_logits():
     logits = random_logits(1, V)
-    (result,) = Sampler().sample(logits, [make_row(logprobs=5, temperature=2.0, logit_bias={40: 100.0})])
+    (result,) = sample(logits, [make_row(logprobs=5, temperature=2.0, logit_bias={40: 100.0})])
     expected = logits[0].log_softmax(dim=-1)
     assert result.token_id == 40
     assert result.logprob == pytest.approx(expected[40].item())
@@ -233,7 +233,7 @@ def test_logprobs_are_of_the_raw_logits():
 
 
 def test_zero_logprobs_report_the_token_alone():
-    (result,) = Sampler().sample(random_logits(1, V), [make_row(logprobs=0, temperature=0)])
+    (result,) = sample(random_logits(1, V), [make_row(logprobs=0, temperature=0)])
     assert result.rank == 1
     assert result.logprob < 0
     assert not result.top_ids
@@ -275,10 +275,10 @@ OPTIONS = st.fixed_dictionaries(
 
 
 def check_rows_alone(logits: torch.Tensor, rows: list[SamplingRow], order: list[int]) -> None:
-    together = Sampler().sample(logits, rows)
-    shuffled = Sampler().sample(logits[order].contiguous(), [rows[i] for i in order])
+    together = sample(logits, rows)
+    shuffled = sample(logits[order].contiguous(), [rows[i] for i in order])
     for place, i in enumerate(order):
-        (alone,) = Sampler().sample(logits[i : i + 1].clone(), [rows[i]])
+        (alone,) = sample(logits[i : i + 1].clone(), [rows[i]])
         assert alone == together[i] == shuffled[place]  # bit for bit
 
 
@@ -302,7 +302,7 @@ def test_a_result_depends_on_seed_and_position():
     logits = torch.zeros(1, 4096)
 
     def token(**options) -> int:
-        (result,) = Sampler().sample(logits, [make_row(**options)])
+        (result,) = sample(logits, [make_row(**options)])
         return result.token_id
 
     assert token(seed=1, position=1) == token(seed=1, position=1)
@@ -316,19 +316,19 @@ def test_a_result_depends_on_seed_and_position():
 def test_a_broken_row_harms_no_other(bad):
     logits = random_logits(3, V)
     rows = [make_row(logprobs=2), make_row(logprobs=2), make_row(logprobs=2, temperature=0)]
-    healthy = Sampler().sample(logits, rows)
+    healthy = sample(logits, rows)
     broken = logits.clone()
     broken[1, 50] = bad
-    first, error, last = Sampler().sample(broken, rows)
+    first, error, last = sample(broken, rows)
     assert isinstance(error, EngineError)
     assert "position 7" in str(error)
     assert (first, last) == (healthy[0], healthy[2])
-    assert isinstance(Sampler().sample(torch.full((1, V), -math.inf), rows[:1])[0], EngineError)
+    assert isinstance(sample(torch.full((1, V), -math.inf), rows[:1])[0], EngineError)
 
 
 def test_parameters_that_leave_nothing():
     row = make_row(allowed_token_ids=[4], bad_words_token_ids=[[4]])
-    (error,) = Sampler().sample(random_logits(1, V), [row])
+    (error,) = sample(random_logits(1, V), [row])
     assert isinstance(error, InvalidParameter)
     assert error.param == "allowed_token_ids"
 
@@ -337,6 +337,6 @@ def test_logits_are_left_as_they_were():
     logits = random_logits(2, V)
     before = logits.clone()
     row = make_row(allowed_token_ids=[4], repetition_penalty=1.5, temperature=0.5, top_p=0.5)
-    Sampler().sample(logits, [row, replace(row, sampling=SamplingParams(seed=1, temperature=0.3))])
+    sample(logits, [row, replace(row, sampling=SamplingParams(seed=1, temperature=0.3))])
     assert torch.equal(logits, before)
-    assert Sampler().sample(logits[:0], []) == []
+    assert sample(logits[:0], []) == []

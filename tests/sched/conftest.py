@@ -159,6 +159,7 @@ class Driver:
 
     def carry_out(self, decision: Decision, while_running: Callable[[], object] = lambda: None) -> Step:
         state, limits = self.state, self.state.limits
+        self.check_order_of_return(decision)
         step = apply(state, decision, self.now)
         state.check_integrity()
         assert all(deadline.time > decision.now for deadline in state.deadlines.entries)
@@ -176,6 +177,15 @@ class Driver:
         self.steps.append(step)
         self.decisions.append(decision)
         return step
+
+    def check_order_of_return(self, decision: Decision) -> None:
+        """Swapped requests come back in the order of the policy, and before any that waits."""
+        state, refused = self.state, {late for late, _ in decision.refused}
+        back = [entry.state for entry in decision.entries if entry.swap_in]
+        left = [item for item in state.swapped.values() if item not in refused and item not in back]
+        ranks = [[state.policy.rank(item, state.service.tokens) for item in group] for group in (back, left)]
+        assert not (back and left) or max(ranks[0]) < min(ranks[1])
+        assert not left or len(back) == len(decision.entries)
 
     def check_written_blocks(self, chunk) -> None:
         """What is written to is nobody else's, and not what others may be reading by its hash."""

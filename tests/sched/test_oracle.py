@@ -115,11 +115,8 @@ class Simulator:
         ):
             job = min(self.waiting, key=self.key)
             known = self.blocks(len(job.tokens))
-            promised = sum(
-                self.blocks(len(other.tokens)) - self.blocks(start + num) for other, start, num in given.values()
-            )
             spare = self.num_blocks // 100 if self.running else 0
-            if known > free - promised - spare:
+            if known > free - spare:
                 return
             self.waiting.remove(job)
             self.running.append(job)

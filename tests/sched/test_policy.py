@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.core.errors import ConfigError
@@ -39,7 +39,7 @@ def order_of_first_tokens(driver) -> list[str]:
 
 
 @given(arrivals=st.lists(st.integers(0, 9), min_size=1, max_size=15))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_fcfs_schedules_in_order_of_arrival(driver_class, arrivals):
     driver = driver_class(limits(scheduling_policy="fcfs"), num_blocks=12, block_size=4)
     for number, arrival in enumerate(arrivals):
@@ -50,7 +50,7 @@ def test_fcfs_schedules_in_order_of_arrival(driver_class, arrivals):
 
 
 @given(priorities=st.lists(st.integers(-3, 3), min_size=1, max_size=15))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_priority_schedules_the_lowest_number_first(driver_class, priorities):
     driver = driver_class(limits(scheduling_policy="priority"), num_blocks=12, block_size=4)
     for number, priority in enumerate(priorities):
@@ -87,7 +87,7 @@ def test_blocks_are_taken_from_the_one_that_ranks_last(driver_class, policy, cha
     num_blocks=st.integers(8, 30),
     max_num_seqs=st.integers(1, 6),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_tenants_with_unequal_load_get_equal_shares(driver_class, loads, lengths, outputs, num_blocks, max_num_seqs):
     """While both have requests waiting, what they were served differs by no more than what is in flight."""
     driver = driver_class(limits(max_num_seqs=max_num_seqs), num_blocks=num_blocks, block_size=4)

@@ -162,7 +162,7 @@ def test_deadlines_end_what_is_late_and_nothing_else(driver_class, machine, plan
     driver.check_answers(but=cut_short | late)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     members=st.lists(
         st.tuples(st.integers(0, 6), st.sampled_from([4, 8, 6, 9]), st.integers(-3, 3)), min_size=3, max_size=8

@@ -221,6 +221,18 @@ def test_swapped_requests_come_back_before_waiting_ones(driver_class):
     assert "older still" in order
 
 
+@pytest.mark.parametrize(("length", "enters"), [(97, True), (98, False)])
+def test_newcomers_leave_some_blocks_for_those_that_run(driver_class, length, enters):
+    """Of 200 blocks, 101 are taken and 2 are reserved."""
+    driver = driver_class(limits(max_num_batched_tokens=256, max_model_len=256), num_blocks=200, block_size=1)
+    driver.submit(request("running", [1] * 100))
+    driver.step()
+    driver.submit(request("newcomer", [2] * length))
+    assert (len(driver.step().scheduled) == 2) == enters
+    driver.finish()
+    driver.check_answers()
+
+
 def test_running_request_past_its_deadline_is_refused_and_others_go_on(driver_class):
     driver = driver_class(limits(), num_blocks=20, block_size=4)
     driver.submit(request("late", [1, 2, 3], max_tokens=50, deadlines=Deadlines(total_ms=3000.0)))

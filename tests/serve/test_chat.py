@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import openai
 import pytest
+
+from quire.serve.chat_messages import plain_messages
+from quire.text.messages import template_messages
+from quire.wire.openai_chat import Message
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -191,6 +196,24 @@ def test_what_cannot_be_served_is_refused_by_name(served, param):
     assert status == 400, answer
     assert answer["error"]["param"] == param
     assert answer["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("top_logprobs", [-1, 21, 100])
+def test_top_logprobs_out_of_range_is_refused_by_its_own_name(served, top_logprobs):
+    body = {"messages": HELLO, "logprobs": True, "top_logprobs": top_logprobs}
+    status, answer = served.post("/v1/chat/completions", body)
+    assert (status, answer["error"]["param"]) == (400, "top_logprobs")
+
+
+def test_reasoning_and_refusals_reach_the_template():
+    body = {
+        "role": "assistant",
+        "reasoning": "hm",
+        "content": [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "no"}],
+    }
+    (plain,) = template_messages(plain_messages([msgspec.convert(body, Message)]))
+    assert plain["content"] == "a\nno"
+    assert plain["reasoning_content"] == "hm"
 
 
 def test_content_that_is_no_text_is_refused(served):

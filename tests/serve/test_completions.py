@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 
 import openai
@@ -74,6 +75,8 @@ def test_echo_with_logprobs_scores_the_prompt(served):
     answer = served.client().completions.create(model="tiny", prompt="abc", max_tokens=0, echo=True, logprobs=1)
     choice = answer.choices[0]
     assert choice.text == "abc"
+    assert choice.finish_reason == "length"
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (0, 3)
     assert choice.logprobs.tokens == ["a", "b", "c"]
     assert choice.logprobs.token_logprobs == [None, -1.0, -1.0]
     assert choice.logprobs.text_offset == [0, 1, 2]
@@ -115,6 +118,24 @@ def test_without_a_seed_answers_differ(served):
     assert len(answers) == 3
 
 
+def test_a_checkpoints_default_length_gives_way_to_the_prompt(serving, model_dir, tmp_path):
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"max_new_tokens": 4000}')
+    with serving(model_dir=directory) as running:
+        answer = running.client().completions.create(model="tiny", prompt="x" * 4076)
+        assert answer.usage.completion_tokens == 20
+        messages = [{"role": "user", "content": "x" * 4000}]
+        assert running.client().chat.completions.create(model="tiny", messages=messages).usage.total_tokens == 4096
+
+
+def test_a_text_longer_than_the_context_may_be_truncated(served, expected):
+    extra = {"truncate_prompt_tokens": 2}
+    answer = served.client().completions.create(
+        model="tiny", prompt="x" * 60_000 + "de", max_tokens=3, seed=0, extra_body=extra
+    )
+    assert answer.choices[0].text == expected("de", 3)
+
+
 def test_truncated_prompt(served, expected):
     extra = {"truncate_prompt_tokens": 2}
     answer = served.client().completions.create(model="tiny", prompt="abcde", max_tokens=3, seed=0, extra_body=extra)
@@ -123,6 +144,7 @@ def test_truncated_prompt(served, expected):
 
 REFUSED = {
     "suffix": "x",
+    "response_format": {"type": "json_object"},
     "best_of": 3,
     "prompt": [],
     "logprobs": 21,

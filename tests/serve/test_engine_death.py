@@ -9,8 +9,12 @@ import urllib.request
 
 import openai
 import pytest
+import zmq.asyncio
 
 from quire.core.errors import CheckpointError, EngineStartFailed
+from quire.serve.engine_client import EngineClient
+from quire.serve.engine_process import EngineCommand
+from quire.serve.metrics import Metrics
 from quire.serve.supervision import Supervision
 
 QUICK = Supervision(heartbeat_timeout=0.5, max_restarts=3, first_back_off=0.02, start_wait=5.0)
@@ -37,8 +41,8 @@ def test_kill_in_the_middle_of_a_stream_goes_unnoticed(fragile, expected):
     )
     assert chunks[-1].choices[0].finish_reason == "length"
     metrics = fragile.get("/metrics")[1].decode()
-    assert 'quire_engine_restarts_total{model_name="tiny"} 1.0' in metrics
-    assert 'quire_requests_replayed_total{model_name="tiny"} 1.0' in metrics
+    assert 'quire_engine_restarts_total{engine="0",model_name="tiny"} 1.0' in metrics
+    assert 'quire_requests_replayed_total{engine="0",model_name="tiny"} 1.0' in metrics
     assert len([event for event in fragile.events() if event[0] == "start"]) == 2
 
 
@@ -94,9 +98,10 @@ def test_poison_is_quarantined_and_the_others_survive(fragile, expected):
 
 
 def test_lone_poison_dies_after_two_engines(fragile):
-    with pytest.raises(openai.InternalServerError, match="died 2 times"):
+    with pytest.raises(openai.InternalServerError, match="died 2 times") as caught:
         fragile.client().completions.create(model="tiny", prompt="!poison")
     assert len([event for event in fragile.events() if event[0] == "start"]) <= 3
+    assert "fake engine" not in caught.value.message  # the engine's log is not for those who call the API
 
 
 def test_a_hanging_engine_turns_ready_red_and_is_replaced(fragile, expected):
@@ -124,7 +129,8 @@ def test_giving_up_after_deaths_in_a_row(serving):
         detail = json.loads(running.get("/health")[1])
         assert detail["status"] == "failed"
         assert "died 3 times in a row" in detail["detail"]
-        assert "fake engine: no luck" in detail["detail"]
+        assert "fake engine: no luck" not in detail["detail"]  # asks for no key
+        assert "fake engine: no luck" in json.loads(running.get("/ready")[1])["detail"]
         status, answer = running.post("/v1/completions", {"prompt": "abc"})
         assert (status, answer["error"]["code"]) == (503, "engine_dead")
         assert running.get("/metrics")[0] == 200
@@ -155,3 +161,58 @@ def test_requests_during_a_restart_wait_for_the_new_engine(fragile, expected):
         fragile.kill_engine()
         answer = fragile.client().completions.create(model="tiny", prompt="abc", max_tokens=4, seed=0)
         assert answer.choices[0].text == expected("abc", 4)
+
+
+def test_requests_that_a_stop_string_ends_count_as_served(serving):
+    bounds = Supervision(max_restarts=1, first_back_off=0.01)
+    with serving(supervision=bounds) as running:
+        for _ in range(3):
+            running.kill_engine()
+            answer = running.client().completions.create(model="tiny", prompt="!word", stop="end", max_tokens=1000)
+            assert answer.choices[0].text == "the "
+
+
+def test_deadlines_hold_while_the_first_engine_starts(serving):
+    with serving(start="never", wait=False, supervision=Supervision(stop_timeout=0.1)) as running:
+        found, answer = running.post("/v1/completions", {"prompt": "abc", "deadline_ms": 100})
+        assert (found, answer["error"]["code"]) == (504, "deadline_exceeded")
+
+
+def test_waiting_for_a_new_engine_is_bounded(serving):
+    bounds = Supervision(start_wait=0.5, first_back_off=0.01, stop_timeout=0.1)
+    with serving(supervision=bounds) as running:
+        (running.state / "start").write_text("never")
+        running.kill_engine()
+        running.until(lambda: running.get("/ready")[0] == 503, "a red /ready")
+        for fields, status, code in (
+            ({}, 503, "engine_dead"),
+            ({"queue_timeout_ms": 50}, 504, "deadline_exceeded"),
+            ({"deadline_ms": 60_000}, 503, "engine_dead"),
+        ):
+            found, answer = running.post("/v1/completions", {"prompt": "abc"} | fields)
+            assert (found, answer["error"]["code"]) == (status, code), fields
+
+
+def test_deadlines_hold_between_two_engines(serving):
+    bounds = Supervision(start_wait=600.0, first_back_off=600.0, max_back_off=600.0, stop_timeout=0.1)
+    with serving(supervision=bounds) as running:
+        running.kill_engine()
+        running.until(lambda: running.get("/ready")[0] == 503, "a red /ready")
+        found, answer = running.post("/v1/completions", {"prompt": "abc", "deadline_ms": 50})
+        assert (found, answer["error"]["code"]) == (504, "deadline_exceeded")
+
+
+async def test_each_caller_gets_an_error_of_its_own():
+    command = EngineCommand(argv=("false",), config={})
+    context = zmq.asyncio.Context()
+    client = EngineClient(
+        command, command.start(), context=context, listener=Metrics("tiny"), supervision=Supervision()
+    )
+    await client.supervise()
+    raised = []
+    for _ in range(2):
+        with pytest.raises(EngineStartFailed) as caught:
+            await client.wait_ready()
+        raised.append(caught.value)
+    assert raised[0] is not raised[1]  # one that is raised for ever keeps every frame that it went through
+    context.destroy(linger=0)

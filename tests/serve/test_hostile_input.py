@@ -152,6 +152,41 @@ def test_deep_tools_and_template_variables(served):
         assert (status, answer["error"]["param"]) == (400, field)
 
 
+HUGE = b"1" + b"0" * 10_000
+
+
+@pytest.mark.parametrize("field", ["tools", "tool_choice", "chat_template_kwargs"])
+@pytest.mark.parametrize("value", [HUGE, b"[" + HUGE + b"]", b"1e999"])
+def test_numbers_too_large_for_any_type(served, field, value):
+    body = b'{"messages": [{"role": "user", "content": "x"}], "%s": %s}' % (field.encode(), value)
+    status, answer = served.post("/v1/chat/completions", body)
+    assert (status, answer["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize("name", ["self", "context", "args", "template", "variables", "a b", ""])
+def test_template_variables_of_any_name(served, name):
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "chat_template_kwargs": {name: 1}}
+    assert served.post("/v1/chat/completions", body)[0] == 200
+
+
+def test_a_long_value_is_not_quoted_in_full(served):
+    status, answer = served.post("/v1/chat/completions", {"messages": [{"role": "x" * 100_000, "content": "x"}]})
+    assert status == 400
+    assert len(answer["error"]["message"]) < 1000
+
+
+@pytest.mark.parametrize(
+    "fields", [{"allowed_token_ids": [5] * 65536}, {"bad_words": ["x" * 1024] * 256}, {"logit_bias": {5: 1.0}}]
+)
+def test_lists_are_bounded_over_all_sequences(served, fields):
+    body = {"prompt": ["x"] * 8, "n": 128, "max_tokens": 1}
+    status, answer = served.post("/v1/completions", body | fields)
+    if "logit_bias" in fields:
+        assert status == 200
+    else:
+        assert (status, answer["error"]["param"]) == (400, "n")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [

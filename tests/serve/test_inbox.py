@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.core.errors import EngineDead
-from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from quire.core.request import Deadlines, EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from quire.core.sampling import SamplingParams
 from quire.serve.inbox import Flight, Inbox, SlowReader
 
@@ -78,6 +79,16 @@ def test_a_replay_that_ends_early_is_an_error():
     flight.engine_died(1.0)
     with pytest.raises(EngineDead):
         list(map(flight.accept, outputs([1, 2], [1])))
+
+
+def test_a_replay_is_not_refused_for_deadlines_that_were_met():
+    deadlines = Deadlines(total_ms=3.0, queue_ms=1.0, ttft_ms=2.0)
+    flight = Flight(replace(REQUEST, deadlines=deadlines), None, 0.0)
+    flight.engine_died(1.0)
+    assert flight.request.deadlines == deadlines
+    flight.accept(outputs([1, 2, 3], [1])[0])
+    flight.engine_died(2.0)
+    assert flight.request.deadlines == Deadlines(total_ms=3.0)
 
 
 async def test_an_inbox_is_bounded():

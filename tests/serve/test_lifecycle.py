@@ -120,6 +120,11 @@ def test_a_port_in_use_is_a_config_error(serving, served):
         pass
 
 
+def test_an_empty_key_is_a_config_error(serving):
+    with pytest.raises(ConfigError, match="api_key"), serving(api_key=" "):
+        pass
+
+
 def test_a_bad_certificate_is_a_config_error(serving, tmp_path):
     bad = tmp_path / "bad.pem"
     bad.write_text("no certificate")

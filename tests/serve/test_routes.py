@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import quire
 from quire.serve.openapi import OPERATIONS, describe
+from quire.serve.supervision import Supervision
 
 
 def test_models(served):
@@ -76,6 +77,8 @@ VLLM_METRICS = [
     "request_generation_tokens",
     "request_max_num_generation_tokens",
     "request_params_n",
+    "request_num_preemptions",
+    "request_prefill_kv_computed_tokens",
     "request_params_max_tokens",
     "cache_config_info",
 ]
@@ -98,6 +101,40 @@ def test_metrics_have_vllms_names(served):
     for family in found.values():
         for sample in family.samples:
             assert sample.labels.get("model_name") == "tiny" or family.name.startswith("quire_http_requests")
+
+
+def test_labels_are_vllms(served):
+    for family in families(served).values():
+        for sample in family.samples:
+            assert sample.labels.get("engine") == "0" or family.name.startswith("quire_http_requests")
+
+
+def test_every_end_is_there_before_the_first_request(serving):
+    with serving() as running:
+        ends = {s.labels["finished_reason"]: s.value for s in families(running)["vllm:request_success"].samples}
+    assert {reason: ends[reason] for reason in ("stop", "length", "abort", "error")} == dict.fromkeys(ends, 0.0)
+
+
+def test_n_samples_are_one_request_in_vllms_histograms(served):
+    counted = {
+        "vllm:request_params_n_count": 2,
+        "vllm:request_params_n_sum": 6,
+        "vllm:request_max_num_generation_tokens_count": 2,
+        "vllm:request_max_num_generation_tokens_sum": 8,
+        "vllm:request_generation_tokens_count": 6,
+        "vllm:request_num_preemptions_count": 6,
+        "vllm:request_prefill_kv_computed_tokens_sum": 3 * (4 + 3),  # of 20 and 3 tokens; the fake caches by 16
+    }
+    before = {name: value(served, name) for name in counted}
+    served.client().completions.create(model="tiny", prompt=["a" * 20, "abc"], max_tokens=4, n=3)
+    assert {name: value(served, name) - before[name] for name in counted} == counted
+
+
+def test_what_is_refused_before_it_is_submitted_is_no_abort(serving):
+    with serving(supervision=Supervision(max_in_flight=1)) as running:
+        assert running.post("/v1/completions", {"prompt": "abc", "n": 2})[0] == 429
+        assert value(running, "vllm:admission_rejections_total", reason="queue_full") == 1
+        assert value(running, "vllm:request_success_total", finished_reason="abort") == 0
 
 
 def test_metrics_count(served):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from quire.core.errors import BadValue, InvalidParameter, MissingFile, TemplateError
+from quire.core.errors import BadValue, InvalidParameter, MissingFile, Refusal, TemplateError
 from quire.text.render_process import RenderLimits
 from quire.text.template import ChatTemplate
 
@@ -294,3 +295,17 @@ def test_a_template_of_a_wrong_kind_is_named(tmp_path: Path, value: object):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
     with pytest.raises(BadValue, match=r"tokenizer_config\.json"):
         ChatTemplate.load(tmp_path)
+
+
+def test_a_process_that_cannot_start_is_no_fault_of_the_request(monkeypatch):
+    template = ChatTemplate({"default": "x"}, {})
+    try:
+        assert template.render([{"role": "user", "content": ""}]) == "x"
+        template.close()
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        with pytest.raises(Refusal, match="cannot be started"):
+            template.render([{"role": "user", "content": ""}])
+        monkeypatch.undo()
+        assert template.render([{"role": "user", "content": ""}]) == "x"
+    finally:
+        template.close()

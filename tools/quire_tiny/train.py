@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quire_tiny import tokenizer as tokenizers
 from quire_tiny.batches import ROW_LENGTHS, Batch, batches
+
+TRAINING_FILE = "training.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,14 @@ class Recipe:
     cooldown_share: float = 0.6
     threads: int = 2
     snapshot_every: int = 100
-    start: str = ""
-    """A checkpoint to go on from, with its tokenizer; empty: from nothing."""
+
+
+STAGES = (
+    Recipe(),
+    Recipe(seed=2, steps=700, matrix_rate=0.012, other_rate=2e-3, cooldown_share=0.9),
+    Recipe(seed=3, steps=500, matrix_rate=0.012, other_rate=2e-3, cooldown_share=0.9),
+)
+"""What made the checkpoint that ships: each stage goes on from the bfloat16 checkpoint of the one before."""
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
@@ -156,37 +164,42 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     (out / "model.safetensors").chmod(0o644)
 
 
-def train(out: Path, recipe: Recipe) -> None:
+def train(out: Path, recipe: Recipe, start: Path | None) -> None:
+    """One stage, from nothing or from the checkpoint in `start`."""
     started = time.monotonic()
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
-    if recipe.start:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(Path(recipe.start) / name, out / name)
-    else:
+    if start is None:
         tokenizers.save(tokenizers.train(recipe.seed), out)
+    else:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(start / name, out / name)
     tokenizer = tokenizers.load(out)
     ALL_ATTENTION_FUNCTIONS.register("quire_tiny", attention)
-    if recipe.start:
-        model = Qwen3ForCausalLM.from_pretrained(recipe.start, dtype=torch.float32)
-    else:
+    if start is None:
         model = Qwen3ForCausalLM(model_config(tokenizer)).float()
+    else:
+        model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
     model.train()
     model.set_attn_implementation("quire_tiny")
     fit(model, tokenizer, recipe, out)
     save(model, tokenizer, out)
-    made = {"recipe": asdict(recipe), "seconds": round(time.monotonic() - started)}
-    (out / "training.json").write_text(json.dumps(made, indent=2) + "\n")
+    before = json.loads((start / TRAINING_FILE).read_text())["stages"] if start else []
+    stages = [*before, asdict(recipe) | {"seconds": round(time.monotonic() - started)}]
+    (out / TRAINING_FILE).write_text(json.dumps({"stages": stages}, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder to write the checkpoint to")
-    for each in fields(Recipe):
-        parser.add_argument(f"--{each.name.replace('_', '-')}", type=type(each.default), default=each.default)
-    arguments = vars(parser.parse_args())
-    train(arguments.pop("out"), Recipe(**arguments))
+    parser.add_argument("out", type=Path, help="folder to write the checkpoint to; earlier stages go beside it")
+    parser.add_argument("--share", type=float, default=1.0, help="take this share of the steps, to try something out")
+    arguments = parser.parse_args()
+    start: Path | None = None
+    for number, recipe in enumerate(STAGES, 1):
+        folder = arguments.out if number == len(STAGES) else arguments.out.with_name(f"{arguments.out.name}-{number}")
+        train(folder, replace(recipe, steps=max(1, round(recipe.steps * arguments.share))), start)
+        start = folder
 
 
 if __name__ == "__main__":

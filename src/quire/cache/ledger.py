@@ -14,6 +14,8 @@ import psutil
 from quire.core.errors import NotEnoughMemory
 
 GIB = 1024**3
+HEAD_ROWS = 128
+"""Most rows that go through the output head at once, however many want logits: bounds them by the vocabulary alone."""
 USEFUL_LEN = 256
 """A cache that cannot hold one sequence of this many tokens (or of the model's whole context) is refused."""
 MAX_SEQUENCES_KEPT = 2
@@ -23,7 +25,6 @@ MAX_SEQUENCES_KEPT = 2
 def activation_bytes(
     *,
     max_num_batched_tokens: int,
-    max_num_seqs: int,
     hidden_size: int,
     intermediate_size: int,
     attention_size: int,
@@ -35,21 +36,21 @@ def activation_bytes(
 
     Per token: the residual stream, its normalised copy and a sub-layer's output, and the wider of the two sub-layers'
     inner values (`attention_size` = heads x head dim, for queries and outputs; `kv_size` = KV heads x head dim, for K
-    and V; gate, up and their product). Per sequence that samples: a row of logits in float32, with as much again for
-    its log-softmax, its sorted copy and its sort order (8 bytes each).
+    and V; gate, up, the activation and what it is made of). Per row of the head: its logits, once in pieces and once
+    put together, and in float32. Rows are sampled one by one, with some ten copies of one row (changed, as weights,
+    sorted, summed up in float64).
     """
-    inner = max(2 * attention_size + 2 * kv_size, 3 * intermediate_size)
+    inner = max(2 * attention_size + 2 * kv_size, 4 * intermediate_size)
     per_token = (3 * hidden_size + inner) * max(dtype_bytes, 4)
-    per_row = vocab_size * (4 + 4 + 4 + 8)
-    return max_num_batched_tokens * per_token + min(max_num_seqs, max_num_batched_tokens) * per_row
+    rows = min(HEAD_ROWS, max_num_batched_tokens)
+    return max_num_batched_tokens * per_token + vocab_size * (rows * (2 * dtype_bytes + 4) + 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLedger:
     """Sizes one engine's KV pool. Sizes are in bytes, lengths in tokens.
 
-    * `memory_available`: what may still be allocated (`available_memory()`); `weights_resident` says that it was
-      measured with the weights in memory already, so that they are not counted twice.
+    * `memory_available`: what could be allocated (`available_memory()`) if the weights were not in memory.
     * `memory_utilization`: share of what is left after weights and activations that the pool may take;
       `kv_cache_memory` names the pool's size instead.
     * `longest`: the model's context. `required_len`: what one sequence must hold, if the operator asked for a
@@ -66,13 +67,11 @@ class KVLedger:
     memory_utilization: float = 0.5
     kv_cache_memory: int | None = None
     required_len: int | None = None
-    weights_resident: bool = False
 
     @property
     def memory_left(self) -> int:
         """After weights and activations."""
-        weights = 0 if self.weights_resident else self.weight_bytes
-        return self.memory_available - weights - self.activation_bytes
+        return self.memory_available - self.weight_bytes - self.activation_bytes
 
     @property
     def kv_budget(self) -> int:
@@ -121,10 +120,9 @@ class KVLedger:
 
     def rows(self) -> list[tuple[str, int]]:
         """The ledger, in bytes, from what there is to what is left."""
-        weights = "weights (in memory already)" if self.weights_resident else "weights"
         return [
             ("memory available", self.memory_available),
-            (weights, self.weight_bytes),
+            ("weights", self.weight_bytes),
             ("activations of one step", self.activation_bytes),
             ("left for the KV cache", self.memory_left),
             ("KV cache budget", self.kv_budget),

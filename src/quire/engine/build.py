@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from quire.cache.ledger import GIB, KVLedger, activation_bytes, available_memory
+from quire.cache.ledger import GIB, KVLedger, available_memory
 from quire.cache.pool import BlockPool
 from quire.config.engine import EngineConfig
 from quire.core.errors import ConfigError
 from quire.core.model_info import ModelInfo
 from quire.engine.loop import Engine
 from quire.engine.runner import Runner
+from quire.models.fit import build_ledger
 from quire.models.load import LoadedModel, load_model
+from quire.models.shapes import shapes_of
 from quire.sched.state import SchedulerLimits, SchedulerState
 from quire.text.defaults import eos_token_ids
 
 ASSUMED_FLOPS_PER_CORE = 50e9
 """What a core computes in a prefill, for weighing a swap against computing again. An order of magnitude suffices."""
 ASSUMED_COPY_BYTES_PER_SECOND = 8e9
+MAX_NAMES_TOLD = 8
 
 
 def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> Engine:
@@ -31,13 +35,15 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
     num_threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(num_threads)
     model = load_model(directory, dtype=config.dtype, max_model_len=config.max_model_len)
+    _tell_unexpected(model)
     ledger = size_cache(config, model)
     num_blocks = config.num_kv_blocks or ledger.num_blocks
-    max_model_len = min(ledger.max_model_len, (num_blocks - 1) * config.block_size)
+    max_model_len = min(model.max_model_len, (num_blocks - 1) * config.block_size)
     kv = model.new_kv_cache(num_blocks, config.block_size)
     host_blocks = int(config.swap_space * GIB) // ledger.kv_bytes_per_block
-    eos = eos_token_ids(directory)
-    flops_per_token = 2 * model.weight_bytes / torch.empty((), dtype=model.dtype).element_size()
+    # Small test models keep the EOS of the tokenizer they were cut from, which their vocabulary may not reach.
+    eos = tuple(token_id for token_id in eos_token_ids(directory) if token_id < model.arch.vocab_size)
+    flops_per_token = 2 * model.weight_bytes / model.dtype.itemsize
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -68,7 +74,7 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
         block_size=config.block_size,
         num_blocks=num_blocks,
         eos_token_ids=eos,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_dtype_name(model),
         architecture=model.arch.architecture,
         weight_bytes=model.weight_bytes,
         kv_bytes_per_token=ledger.kv_bytes_per_block // config.block_size,
@@ -79,32 +85,32 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
 
 def size_cache(config: EngineConfig, model: LoadedModel) -> KVLedger:
     """The ledger of this model on this machine, checked: raises `NotEnoughMemory` if it cannot work."""
-    arch = model.arch
-    ledger = KVLedger(
-        memory_available=available_memory() - int(config.swap_space * GIB),
-        weight_bytes=model.weight_bytes,
-        activation_bytes=activation_bytes(
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            hidden_size=arch.hidden_size,
-            intermediate_size=arch.intermediate_size,
-            attention_size=arch.num_heads * arch.head_dim,
-            kv_size=arch.num_kv_heads * arch.head_dim,
-            vocab_size=arch.vocab_size,
-            dtype_bytes=torch.empty((), dtype=model.dtype).element_size(),
-        ),
-        kv_bytes_per_block=model.kv_bytes_per_block(config.block_size),
-        block_size=config.block_size,
-        longest=model.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        memory_utilization=config.memory_utilization,
-        kv_cache_memory=None if config.kv_cache_memory is None else int(config.kv_cache_memory * GIB),
-        required_len=config.max_model_len,
-    )
-    if config.num_kv_blocks is None:
-        ledger.check()
-    elif config.num_kv_blocks < 2:
+    if config.num_kv_blocks is not None and config.num_kv_blocks < 2:
         raise ConfigError(
             f"num_kv_blocks is {config.num_kv_blocks}.", param="num_kv_blocks", remedy="It must be at least 2."
         )
+    ledger = build_ledger(
+        config,
+        shapes_of(model.arch),
+        weight_bytes=model.weight_bytes,
+        dtype=_dtype_name(model),
+        available=available_memory() + model.converted_bytes,
+    )
+    if config.num_kv_blocks is None:
+        ledger.check()
     return ledger
+
+
+def _dtype_name(model: LoadedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _tell_unexpected(model: LoadedModel) -> None:
+    names = model.unexpected_tensors
+    if names:
+        shown = ", ".join(names[:MAX_NAMES_TOLD]) + (", …" if len(names) > MAX_NAMES_TOLD else "")
+        print(
+            f"quire: {len(names)} tensors of the checkpoint have no place in {model.arch.architecture} and are not "
+            f"used: {shown}",
+            file=sys.stderr,
+        )

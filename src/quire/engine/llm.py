@@ -10,6 +10,7 @@ for output in llm.chat([{"role": "user", "content": "What is 17 + 25?"}], Sampli
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ import msgspec
 
 from quire.config.engine import BUILTIN_MODEL, EngineConfig
 from quire.config.validate import validate
-from quire.core.errors import ConfigError, InvalidParameter, from_info
+from quire.core.errors import ConfigError, EngineError, InvalidParameter, QuireError, from_info
 from quire.core.model_info import ModelInfo
 from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from quire.core.sampling import SamplingParams
@@ -68,12 +69,12 @@ class RequestOutput:
 
 
 class LLM:
-    """Loads a model and generates. Keyword arguments are `EngineConfig`'s fields.
+    """Loads a model and generates. Keyword arguments are `EngineConfig`'s fields. To be used from one thread.
 
     Raises the `CheckpointError` or `ConfigError` that says what is wrong with the model or an argument.
     """
 
-    def __init__(self, model: str = BUILTIN_MODEL, **config: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] = BUILTIN_MODEL, **config: Any) -> None:
         engine_config = _engine_config(model, config)
         validate(engine_config)
         directory = resolve_model(engine_config)
@@ -90,6 +91,8 @@ class LLM:
         self._defaults = generation_defaults(directory)
         self._seeds = Random(engine_config.seed)  # noqa: S311 - sampling, not secrets
         self._counter = itertools.count()
+        self._jobs: dict[str, _Job] = {}
+        """Who waits for the outputs of a request; streams that are open are among them."""
 
     @property
     def info(self) -> ModelInfo:
@@ -184,9 +187,11 @@ class LLM:
             raise InvalidParameter(
                 f"n is {job.sampling.n}.", param="n", remedy="A stream has one sample; use generate() for more."
             )
-        told = 0
+        told, ended = 0, False
+        steps = self._steps([job])
         try:
-            for _ in self._steps([job]):
+            while not ended:
+                ended = next(steps, None) is None
                 text = job.output.outputs[0].text
                 if len(text) > told:
                     yield text[told:]
@@ -213,36 +218,53 @@ class LLM:
     def _steps(self, jobs: Sequence[_Job]) -> Iterator[tuple[int, int]]:
         """Run the jobs to their ends, a step at a time: yields (jobs that ended, tokens that came) of each step.
 
-        Requests are handed over as the engine's queue has room for them, however many there are.
+        Requests are handed over as the engine's queue has room for them, however many there are. Streams that were
+        opened before move on with each step. Raises the error that a job ended with.
         """
         queue = deque((job, request) for job in jobs for request in job.requests)
-        jobs_by_request: dict[str, _Job] = {}
-        left = len(queue)
-        while left:
-            outputs: list[EngineOutput] = []
+        mine, left = set(jobs), deque(jobs)
+        while True:
+            while left and left[0].done:
+                error = left.popleft().error
+                if error is not None:
+                    raise error
+            if not left:
+                return
+            finished = tokens = 0
+            for output in self._advance(queue):
+                job = self._jobs[output.request_id]
+                was_done = job.done
+                if job.take(output):
+                    self._engine.cancel(output.request_id)  # a stop string ended it, of which the engine does not know
+                if job in mine:
+                    finished += job.done and not was_done
+                    tokens += len(output.token_ids)
+            yield finished, tokens
+
+    def _advance(self, queue: deque[tuple[_Job, EngineRequest]]) -> list[EngineOutput]:
+        """Submit as much of the queue as there is room for, and step."""
+        outputs: list[EngineOutput] = []
+        try:
             while queue and self._engine.has_room_for(queue[0][1]):
                 job, request = queue.popleft()
-                jobs_by_request[request.request_id] = job
+                self._jobs[request.request_id] = job
                 refused = self._engine.submit(request)
                 outputs.extend([refused] if refused else [])
             outputs.extend(self._engine.step())
-            finished = tokens = 0
-            for output in outputs:
-                job = jobs_by_request[output.request_id]
-                tokens += len(output.token_ids)
-                if job.take(output):
-                    left -= 1
-                    finished += job.done
-                    if output.finish_reason is None:
-                        self._engine.cancel(output.request_id)
-            yield finished, tokens
+        except BaseException as error:  # a keyboard interrupt too
+            for job in set(self._jobs.values()):
+                self._cancel(job)
+                job.error = EngineError(f"A step of the engine did not end: {error!r}.", remedy="Ask again.")
+            raise
+        return outputs
 
     def _cancel(self, job: _Job) -> None:
         for request in job.requests:
             self._engine.cancel(request.request_id)
+            self._jobs.pop(request.request_id, None)
 
 
-def _engine_config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
+def _engine_config(model: str | os.PathLike[str], settings: Mapping[str, Any]) -> EngineConfig:
     names = [each.name for each in fields(EngineConfig)]
     unknown = next((name for name in settings if name not in names), None)
     if unknown is not None:
@@ -252,7 +274,13 @@ def _engine_config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
             param=unknown,
             remedy=f"Did you mean {closest[0]!r}?" if closest else "See quire.config.engine.EngineConfig.",
         )
-    return EngineConfig(model=model, **settings)
+    given = {"model": model, **settings}
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    try:
+        return msgspec.convert(plain, EngineConfig)
+    except msgspec.ValidationError as error:
+        reason, _, name = str(error).partition(" - at `$.")
+        raise ConfigError(f"{name.rstrip('`')}: {reason}.", param=name.rstrip("`")) from None
 
 
 class _Job:
@@ -270,6 +298,7 @@ class _Job:
     ) -> None:
         self.sampling = sampling
         self.requests = requests
+        self.error: QuireError | None = None
         wants_logprobs = sampling.logprobs is not None
         samples = [CompletionOutput(index=i, logprobs=[] if wants_logprobs else None) for i in range(len(requests))]
         self.output = RequestOutput(
@@ -283,15 +312,16 @@ class _Job:
 
     @property
     def done(self) -> bool:
-        return all(sample.finish_reason is not None for sample in self.output.outputs)
+        return self.error is not None or all(sample.finish_reason is not None for sample in self.output.outputs)
 
     def take(self, output: EngineOutput) -> bool:
-        """Add what a step brought. True when that sample has ended; raises the error it ended with."""
+        """Add what a step brought. True when that sample has ended, or the whole job with an error."""
         sample, stream = self._samples[output.request_id], self._streams[output.request_id]
         if sample.finish_reason is not None:
             return False
         if output.error is not None:
-            raise from_info(output.error)
+            self.error = from_info(output.error)
+            return True
         delta = stream.push(output.token_ids, output.logprobs)
         sample.token_ids.extend(delta.token_ids)
         if sample.logprobs is not None and output.logprobs is not None:

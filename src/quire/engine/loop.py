@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from quire.core.errors import QuireError
 from quire.core.model_info import ModelInfo
 from quire.core.request import EngineOutput, EngineRequest, FinishReason
 from quire.engine.runner import Runner
-from quire.sched.admit import admit, cancel
+from quire.sched.admit import admit, cancel, queue_refusal
 from quire.sched.apply import apply
 from quire.sched.decide import decide
 from quire.sched.settle import fail, settle
 from quire.sched.state import SchedulerState
 from quire.wire.rpc import Stats
+
+MAX_ITERATIONS_KEPT = 4096
+"""Steps whose token counts are kept for `stats`. Whoever asks twice a second misses none; nobody has to ask."""
 
 
 class Engine:
@@ -25,7 +29,7 @@ class Engine:
         self._runner = runner
         self._clock = clock
         self._num_steps = 0
-        self._iteration_tokens: list[int] = []
+        self._iteration_tokens: deque[int] = deque(maxlen=MAX_ITERATIONS_KEPT)
         self.stalled = False
         """Whether the last step had nothing that could run, although requests wait."""
 
@@ -35,9 +39,7 @@ class Engine:
 
     def has_room_for(self, request: EngineRequest) -> bool:
         """Whether `submit` would queue this request rather than refuse it because too many wait."""
-        limits, waiting = self._state.limits, self._state.num_waiting
-        tokens = self._state.num_waiting_tokens + len(request.prompt_token_ids)
-        return not waiting or (waiting < limits.max_num_queued_reqs and tokens <= limits.max_num_queued_tokens)
+        return queue_refusal(self._state, len(request.prompt_token_ids)) is None
 
     def submit(self, request: EngineRequest) -> EngineOutput | None:
         """Queue a request. What cannot be served is answered at once: the output that ends it, with its error."""
@@ -54,7 +56,11 @@ class Engine:
         return EngineOutput(request_id=request_id, finish_reason=FinishReason.ABORT)
 
     def step(self) -> list[EngineOutput]:
-        """Decide, apply, run, settle."""
+        """Decide, apply, run, settle.
+
+        An exception is a fault of ours or of the machine. The pool stays whole, but what was to be copied may not have
+        been: whoever goes on must cancel every live request first.
+        """
         now = self._clock()
         decision = decide(self._state, now)
         step = apply(self._state, decision, now)
@@ -71,7 +77,8 @@ class Engine:
     def stats(self) -> Stats:
         """Gauges of now and totals since the start; hands over, and forgets, the tokens of each step so far."""
         state = self._state
-        iteration_tokens, self._iteration_tokens = self._iteration_tokens, []
+        iteration_tokens = list(self._iteration_tokens)
+        self._iteration_tokens.clear()
         return Stats(
             step=self._num_steps,
             num_running=state.num_running,

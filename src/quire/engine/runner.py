@@ -8,17 +8,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from quire.cache.ledger import HEAD_ROWS
 from quire.core.errors import EngineError, QuireError
 from quire.core.request import TokenLogprobs
 from quire.engine.inputs import build_batch, needs_prompt_logprobs
 from quire.models.load import LoadedModel
 from quire.nn.kv import KVCache
-from quire.nn.sampling import Sampler, SamplingRow, prompt_logprobs
+from quire.nn.sampling import SamplingRow, prompt_logprobs, sample
 from quire.sched.settle import StepResult
 from quire.sched.state import ScheduledChunk, Step
-
-HEAD_ROWS = 128
-"""Most rows that go through the head at once: bounds the logits to HEAD_ROWS x vocabulary floats whatever is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +28,7 @@ class RunOutput:
 
 
 class Runner:
-    """Owns the model's device state: weights, KV cache, host KV for swapping, the sampler."""
+    """Owns the model's device state: weights, KV cache, host KV for swapping."""
 
     def __init__(
         self, *, model: LoadedModel, kv: KVCache, host_kv: KVCache | None, eos_token_ids: tuple[int, ...]
@@ -38,7 +36,6 @@ class Runner:
         self._decoder = model.decoder
         self._kv = kv
         self._host_kv = host_kv
-        self._sampler = Sampler()
         self._eos_token_ids = eos_token_ids
 
     @torch.inference_mode()
@@ -72,7 +69,7 @@ class Runner:
     def _sample_rows(self, sampled: Sequence[tuple[ScheduledChunk, int]], hidden_sh: Tensor, output: RunOutput) -> None:
         rows = torch.tensor([row for _, row in sampled], device=hidden_sh.device)
         logits_sv = self._decoder.logits(hidden_sh[rows])
-        tokens = self._sampler.sample(logits_sv, [self._sampling_row(chunk) for chunk, _ in sampled])
+        tokens = sample(logits_sv, [self._sampling_row(chunk) for chunk, _ in sampled])
         for (chunk, _), token in zip(sampled, tokens, strict=True):
             request = chunk.state.request
             if isinstance(token, QuireError):

@@ -23,7 +23,8 @@ class Fit:
 
 
 def build_ledger(config: EngineConfig, shapes: Shapes, *, weight_bytes: int, dtype: str, available: int) -> KVLedger:
-    """The ledger of an engine with these settings and a model of these sizes, before it is loaded."""
+    """The ledger of an engine with these settings and a model of these sizes. `plan` asks before the model is loaded,
+    the engine afterwards; `available` is without its weights either way."""
     bytes_per_block = shapes.kv_bytes_per_token(DTYPE_BYTES[dtype]) * config.block_size
     kv_cache_memory = None if config.kv_cache_memory is None else int(config.kv_cache_memory * GIB)
     if config.num_kv_blocks is not None:
@@ -33,7 +34,6 @@ def build_ledger(config: EngineConfig, shapes: Shapes, *, weight_bytes: int, dty
         weight_bytes=weight_bytes,
         activation_bytes=activation_bytes(
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
             hidden_size=shapes.hidden_size,
             intermediate_size=shapes.intermediate_size,
             attention_size=shapes.num_heads * shapes.head_dim,

@@ -27,13 +27,16 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """`weight_bytes` counts the parameters in `dtype`; `unexpected_tensors` are in the checkpoint, not in the model."""
+    """`weight_bytes` counts the parameters in `dtype`, and `converted_bytes` those of them that were converted and are
+    in memory already, while the others are read when they are used. `unexpected_tensors` are in the checkpoint, not in
+    the model."""
 
     decoder: Decoder
     arch: Arch
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
+    converted_bytes: int
     max_model_len: int
     unexpected_tensors: tuple[str, ...]
 
@@ -88,6 +91,7 @@ def load_model(
         dtype=torch_dtype,
         device=torch_device,
         weight_bytes=sum(tensor.nbytes for tensor in parameters.values()),
+        converted_bytes=weights.converted_bytes,
         max_model_len=length,
         unexpected_tensors=weights.unexpected,
     )

@@ -29,9 +29,13 @@ class ExpectedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedWeights:
-    """Parameters by path. `unexpected`: tensors of the checkpoint that the model has no place for."""
+    """Parameters by path. `unexpected`: tensors of the checkpoint that the model has no place for.
+
+    `converted_bytes` are of parameters in memory of their own; the others are pages of the mapped files.
+    """
 
     parameters: Mapping[str, Tensor]
+    converted_bytes: int
     unexpected: tuple[str, ...]
 
 
@@ -59,15 +63,21 @@ def load_weights(checkpoint: Checkpoint, family: Family, arch: Arch, dtype: torc
         expected.append(item)
     source = CheckpointTensors(checkpoint)
     parameters = {}
+    converted_bytes = 0
     for item in expected:
         tensor = source.get(item.tensor)
         if tensor.dtype != dtype:
             tensor = tensor.to(dtype)
             source.drop(item.tensor)
+            converted_bytes += tensor.nbytes
         if tensor.ndim == 1:
             _check_finite(checkpoint, item, tensor)
         parameters[item.parameter] = tensor
-    return LoadedWeights(parameters=parameters, unexpected=_unexpected(checkpoint, family, expected))
+    return LoadedWeights(
+        parameters=parameters,
+        converted_bytes=converted_bytes,
+        unexpected=_unexpected(checkpoint, family, expected),
+    )
 
 
 def _check(checkpoint: Checkpoint, item: ExpectedTensor) -> None:

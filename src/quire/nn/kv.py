@@ -5,10 +5,15 @@ Legend: l layers, h KV heads, n blocks, s tokens per block, d head dim.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
+
+from quire.core.errors import NotEnoughMemory
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -16,7 +21,9 @@ Pairs = Sequence[tuple[int, int]]
 class KVCache:
     """Keys and values of all layers, `[l, 2, h, n, s, d]`, allocated once. Which block is whose is not known here.
 
-    Heads come before blocks, so that gathering one head's blocks gives keys laid end to end.
+    Heads come before blocks, so that gathering one head's blocks gives keys laid end to end. On a CPU, memory is
+    reserved rather than taken: a page costs nothing until a block in it is first written. Raises `NotEnoughMemory` when
+    not even that much can be reserved.
     """
 
     def __init__(
@@ -33,9 +40,9 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         # Zeros: attention multiplies unused slots by a weight of zero, so they have to be finite.
-        self.data = torch.zeros(
-            num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim, dtype=dtype, device=device
-        )
+        shape = (num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim)
+        on_cpu = torch.device(device).type == "cpu"
+        self.data = _untouched_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
 
     @staticmethod
     def bytes_per_block(
@@ -58,6 +65,25 @@ class KVCache:
     def swap_in(self, pairs: Pairs, host: KVCache) -> None:
         """Copies (block of `host`, block here)."""
         _copy(host, self, pairs)
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in anonymous memory that the kernel hands out page by page, as it is written. The tensor keeps the map."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise NotEnoughMemory(
+            f"A KV cache of {num_bytes / 2**30:.2f} GiB cannot be reserved: {error}.",
+            param="kv_cache_memory",
+            remedy="Lower kv_cache_memory, num_kv_blocks or swap_space.",
+        ) from error
+    # A block's page lies far from the same block's page in the next head. In huge pages, the first token would
+    # take 2 MiB per layer and head.
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _copy(source: KVCache, destination: KVCache, pairs: Pairs) -> None:

@@ -32,28 +32,25 @@ class SamplingRow:
     eos_token_ids: Sequence[int]
 
 
-class Sampler:
-    """Samples one token per row. Has no state."""
+def sample(logits_sv: Tensor, rows: Sequence[SamplingRow]) -> list[TokenLogprobs | QuireError]:
+    """Samples one token per row of float32 `logits_sv`, on any device.
 
-    def sample(self, logits_sv: Tensor, rows: Sequence[SamplingRow]) -> list[TokenLogprobs | QuireError]:
-        """One result per row of float32 `logits_sv`, on any device.
+    Order of operations: log-probabilities of the raw logits; allowed_token_ids, bad_words, min_tokens,
+    logit_bias; penalties; greedy: the largest, of equal ones the lowest id; otherwise temperature, min_p, top_k,
+    top_p, typical_p, and a draw.
 
-        Order of operations: log-probabilities of the raw logits; allowed_token_ids, bad_words, min_tokens,
-        logit_bias; penalties; greedy: the largest, of equal ones the lowest id; otherwise temperature, min_p, top_k,
-        top_p, typical_p, and a draw.
-
-        A row that cannot be sampled gives an error in its place, and the other rows do not notice: `EngineError` for
-        logits that are not finite, `InvalidParameter` when the parameters leave no token. A row whose request did not
-        ask for logprobs has `rank` 0 and `logprob` 0, not computed.
-        """
-        assert logits_sv.shape[0] == len(rows), (logits_sv.shape, len(rows))
-        if not rows:
-            return []
-        best_s, finite_s = _best(logits_sv)
-        return [
-            _sample_row(logits_v, row, best) if finite else _not_finite(row.position)
-            for logits_v, row, best, finite in zip(logits_sv, rows, best_s, finite_s, strict=True)
-        ]
+    A row that cannot be sampled gives an error in its place, and the other rows do not notice: `EngineError` for
+    logits that are not finite, `InvalidParameter` when the parameters leave no token. A row whose request did not
+    ask for logprobs has `rank` 0 and `logprob` 0, not computed.
+    """
+    assert logits_sv.shape[0] == len(rows), (logits_sv.shape, len(rows))
+    if not rows:
+        return []
+    best_s, finite_s = _best(logits_sv)
+    return [
+        _sample_row(logits_v, row, best) if finite else _not_finite(row.position)
+        for logits_v, row, best, finite in zip(logits_sv, rows, best_s, finite_s, strict=True)
+    ]
 
 
 def prompt_logprobs(logits_sv: Tensor, target_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:

@@ -18,6 +18,9 @@ from quire.sched.policy import PROMPT_WEIGHT
 from quire.sched.queue import Deadline
 from quire.sched.state import Phase, RequestState, SchedulerState
 
+RESERVE = 100
+"""One block in so many is kept from newcomers while others run."""
+
 
 class Grant(msgspec.Struct, frozen=True):
     """Compute `num_tokens` tokens from `start` on, after `num_new_blocks` blocks were added to the table."""
@@ -78,7 +81,6 @@ class _Plan:
         self.num_free = state.pool.num_free
         self.num_host_free = state.swap_pool.num_free if state.swap_pool is not None else 0
         self.num_running = len(state.running)
-        self.num_promised = 0
         self.gone: set[RequestState] = set()
         self._references: dict[int, int] = {}
 
@@ -101,12 +103,9 @@ class _Plan:
 
     def grant(self, state: RequestState, start: int, num_tokens: int, num_held: int, *, cached: bool = False) -> None:
         """Give tokens to a request that holds `num_held` blocks."""
-        blocks_for = self.state.pool.blocks_for
-        num_total = blocks_for(start + num_tokens)
-        num_new = max(0, num_total - num_held)
+        num_new = max(0, self.state.pool.blocks_for(start + num_tokens) - num_held)
         assert num_new <= self.num_free
         self.num_free -= num_new
-        self.num_promised += blocks_for(len(state.token_ids)) - num_total
         self.budget -= num_tokens
         self.decision.grants.append(Grant(state, start, num_tokens, num_new, cached))
 
@@ -200,10 +199,10 @@ def _in_order(plan: _Plan, service: dict[str, float]) -> Iterator[RequestState]:
 
 
 def _enter(plan: _Plan, item: RequestState, *, swap_in: bool) -> bool:
-    """Let a request run if a sequence slot, a token and blocks for all its known tokens are there.
+    """Let a request run if a sequence slot, a token and blocks are there.
 
-    Blocks are promised for all known tokens, those of earlier entries and of running requests included, although they
-    are handed out as chunks need them: who was let in should not have to give way at once.
+    Blocks must be there for all known tokens, although chunks take them one after the other; and while others run, one
+    block in `RESERVE` must stay free for them to grow: who was let in should not have to give way at once.
     """
     if not plan.has_room:
         return False
@@ -219,7 +218,7 @@ def _enter(plan: _Plan, item: RequestState, *, swap_in: bool) -> bool:
     needed = pool.blocks_for(known) - len(cached)
     available = plan.num_free - plan.num_unused(cached)
     if plan.num_running:
-        available -= plan.num_promised + pool.num_usable // 100
+        available -= pool.num_usable // RESERVE
     if needed > available:
         return False
     plan.touch(cached)

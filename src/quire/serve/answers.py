@@ -7,7 +7,7 @@ import math
 import msgspec
 from starlette.responses import Response
 
-from quire.core.errors import InvalidParameter, NotFound, QuireError, RequestError, Unauthorized
+from quire.core.errors import NotFound, QuireError, RequestError, Unauthorized
 from quire.wire.openai import ErrorDetail, ErrorResponse
 
 _encoder = msgspec.json.Encoder()
@@ -64,16 +64,3 @@ def for_status(status: int, what: str) -> QuireError:
     if status == 405:
         return MethodNotAllowed(f"{what} does not take this method.", remedy="See /docs for the methods it takes.")
     return RequestError(f"{what} was refused with status {status}.")
-
-
-__all__ = [
-    "HeadersTooLarge",
-    "InvalidParameter",
-    "MethodNotAllowed",
-    "RequestTimeout",
-    "encode_json",
-    "error_body",
-    "error_response",
-    "for_status",
-    "json_response",
-]

@@ -6,7 +6,7 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quire.core.errors import Unauthorized
+from quire.core.errors import ConfigError, Unauthorized
 from quire.serve.answers import error_response
 
 OPEN_PATHS = frozenset({"/health"})
@@ -16,8 +16,11 @@ class ApiKey:
     """ASGI middleware. Denies by default: a path that does not exist is refused as well."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
+        if not key.strip():
+            # Often a variable that is not set: the operator means to guard the server, and everybody would get in.
+            raise ConfigError("api_key is empty.", param="api_key", remedy="Give a key, or leave --api-key out.")
         self._app = app
-        self._key = key.encode()
+        self._key = key.strip().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_known(scope):

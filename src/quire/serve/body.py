@@ -14,6 +14,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 MAX_LOOSE_BYTES = 1024 * 1024
 MAX_LOOSE_DEPTH = 32
 MAX_REPORTED_FIELDS = 16
+MAX_MESSAGE_CHARS = 500
 _PATH = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -36,6 +37,8 @@ def decode_body(body: bytes, cls: type[T]) -> T:
 def _invalid(message: str) -> InvalidParameter:
     found = _PATH.search(message)
     text = _PATH.sub("", message)
+    if len(text) > MAX_MESSAGE_CHARS:  # it quotes the value
+        text = text[: MAX_MESSAGE_CHARS - 3] + "..."
     if found is None:
         missing = re.search(r"required field `([^`]*)`", message)
         return InvalidParameter(f"{text}.", param=missing[1] if missing else None)
@@ -68,7 +71,10 @@ def loose_json(raw: msgspec.Raw, param: str) -> Any:
         raise InvalidParameter(
             f"{param} has {len(data)} bytes.", param=param, remedy=f"Send {MAX_LOOSE_BYTES} at most."
         )
-    value = msgspec.json.decode(data)
+    try:
+        value = msgspec.json.decode(data)
+    except msgspec.DecodeError as error:  # well-formed, but with a number that no type holds
+        raise InvalidParameter(f"{param}: {error}.", param=param) from None
     if _depth_exceeds(value, MAX_LOOSE_DEPTH):
         raise InvalidParameter(
             f"{param} is nested too deeply.", param=param, remedy=f"Use at most {MAX_LOOSE_DEPTH} levels."

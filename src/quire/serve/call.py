@@ -6,8 +6,9 @@ import contextlib
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, Self
 
 import structlog
@@ -15,10 +16,15 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from quire.core.errors import InvalidParameter, QuireError
+from quire.core.request import Deadlines, EngineRequest
+from quire.core.sampling import SamplingParams
 from quire.serve.answers import error_body
 from quire.serve.body import ignored_fields
 from quire.serve.generation import Generation, Piece
+from quire.serve.sampling import deadlines
+from quire.serve.service import fresh_seed
 from quire.serve.sse import EventStream, event, while_connected
+from quire.text.prompt import PromptEncoder
 from quire.wire.openai import GenerationFields
 
 MAX_GATHERED_LOGPROBS = 1_000_000
@@ -43,10 +49,14 @@ class Call:
     continuous_usage: bool
     headers: dict[str, str]
     """Headers of the answer."""
+    arrival_time: float
+    deadlines: Deadlines
 
     @classmethod
-    def of(cls, request: Request, body: bytes, fields: GenerationFields, prefix: str, model: str) -> Self:
-        """Raises `InvalidParameter` for a tenant or a request id that is no plain word."""
+    def of(
+        cls, request: Request, body: bytes, fields: GenerationFields, *, prefix: str, model: str, arrival_time: float
+    ) -> Self:
+        """Raises `InvalidParameter` for a tenant or a request id that is no plain word, and for a bad deadline."""
         engine_id = f"{prefix}-{uuid.uuid4().hex}"
         tenant = request.headers.get(TENANT_HEADER, "")
         if tenant and not _WORD.fullmatch(tenant):
@@ -77,6 +87,29 @@ class Call:
             include_usage=bool(options and options.include_usage),
             continuous_usage=bool(options and options.continuous_usage_stats),
             headers=headers,
+            arrival_time=arrival_time,
+            deadlines=deadlines(fields),
+        )
+
+    def request_maker(
+        self,
+        encoder: PromptEncoder,
+        sampling: SamplingParams,
+        fields: GenerationFields,
+        *,
+        default_max_tokens: int | None,
+    ) -> Callable[[str, Sequence[int]], list[EngineRequest]]:
+        """`PromptEncoder.engine_requests`, but for the id and the prompt."""
+        return partial(
+            encoder.engine_requests,
+            sampling=sampling,
+            arrival_time=self.arrival_time,
+            priority=fields.priority or 0,
+            tenant=self.tenant,
+            cache_salt=fields.cache_salt or "",
+            deadlines=self.deadlines,
+            default_max_tokens=default_max_tokens,
+            fresh_seed=fresh_seed,
         )
 
 

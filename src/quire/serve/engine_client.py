@@ -30,14 +30,15 @@ from quire.core.model_info import ModelInfo
 from quire.core.request import EngineOutput, EngineRequest, FinishReason
 from quire.serve.engine_link import EngineLink
 from quire.serve.engine_process import EngineCommand, EngineProcess
-from quire.serve.inbox import Flight, Inbox
+from quire.serve.inbox import Flight, Inbox, patience
+from quire.serve.sampling import num_listed
 from quire.serve.supervision import EngineListener, EngineState, Supervision
 from quire.wire.rpc import Cancel, FromEngine, Outputs, Ready, StartFailed, Stats, Stop, Submit
 
 TICK = 0.25
 LONE_SUSPECT_DEATHS = 2
 MAX_DEATHS = 4
-MAX_TOKENS_PER_MESSAGE = 1_000_000  # prompt tokens; keeps a message far below what a socket accepts
+MAX_NUMBERS_PER_MESSAGE = 1_000_000  # prompt tokens and the like; keeps a message far below what a socket accepts
 
 
 class EngineClient:
@@ -83,7 +84,7 @@ class EngineClient:
                 f"The engine is still starting after {timeout:g} s.", remedy="Try again later.", retry_after=5.0
             ) from None
         if self._failure is not None:
-            raise self._failure
+            raise from_info(self._failure.to_info())  # a new one: what is raised again keeps all its tracebacks
         assert self.model is not None
         return self.model
 
@@ -94,7 +95,7 @@ class EngineClient:
         `EngineDead` when there is no engine any more.
         """
         if self.state in (EngineState.FAILED, EngineState.STOPPED):
-            raise self._failure or EngineDead("The engine has been stopped.")
+            raise EngineDead(headline(self._failure) if self._failure else "The engine has been stopped.")
         if len(self._flights) + len(requests) > self._bounds.max_in_flight:
             raise QueueFull(
                 f"{len(self._flights)} requests are in flight already.", remedy="Try again later.", retry_after=1.0
@@ -115,6 +116,11 @@ class EngineClient:
             self._link.post(Cancel(sent))
         if known:
             self._dispatch()
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        """As `cancel`, for requests whose reader has all it wants: they count as served."""
+        self._deaths_in_a_row = 0
+        self.cancel(request_ids)
 
     @property
     def num_in_flight(self) -> int:
@@ -143,12 +149,15 @@ class EngineClient:
 
     async def supervise(self) -> None:
         """Keep an engine running until `stop`, or until it is given up (`failure` says why)."""
+        expiring = asyncio.create_task(self._expire_while_starting())
         try:
             await self._keep_alive()
         except Exception as error:
             # A fault of ours, or a command that cannot be run any more: say so rather than leave requests waiting.
             structlog.get_logger().exception("the engine is no longer supervised")
             self._end(EngineState.FAILED, EngineDead(f"The engine cannot be started: {error}."))
+        finally:
+            expiring.cancel()
 
     async def _keep_alive(self) -> None:
         while True:
@@ -235,7 +244,6 @@ class EngineClient:
         """Returns when the engine has to be given up as hanging."""
         while True:
             await asyncio.sleep(TICK)
-            self._expire()
             silence = self._clock() - self._last_word
             limit = self._bounds.start_timeout
             if self.state is EngineState.READY:
@@ -255,7 +263,7 @@ class EngineClient:
             return
         quarantined = any(flight.sent and flight.deaths >= LONE_SUSPECT_DEATHS for flight in self._flights.values())
         batch: list[EngineRequest] = []
-        num_tokens = 0
+        num_numbers = 0
         for flight in waiting:
             if flight.deaths >= LONE_SUSPECT_DEATHS:
                 if quarantined:
@@ -263,10 +271,10 @@ class EngineClient:
                 quarantined = True
             flight.sent = True
             batch.append(flight.request)
-            num_tokens += len(flight.request.prompt_token_ids)
-            if num_tokens > MAX_TOKENS_PER_MESSAGE:
+            num_numbers += len(flight.request.prompt_token_ids) + num_listed(flight.request.sampling)
+            if num_numbers > MAX_NUMBERS_PER_MESSAGE:
                 self._link.post(Submit(batch))
-                batch, num_tokens = [], 0
+                batch, num_numbers = [], 0
         if batch:
             self._link.post(Submit(batch))
 
@@ -293,20 +301,22 @@ class EngineClient:
         output = EngineOutput(request_id=flight.request.request_id, finish_reason=FinishReason.ERROR, error=info)
         flight.inbox.put(output)
 
-    def _expire(self) -> None:
-        """Answer requests that have waited too long for an engine to start."""
-        if self.state is EngineState.READY:
-            return
-        now = self._clock()
-        for flight in list(self._flights.values()):
-            waited = now - flight.queued_at
-            deadlines = flight.request.deadlines
-            limits = [ms / 1000 for ms in (deadlines.total_ms, deadlines.queue_ms, deadlines.ttft_ms) if ms is not None]
-            if waited > min(limits, default=self._bounds.start_wait):
-                self._refuse(flight, DeadlineExceeded("The engine is starting, and the request's deadline passed."))
-            elif waited > self._bounds.start_wait:
-                text = f"The engine did not start within {self._bounds.start_wait:g} s."
-                self._refuse(flight, EngineDead(text, remedy="Try again later.", retry_after=5.0))
+    async def _expire_while_starting(self) -> None:
+        """Answer requests that have waited too long for an engine, be it starting or about to be started again."""
+        while True:
+            await asyncio.sleep(TICK)
+            if self.state is EngineState.STARTING:
+                now = self._clock()
+                for flight in list(self._flights.values()):
+                    self._expire(flight, now)
+
+    def _expire(self, flight: Flight, now: float) -> None:
+        if now - flight.request.arrival_time > patience(flight.request.deadlines):
+            text = "The engine is starting, and the request's deadline passed."
+            self._refuse(flight, DeadlineExceeded(text, remedy="Try again later.", retry_after=5.0))
+        elif now - flight.queued_at > self._bounds.start_wait:
+            text = f"The engine did not start within {self._bounds.start_wait:g} s."
+            self._refuse(flight, EngineDead(text, remedy="Try again later.", retry_after=5.0))
 
     def _bury(self, cause: QuireError) -> None:
         """Take stock after a death: who is to be run again, and who is not.
@@ -318,12 +328,15 @@ class EngineClient:
         self._deaths_in_a_row += 1
         self._listener.engine_died()
         present = [flight for flight in self._flights.values() if flight.sent]
+        structlog.get_logger().error(
+            "the engine died", cause=cause.message, requests=len(present), in_a_row=self._deaths_in_a_row
+        )
         for flight in present:
             flight.engine_died(self._clock())
         suspects = [flight for flight in present if flight.deaths >= LONE_SUSPECT_DEATHS]
         for flight in suspects:
             if len(suspects) == 1 or flight.deaths >= MAX_DEATHS:
-                text = f"The engine died {flight.deaths} times while it ran this request; last: {cause.message}"
+                text = f"The engine died {flight.deaths} times while it ran this request; last: {headline(cause)}"
                 self._refuse(flight, EngineDead(text, remedy="Do not send it again unchanged."))
 
     def _give_up(self, cause: QuireError) -> QuireError:
@@ -331,7 +344,8 @@ class EngineClient:
             return cause
         lines = "\n".join(self._process.last_lines[-10:])
         return EngineDead(
-            f"The engine died {self._deaths_in_a_row} times in a row and was given up; last: {cause.message}\n{lines}",
+            f"The engine died {self._deaths_in_a_row} times in a row and was given up; last: {headline(cause)}\n"
+            f"{lines}",
             remedy="Restart the server.",
         )
 
@@ -340,14 +354,19 @@ class EngineClient:
         self._failure = failure
         self._ready.set()
         for flight in list(self._flights.values()):
-            self._refuse(flight, EngineDead(failure.message.partition("\n")[0]))
+            self._refuse(flight, EngineDead(headline(failure)))
+
+
+def headline(error: QuireError) -> str:
+    """Without the engine's log, which is for the operator and not for those who call the API."""
+    return error.message.partition("\n")[0]
 
 
 def _exit_error(process: EngineProcess, kind: type[QuireError]) -> QuireError:
     code = process.returncode
     how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
     lines = "\n".join(process.last_lines[-10:])
-    return kind(f"The engine process ended with {how}." + (f" Its last words:\n{lines}" if lines else ""))
+    return kind(f"The engine process ended with {how}." + (f"\nIts last words:\n{lines}" if lines else ""))
 
 
 def _set_from_thread(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

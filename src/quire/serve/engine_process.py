@@ -90,7 +90,9 @@ class EngineProcess:
             while raw := stream.readline(MAX_LINE_BYTES):
                 line = raw.decode("utf-8", "replace")
                 self._lines.append(line.rstrip("\n"))
-                self._log(line)
+                # Where our own log goes may be closed; the engine's pipe has to be emptied all the same.
+                with contextlib.suppress(OSError, ValueError):
+                    self._log(line)
 
     def _await_exit(self) -> None:
         self._popen.wait()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 
-from quire.core.errors import from_info
+from quire.core.errors import QuireError, from_info
 from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from quire.serve.service import Service
 from quire.text.stream import TextStream
@@ -44,6 +44,7 @@ class Choice:
     stream: TextStream
     num_tokens: int = 0
     num_cached_tokens: int = 0
+    num_preemptions: int = 0
     finish_reason: FinishReasonText | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
@@ -56,6 +57,7 @@ class Choice:
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self.num_preemptions = max(self.num_preemptions, output.num_preemptions)
         delta = self.stream.push(output.token_ids, output.logprobs)
         text, stop = delta.text, delta.stop
         if stop is None and output.finish_reason is not None:
@@ -93,14 +95,19 @@ class Generation:
                 )
                 choice = Choice(index=len(self.choices), prompt_index=prompt_index, request=request, stream=stream)
                 self.choices.append(choice)
-        self._open = {choice.request.request_id: choice for choice in self.choices}
-        self._num_samples = len(prompts[0])
+        self._open: dict[str, Choice] = {}
+        """Submitted and not ended."""
         self._num_prompt_tokens = sum(len(requests[0].prompt_token_ids) for requests in prompts)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Until all choices have ended. Raises a request's error, as the whole call's."""
-        inbox = self._service.engine.submit([choice.request for choice in self.choices])
-        self._service.metrics.call_started(self._num_samples, self.choices[0].request.sampling.max_tokens)
+        engine, metrics = self._service.engine, self._service.metrics
+        try:
+            inbox = engine.submit([choice.request for choice in self.choices])
+        except QuireError as error:
+            metrics.request_failed(error.code)
+            raise
+        self._open = {choice.request.request_id: choice for choice in self.choices}
         while self._open:
             for output in await inbox.get():
                 choice = self._open.get(output.request_id)
@@ -108,14 +115,14 @@ class Generation:
                     continue  # its stop string came before
                 if output.error is not None:
                     del self._open[output.request_id]
-                    self._service.metrics.request_failed(output.error.code)
+                    metrics.request_failed(output.error.code)
                     raise from_info(output.error)
                 piece = choice.push(output)
-                self._observe(choice, output)
                 if choice.finish_reason is not None:
                     del self._open[output.request_id]
                     if output.finish_reason is None:
-                        self._service.engine.cancel([output.request_id])
+                        engine.finish([output.request_id])  # its stop string came
+                self._observe(choice, output)
                 yield piece
 
     def _observe(self, choice: Choice, output: EngineOutput) -> None:
@@ -131,6 +138,9 @@ class Generation:
             choice.last_token_at = now
         if choice.finish_reason is not None:
             metrics.request_finished(choice, output.times, now)
+            samples = [other for other in self.choices if other.prompt_index == choice.prompt_index]
+            if all(sample.finish_reason is not None for sample in samples):
+                metrics.prompt_finished(len(samples), max(sample.num_tokens for sample in samples))
 
     def close(self) -> None:
         """Cancel what still runs. May be called more than once."""

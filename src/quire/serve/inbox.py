@@ -7,11 +7,12 @@ requests: it knows what has been delivered, so that an engine's death can be hid
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from quire.core.errors import EngineDead, QuireError
-from quire.core.request import EngineOutput, EngineRequest, FinishReason
+from quire.core.request import Deadlines, EngineOutput, EngineRequest, FinishReason
 
 MAX_PENDING = 8192
 MAX_PENDING_PER_REQUEST = 1024
@@ -63,6 +64,12 @@ class Inbox:
         return outputs
 
 
+def patience(deadlines: Deadlines) -> float:
+    """Seconds from its arrival that a request without a token may wait; infinite without a deadline."""
+    limits = (deadlines.total_ms, deadlines.queue_ms, deadlines.ttft_ms)
+    return min((ms / 1000 for ms in limits if ms is not None), default=math.inf)
+
+
 class Flight:
     """One request on its way. `deaths` counts the engines that died while they ran it."""
 
@@ -82,6 +89,10 @@ class Flight:
         self.queued_at = now
         self.deaths += 1
         self._to_skip = len(self._delivered)
+        if self._delivered:
+            # It has been scheduled and had its first token in time: a replay must not be refused for these.
+            left = Deadlines(total_ms=self.request.deadlines.total_ms)
+            self.request = replace(self.request, deadlines=left)
 
     def accept(self, output: EngineOutput) -> EngineOutput | None:
         """The part of `output` that is new to the reader, None if there is none.

@@ -45,6 +45,11 @@ _ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5
 _LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _N = (1, 2, 5, 10, 20)
+_PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+_ENDS = ("stop", "length", "abort", "error")
+_LABELS = ("model_name", "engine")
+_ENGINE = "0"
+"""The engine's number among several behind one front end, as vLLM counts them; here there is one."""
 
 
 def _one_two_five(largest: int) -> list[float]:
@@ -76,15 +81,14 @@ class Metrics:
     # --- making them --------------------------------------------------------------------------------------------
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        gauge = Gauge(name, text, ["model_name"], registry=self._registry)
-        return gauge.labels(self._model_name)
+        return Gauge(name, text, _LABELS, registry=self._registry).labels(self._model_name, _ENGINE)
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, ["model_name"], registry=self._registry).labels(self._model_name)
+        return Counter(name, text, _LABELS, registry=self._registry).labels(self._model_name, _ENGINE)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...] | list[float]) -> Histogram:
-        histogram = Histogram(name, text, ["model_name"], registry=self._registry, buckets=buckets)
-        return histogram.labels(self._model_name)
+        histogram = Histogram(name, text, _LABELS, registry=self._registry, buckets=buckets)
+        return histogram.labels(self._model_name, _ENGINE)
 
     def _engine_gauges(self) -> None:
         self._running = self._gauge("vllm:num_requests_running", "Requests in execution.")
@@ -105,7 +109,7 @@ class Metrics:
         self._cache_config = Gauge(
             "vllm:cache_config_info",
             "The KV cache.",
-            ["model_name", "block_size", "num_gpu_blocks", "cache_dtype"],
+            [*_LABELS, "block_size", "num_gpu_blocks", "cache_dtype"],
             registry=self._registry,
         )
 
@@ -122,12 +126,15 @@ class Metrics:
         self._decode_time = seconds("request_decode_time", "From the first token to the last.")
         self._inference_time = seconds("request_inference_time", "From the first step to the last token.")
         self._success = Counter(
-            "vllm:request_success", "Requests that ended.", ["model_name", "finished_reason"], registry=self._registry
+            "vllm:request_success", "Requests that ended.", [*_LABELS, "finished_reason"], registry=self._registry
         )
+        for reason in _ENDS:  # at 0 from the start, so that a rate can be told from the first one on
+            self._ended(reason)
+        self._preemptions = self._histogram("vllm:request_num_preemptions", "Preemptions per request.", _PREEMPTIONS)
 
     def _front_end(self) -> None:
         self._rejections = Counter(
-            "vllm:admission_rejections", "Requests refused.", ["model_name", "reason"], registry=self._registry
+            "vllm:admission_rejections", "Requests refused.", [*_LABELS, "reason"], registry=self._registry
         )
         self._restarts = self._counter("quire_engine_restarts", "Engine deaths that were noticed.")
         self._replayed = self._counter("quire_requests_replayed", "Requests run again after an engine's death.")
@@ -142,7 +149,8 @@ class Metrics:
         texts = {
             "request_prompt_tokens": "Prompt tokens per request.",
             "request_generation_tokens": "Generated tokens per request.",
-            "request_max_num_generation_tokens": "Tokens a request may generate at most.",
+            "request_max_num_generation_tokens": "Generated tokens of the longest of a request's n samples.",
+            "request_prefill_kv_computed_tokens": "Prompt tokens per request that were not in the prefix cache.",
             "request_params_max_tokens": "max_tokens of requests.",
         }
         for name, text in texts.items():
@@ -156,7 +164,8 @@ class Metrics:
         if not self._token_histograms:
             self._make_token_histograms(model.max_model_len)
         self._cache_config.clear()
-        self._cache_config.labels(self._model_name, str(model.block_size), str(model.num_blocks), model.dtype).set(1)
+        sizes = str(model.block_size), str(model.num_blocks)
+        self._cache_config.labels(self._model_name, _ENGINE, *sizes, model.dtype).set(1)
 
     def engine_stats(self, stats: Stats) -> None:
         """Totals restart with the engine; ours go on, so that what is added is the difference."""
@@ -183,12 +192,6 @@ class Metrics:
 
     # --- what requests tell -------------------------------------------------------------------------------------
 
-    def call_started(self, n: int, max_tokens: int | None) -> None:
-        if self._token_histograms:
-            self._token_histograms["request_params_n"].observe(n)
-            if max_tokens is not None:
-                self._token_histograms["request_params_max_tokens"].observe(max_tokens)
-
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
 
@@ -198,7 +201,9 @@ class Metrics:
 
     def request_finished(self, choice: Choice, times: RequestTimes | None, now: float) -> None:
         arrival = choice.request.arrival_time
-        self._success.labels(self._model_name, choice.finish_reason or "stop").inc()
+        assert choice.finish_reason is not None
+        self._ended(choice.finish_reason).inc()
+        self._preemptions.observe(choice.num_preemptions)
         self._e2e.observe(now - arrival)
         if choice.first_token_at is not None and choice.num_tokens > 1:
             self._tpot.observe((now - choice.first_token_at) / (choice.num_tokens - 1))
@@ -209,20 +214,30 @@ class Metrics:
                 self._decode_time.observe(times.last_token - times.first_token)
                 self._inference_time.observe(times.last_token - times.first_scheduled)
         histograms = self._token_histograms
-        histograms["request_prompt_tokens"].observe(len(choice.request.prompt_token_ids))
+        num_prompt_tokens = len(choice.request.prompt_token_ids)
+        histograms["request_prompt_tokens"].observe(num_prompt_tokens)
+        histograms["request_prefill_kv_computed_tokens"].observe(num_prompt_tokens - choice.num_cached_tokens)
         histograms["request_generation_tokens"].observe(choice.num_tokens)
-        histograms["request_max_num_generation_tokens"].observe(choice.request.sampling.max_tokens or 0)
+        histograms["request_params_max_tokens"].observe(choice.request.sampling.max_tokens or 0)
+
+    def prompt_finished(self, n: int, most_tokens: int) -> None:
+        """All `n` samples of a prompt have ended; the longest has `most_tokens`."""
+        self._token_histograms["request_params_n"].observe(n)
+        self._token_histograms["request_max_num_generation_tokens"].observe(most_tokens)
 
     def requests_aborted(self, count: int) -> None:
-        self._success.labels(self._model_name, "abort").inc(count)
+        self._ended("abort").inc(count)
 
     def request_failed(self, code: str) -> None:
-        self._success.labels(self._model_name, "error").inc()
+        self._ended("error").inc()
         if code in ("queue_full", "deadline_exceeded", "draining"):
             self.call_refused(code)
 
     def call_refused(self, code: str) -> None:
-        self._rejections.labels(self._model_name, code).inc()
+        self._rejections.labels(self._model_name, _ENGINE, code).inc()
+
+    def _ended(self, reason: str) -> Counter:
+        return self._success.labels(self._model_name, _ENGINE, reason)
 
     def http_request(self, route: str, status: int) -> None:
         self._http.labels(route, str(status)).inc()

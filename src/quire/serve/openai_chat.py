@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from quire.core.errors import InvalidParameter
-from quire.core.request import TokenLogprobs
+from quire.core.request import EngineRequest, TokenLogprobs
 from quire.core.sampling import SamplingParams
 from quire.serve.answers import json_response
 from quire.serve.body import decode_body, is_given, loose_json
 from quire.serve.call import Call, answer
 from quire.serve.chat_messages import plain_messages, template_variables, tool_list
 from quire.serve.generation import Generation, Piece
+from quire.serve.inbox import patience
 from quire.serve.logprobs import chat_logprobs, prompt_logprobs
-from quire.serve.sampling import deadlines, refuse_unsupported, sampling_params, unsupported
-from quire.serve.service import Service, fresh_seed
+from quire.serve.sampling import check_listed, refuse_unsupported, sampling_params, unsupported
+from quire.serve.service import Service
 from quire.serve.sse import DONE, event
 from quire.wire.openai_chat import (
     AssistantMessage,
@@ -42,35 +42,37 @@ class ChatCompletions:
         arrival = service.clock()
         body = await request.body()
         fields = decode_body(body, ChatCompletionRequest)
-        call = Call.of(request, body, fields, "chatcmpl", service.check_model(fields.model))
+        call = Call.of(
+            request,
+            body,
+            fields,
+            prefix="chatcmpl",
+            model=service.check_model(fields.model),
+            arrival_time=arrival,
+        )
         sampling = _sampling(fields, service)
+        check_listed(sampling, sampling.n)
         messages = plain_messages(fields.messages)
         tools = tool_list(fields.tools) if _may_call_tools(fields) else None
+        variables = template_variables(fields.chat_template_kwargs)
         with contextlib.ExitStack() as held:
             held.enter_context(service.running_call())
-            encoder = await service.encoder()
-            encode = partial(
-                encoder.encode_chat,
-                messages,
-                sampling,
-                tools=tools,
-                template_kwargs=template_variables(fields.chat_template_kwargs),
-                add_generation_prompt=_adds_generation_prompt(fields),
-                continue_final_message=bool(fields.continue_final_message),
-                add_special_tokens=bool(fields.add_special_tokens),
-            )
-            token_ids = await asyncio.to_thread(encode)  # the template runs in a process that has to be waited for
-            requests = encoder.engine_requests(
-                call.engine_id,
-                token_ids,
-                sampling,
-                arrival_time=arrival,
-                priority=fields.priority or 0,
-                tenant=call.tenant,
-                cache_salt=fields.cache_salt or "",
-                deadlines=deadlines(fields),
-                fresh_seed=fresh_seed,
-            )
+            encoder = await service.encoder(patience(call.deadlines))
+            make = call.request_maker(encoder, sampling, fields, default_max_tokens=service.default_max_tokens)
+
+            def encode() -> list[EngineRequest]:
+                token_ids = encoder.encode_chat(
+                    messages,
+                    sampling,
+                    tools=tools,
+                    template_kwargs=variables,
+                    add_generation_prompt=_adds_generation_prompt(fields),
+                    continue_final_message=bool(fields.continue_final_message),
+                    add_special_tokens=bool(fields.add_special_tokens),
+                )
+                return make(call.engine_id, token_ids)
+
+            requests = await asyncio.to_thread(encode)  # the template runs in a process that has to be waited for
             generation = Generation(service, [requests], service.eos_token_ids)
             held.callback(generation.close)
             return await answer(request, call, generation, _Writer(service, call, fields, generation), held)
@@ -89,15 +91,22 @@ def _sampling(fields: ChatCompletionRequest, service: Service) -> SamplingParams
             param="chat_template",
             remedy="Start the server with --chat-template.",
         )
-    if fields.response_format is not None and fields.response_format.type != "text":
-        raise unsupported("response_format", fields.response_format.type[:40])
-    if fields.top_logprobs is not None and not fields.logprobs:
-        raise InvalidParameter(
-            "top_logprobs is set without logprobs.", param="top_logprobs", remedy="Set logprobs to true."
-        )
+    if fields.top_logprobs is not None:
+        _check_top_logprobs(fields.top_logprobs, bool(fields.logprobs), service.max_logprobs)
     max_tokens = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     return sampling_params(fields, service.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
+
+
+def _check_top_logprobs(top_logprobs: int, with_logprobs: bool, most: int) -> None:
+    if not with_logprobs:
+        raise InvalidParameter(
+            "top_logprobs is set without logprobs.", param="top_logprobs", remedy="Set logprobs to true."
+        )
+    if not 0 <= top_logprobs <= most:
+        raise InvalidParameter(
+            f"top_logprobs is {top_logprobs}.", param="top_logprobs", remedy=f"It must be between 0 and {most}."
+        )
 
 
 def _may_call_tools(fields: ChatCompletionRequest) -> bool:

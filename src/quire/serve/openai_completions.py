@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from starlette.requests import Request
 from starlette.types import ASGIApp
@@ -17,10 +16,12 @@ from quire.serve.answers import json_response
 from quire.serve.body import decode_body
 from quire.serve.call import Call, answer
 from quire.serve.generation import Choice, Generation, Piece
+from quire.serve.inbox import patience
 from quire.serve.logprobs import completion_logprobs, prompt_logprobs
-from quire.serve.sampling import deadlines, refuse_unsupported, sampling_params, unsupported
-from quire.serve.service import Service, fresh_seed, off_loop
+from quire.serve.sampling import check_listed, num_listed, refuse_unsupported, sampling_params, unsupported
+from quire.serve.service import Service, off_loop
 from quire.serve.sse import DONE, event
+from quire.wire.openai import Usage
 from quire.wire.openai_completions import Completion, CompletionChoice, CompletionRequest
 
 DEFAULT_MAX_TOKENS = 16
@@ -38,35 +39,32 @@ class Completions:
         arrival = service.clock()
         body = await request.body()
         fields = decode_body(body, CompletionRequest)
-        call = Call.of(request, body, fields, "cmpl", service.check_model(fields.model))
+        call = Call.of(
+            request, body, fields, prefix="cmpl", model=service.check_model(fields.model), arrival_time=arrival
+        )
         sampling = _sampling(fields, service)
         prompts = _prompts(fields.prompt)
-        if len(prompts) * sampling.n > MAX_SEQUENCES:
+        num_sequences = len(prompts) * sampling.n
+        if num_sequences > MAX_SEQUENCES:
             raise InvalidParameter(
                 f"{len(prompts)} prompts with n={sampling.n} are too many.",
                 param="prompt",
                 remedy=f"Ask for at most {MAX_SEQUENCES} sequences.",
             )
+        check_listed(sampling, num_sequences)
         with contextlib.ExitStack() as held:
             held.enter_context(service.running_call())
-            encoder = await service.encoder()
+            encoder = await service.encoder(patience(call.deadlines))
             add_special = fields.add_special_tokens is not False
-            make = partial(
-                encoder.engine_requests,
-                sampling=sampling,
-                arrival_time=arrival,
-                priority=fields.priority or 0,
-                tenant=call.tenant,
-                cache_salt=fields.cache_salt or "",
-                deadlines=deadlines(fields),
-                fresh_seed=fresh_seed,
-            )
+            default = DEFAULT_MAX_TOKENS if service.default_max_tokens is None else service.default_max_tokens
+            make = call.request_maker(encoder, sampling, fields, default_max_tokens=default)
 
             def encode() -> list[Sequence[EngineRequest]]:
                 ids = [encoder.encode_text(prompt, sampling, add_special_tokens=add_special) for prompt in prompts]
                 return [make(f"{call.engine_id}-{index}", token_ids) for index, token_ids in enumerate(ids)]
 
-            requests = await off_loop(sum(map(len, prompts)), encode)
+            size = sum(map(len, prompts)) + num_sequences * num_listed(sampling)
+            requests = await off_loop(size, encode)
             generation = Generation(service, requests, service.eos_token_ids)
             held.callback(generation.close)
             writer = _Writer(service, call, fields, prompts, generation)
@@ -80,9 +78,7 @@ def _sampling(fields: CompletionRequest, service: Service) -> SamplingParams:
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise InvalidParameter(f"best_of is {fields.best_of}.", param="best_of", remedy="Leave it out; n is served.")
     max_tokens = fields.max_tokens
-    if max_tokens is None:
-        max_tokens = None if "max_tokens" in service.sampling_defaults else DEFAULT_MAX_TOKENS
-    elif max_tokens == 0 and fields.echo:
+    if max_tokens == 0 and fields.echo:
         max_tokens = 1  # only the prompt is wanted: the one token that the engine makes is dropped
     wants_prompt = fields.echo and fields.prompt_logprobs is None
     return sampling_params(
@@ -130,7 +126,6 @@ class _Writer:
         self, service: Service, call: Call, fields: CompletionRequest, prompts: list[Prompt], generation: Generation
     ) -> None:
         self._tokenizer = service.tokenizer
-        self._created = call.created
         self._call = call
         self._fields = fields
         self._prompts = prompts
@@ -155,7 +150,7 @@ class _Writer:
                 item.prompt_token_ids = list(choice.request.prompt_token_ids)
             choices.append(item)
         body = self._object(choices)
-        body.usage = self._generation.usage()
+        body.usage = self._usage()
         return json_response(body, headers=self._call.headers)
 
     async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
@@ -174,11 +169,11 @@ class _Writer:
                     item.prompt_token_ids = list(piece.choice.request.prompt_token_ids)
             chunk = self._object([item])
             if self._call.continuous_usage:
-                chunk.usage = self._generation.usage()
+                chunk.usage = self._usage()
             yield event(chunk)
         if self._call.include_usage:
             last = self._object([])
-            last.usage = self._generation.usage()
+            last.usage = self._usage()
             yield event(last)
         yield DONE
 
@@ -209,9 +204,15 @@ class _Writer:
             index=choice.index,
             text=text,
             logprobs=logprobs,
-            finish_reason=choice.finish_reason,
-            stop_reason=choice.stop_reason,
+            finish_reason="length" if self._only_prompt else choice.finish_reason,
+            stop_reason=None if self._only_prompt else choice.stop_reason,
         )
 
+    def _usage(self) -> Usage:
+        usage = self._generation.usage()
+        if self._only_prompt:
+            usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
+        return usage
+
     def _object(self, choices: list[CompletionChoice]) -> Completion:
-        return Completion(id=self._call.id, created=self._created, model=self._call.model, choices=choices)
+        return Completion(id=self._call.id, created=self._call.created, model=self._call.model, choices=choices)

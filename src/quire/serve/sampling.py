@@ -10,6 +10,8 @@ from quire.core.sampling import SamplingParams
 from quire.serve.body import is_given
 from quire.wire.openai import GenerationFields
 
+MAX_LISTED = 1_000_000
+
 _SAME_NAME = (
     "n",
     "temperature",
@@ -44,10 +46,7 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """`max_tokens` None takes the checkpoint's default, and the model's context if it has none.
-
-    Raises `InvalidParameter`.
-    """
+    """`max_tokens` None leaves it to the prompt's length how many are the default. Raises `InvalidParameter`."""
     values: dict[str, object] = dict(defaults)
     for name in _SAME_NAME:
         value = getattr(fields, name)
@@ -55,13 +54,28 @@ def sampling_params(
             values[name] = value
     if fields.stop is not None:
         values["stop"] = [fields.stop] if isinstance(fields.stop, str) else fields.stop
-    if max_tokens is not None:
-        values["max_tokens"] = max_tokens
+    values["max_tokens"] = max_tokens
     if prompt_logprobs is not None:
         values["prompt_logprobs"] = prompt_logprobs
-    values.setdefault("max_tokens", None)
     values["logprobs"] = logprobs
     return SamplingParams(**values)  # type: ignore[arg-type]  # SamplingParams checks each value itself
+
+
+def num_listed(sampling: SamplingParams) -> int:
+    """How many numbers a sequence carries besides its prompt: token ids, biases, and at most those of `bad_words`."""
+    bad_words = 2 * sum(len(word) + 1 for word in sampling.bad_words)  # with and without a space before it
+    allowed = len(sampling.allowed_token_ids or ())
+    return allowed + len(sampling.stop_token_ids) + 2 * len(sampling.logit_bias) + bad_words
+
+
+def check_listed(sampling: SamplingParams, num_sequences: int) -> None:
+    """Raises `InvalidParameter` if the lists, of which each sequence gets its own, are too long together."""
+    if num_sequences * num_listed(sampling) > MAX_LISTED:
+        raise InvalidParameter(
+            f"{num_sequences} sequences, each with lists of {num_listed(sampling)} token ids, are too many.",
+            param="n",
+            remedy="Ask for fewer sequences, or shorten allowed_token_ids, logit_bias, stop_token_ids or bad_words.",
+        )
 
 
 def deadlines(fields: GenerationFields) -> Deadlines:
@@ -74,6 +88,8 @@ def deadlines(fields: GenerationFields) -> Deadlines:
 
 def refuse_unsupported(fields: GenerationFields) -> None:
     """Raise for fields that would change the answer and that are not served."""
+    if fields.response_format is not None and fields.response_format.type != "text":
+        raise unsupported("response_format", fields.response_format.type[:40])
     if fields.use_beam_search:
         raise unsupported("use_beam_search")
     for name in ("structured_outputs", "guided_json", "guided_choice", "prompt_embeds"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from quire.config.server import ServerConfig
-from quire.core.errors import Draining, ModelNotFound
+from quire.core.errors import DeadlineExceeded, Draining, ModelNotFound
 from quire.core.model_info import ModelInfo
 from quire.serve.engine_client import EngineClient
 from quire.serve.metrics import Metrics
@@ -49,12 +50,33 @@ class Service:
     _draining: bool = False
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def encoder(self) -> PromptEncoder:
-        """For the engine that runs now; waits for one that starts. Raises what ended it."""
-        model = await self.engine.wait_ready(self.ready_wait)
+    async def model(self, patience: float = math.inf) -> ModelInfo:
+        """What is served. Waits for the first engine only: later ones run the same, and `submit` waits for them.
+
+        Raises what ended it, or `DeadlineExceeded` after `patience` seconds.
+        """
+        if self.engine.model is not None:
+            return self.engine.model
+        try:
+            async with asyncio.timeout(None if patience == math.inf else patience):
+                return await self.engine.wait_ready(self.ready_wait)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "The engine is starting, and the request's deadline passed.", remedy="Try again later.", retry_after=5.0
+            ) from None
+
+    async def encoder(self, patience: float = math.inf) -> PromptEncoder:
+        """For the engine that ran last. Errors as of `model`."""
+        model = await self.model(patience)
         if self._encoder is None or self._encoder[0] != model:
             self._encoder = (model, PromptEncoder(self.tokenizer, self.template, model, max_logprobs=self.max_logprobs))
         return self._encoder[1]
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """Of the checkpoint; unlike what a request asks for, it gives way to a long prompt."""
+        value = self.sampling_defaults.get("max_tokens")
+        return value if isinstance(value, int) else None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from quire.serve.answers import json_response
 from quire.serve.body import decode_body
 from quire.serve.chat_messages import plain_messages, template_variables, tool_list
 from quire.serve.service import Service, off_loop
+from quire.text.tokenizer import Tokenizer
 from quire.wire.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
 
@@ -29,10 +30,10 @@ class Tokenization:
                 "Exactly one of prompt and messages has to be given.", param="prompt", remedy="Send one of them."
             )
         token_ids = await self._encode(fields)
-        model = await service.engine.wait_ready(service.ready_wait)
+        model = await service.model()
         token_strs = None
         if fields.return_token_strs:
-            token_strs = [service.tokenizer.token_text(token_id) for token_id in token_ids]
+            token_strs = await off_loop(len(token_ids), lambda: list(map(service.tokenizer.token_text, token_ids)))
         return json_response(
             TokenizeResponse(
                 count=len(token_ids), max_model_len=model.max_model_len, tokens=token_ids, token_strs=token_strs
@@ -62,11 +63,15 @@ class Tokenization:
     async def detokenize(self, request: Request) -> Response:
         fields = decode_body(await request.body(), DetokenizeRequest)
         self._service.check_model(fields.model)
-        size = self._service.tokenizer.vocab_size
-        for token_id in fields.tokens:
-            if not 0 <= token_id < size:
-                raise InvalidParameter(
-                    f"tokens has the id {token_id}.", param="tokens", remedy=f"Ids are from 0 to {size - 1}."
-                )
-        decode = partial(self._service.tokenizer.decode, fields.tokens, skip_special_tokens=False)
+        decode = partial(_decode, self._service.tokenizer, fields.tokens)
         return json_response(DetokenizeResponse(prompt=await off_loop(len(fields.tokens), decode)))
+
+
+def _decode(tokenizer: Tokenizer, token_ids: list[int]) -> str:
+    size = tokenizer.vocab_size
+    for token_id in token_ids:
+        if not 0 <= token_id < size:
+            raise InvalidParameter(
+                f"tokens has the id {token_id}.", param="tokens", remedy=f"Ids are from 0 to {size - 1}."
+            )
+    return tokenizer.decode(token_ids, skip_special_tokens=False)

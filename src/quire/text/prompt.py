@@ -41,7 +41,8 @@ class PromptEncoder:
         Raises `PromptTooLong`, and `InvalidParameter` for an empty prompt or ids that the model does not have.
         """
         if isinstance(prompt, str):
-            self._check_characters(prompt)
+            if sampling.truncate_prompt_tokens is None:
+                self._check_characters(prompt)
             ids = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         else:
             ids = list(prompt)
@@ -116,11 +117,13 @@ class PromptEncoder:
         tenant: str = "",
         cache_salt: str = "",
         deadlines: Deadlines | None = None,
+        default_max_tokens: int | None = None,
         fresh_seed: Callable[[], int],
     ) -> list[EngineRequest]:
         """One request per sample that is asked for; with `n` above 1 their ids are `{request_id}-{i}`.
 
-        Sets what the engine relies on: the seed, `max_tokens`, and the token ids of `bad_words`. Raises
+        Sets what the engine relies on: the seed, `max_tokens` (by default `default_max_tokens` or what fits the
+        model's context, whichever is less), and the token ids of `bad_words`. Raises
         `InvalidParameter` for token ids that the model does not have, `PromptTooLong` as `encode_text` does.
         """
         num_prompt = len(prompt_token_ids)
@@ -129,10 +132,11 @@ class PromptEncoder:
         room = self._info.max_model_len - num_prompt
         if sampling.max_tokens is None and sampling.min_tokens > room:
             raise self._too_long(num_prompt, sampling.min_tokens, "min_tokens")
+        default = room if default_max_tokens is None else min(room, default_max_tokens)
         seed = fresh_seed() if sampling.seed is None else sampling.seed
         complete = replace(
             sampling,
-            max_tokens=room if sampling.max_tokens is None else sampling.max_tokens,
+            max_tokens=default if sampling.max_tokens is None else sampling.max_tokens,
             bad_words_token_ids=self._bad_words(sampling.bad_words),
         )
         ids = tuple(prompt_token_ids)

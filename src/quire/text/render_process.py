@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from quire.core.errors import TemplateError
+from quire.core.errors import Refusal, TemplateError
 
 _LENGTH = struct.Struct(">I")
 # What the child gets of our environment: enough to start Python and to know the time zone, no secrets.
@@ -45,8 +46,9 @@ class RenderProcess:
         self._templates = dict(templates)
         self._limits = limits
         self._lock = threading.Lock()
-        self._child: _Child | None = _Child()
+        self._child: _Child | None = None
         self._compiled = False
+        self._living()
 
     def wait_compiled(self) -> None:
         """Returns when the templates are compiled; raises `TemplateError` when one has an error."""
@@ -54,7 +56,10 @@ class RenderProcess:
             self._compile(self._living())
 
     def render(self, template: str, variables: Mapping[str, object]) -> str:
-        """`variables` are JSON data. Raises `TemplateError`, with the template's own words if it refused."""
+        """`variables` are JSON data.
+
+        Raises `TemplateError`, with the template's own words if it refused, and `Refusal` if there can be no process.
+        """
         with self._lock:
             child = self._living()
             self._compile(child)
@@ -68,7 +73,14 @@ class RenderProcess:
     def _living(self) -> _Child:
         if self._child is None or not self._child.alive():
             self._stop()
-            self._child = _Child()
+            try:
+                self._child = _Child()
+            except OSError as error:  # no memory, or too many processes: no fault of the request
+                raise Refusal(
+                    f"The process that renders chat templates cannot be started: {error.strerror}.",
+                    remedy="Try again later.",
+                    retry_after=1.0,
+                ) from None
         return self._child
 
     def _compile(self, child: _Child) -> None:
@@ -108,11 +120,12 @@ class _Child:
     """One process and the socket to it."""
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair()
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         root = str(Path(__file__).resolve().parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-        with theirs:
+        self._socket, theirs = socket.socketpair()
+        with contextlib.ExitStack() as unless_started, theirs:
+            unless_started.callback(self._socket.close)
             # -P: the working directory is no place to import from. A session of its own: Ctrl-C is for the parent.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "quire.text.sandbox"],
@@ -121,6 +134,7 @@ class _Child:
                 env=environment,
                 start_new_session=True,
             )
+            unless_started.pop_all()
         self.close = weakref.finalize(self, _end, self._process, self._socket)
 
     def alive(self) -> bool:

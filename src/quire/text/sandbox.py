@@ -97,7 +97,7 @@ class Sandbox:
         self._limit_processor_time()
         parts: list[str] = []
         num_chars = 0
-        for part in self._templates[template].generate(**variables):
+        for part in self._templates[template].generate(variables):
             parts.append(part)
             num_chars += len(part)
             if num_chars > self._max_chars:

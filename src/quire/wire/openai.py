@@ -19,6 +19,10 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     """Put the usage so far into every chunk (vLLM)."""
 
 
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    type: str
+
+
 class GenerationFields(msgspec.Struct, kw_only=True):
     """Fields that completions and chat completions have in common."""
 
@@ -69,6 +73,8 @@ class GenerationFields(msgspec.Struct, kw_only=True):
 
     # Asked for by some clients and not to be had here: refused by name rather than ignored, because leaving them out
     # would change the answer.
+    response_format: ResponseFormat | None = None
+    """Anything but `text` is refused."""
     use_beam_search: bool | None = None
     structured_outputs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     guided_json: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)

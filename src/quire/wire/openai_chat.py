@@ -12,10 +12,11 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
-    """Only parts of type `text` are served so far."""
+    """Only parts of type `text`, and `refusal` in an assistant's message, are served so far."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class FunctionCall(msgspec.Struct, kw_only=True):
@@ -36,10 +37,8 @@ class Message(msgspec.Struct, kw_only=True):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-
-
-class ResponseFormat(msgspec.Struct, kw_only=True):
-    type: str
+    reasoning: str | None = None
+    """What vLLM calls `reasoning_content` now."""
 
 
 class ChatCompletionRequest(GenerationFields, kw_only=True):
@@ -50,7 +49,6 @@ class ChatCompletionRequest(GenerationFields, kw_only=True):
     tools: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     """Shown to the chat template; calls in the answer stay in its text."""
     tool_choice: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     """An object of further variables for the chat template."""
     add_generation_prompt: bool | None = None
