@@ -124,6 +124,12 @@ def test_an_error_of_one_prompt_is_raised_and_frees_the_others(llm):
     assert not llm._jobs
 
 
+def test_one_prompt_of_token_ids_needs_no_list_around_it(llm):
+    [one], [wrapped] = (llm.generate(ids, GREEDY, progress=False) for ids in ([5, 6, 7], [[5, 6, 7]]))
+    assert one.prompt_token_ids == [5, 6, 7]
+    assert one.outputs[0].token_ids == wrapped.outputs[0].token_ids
+
+
 def test_the_model_may_be_a_path_and_arguments_are_checked():
     assert LLM(ASSETS, kv_cache_memory=0.01).generate("a", GREEDY, progress=False)[0].prompt == "a"
     for wrong in ({"max_model_len": "12"}, {"dtype": "int4"}, {"kv_cache_memory": -1.0}, {"max_len": 3}):
@@ -176,5 +182,9 @@ def test_a_bad_request_is_refused_and_the_next_one_served(llm):
         llm.generate([[10**9]], GREEDY, progress=False)
     with pytest.raises(InvalidParameter):
         llm.generate(["a", "b"], [GREEDY], progress=False)
+    with pytest.raises(InvalidParameter, match="None"):
+        llm.generate(["a", None], GREEDY, progress=False)
+    with pytest.raises(InvalidParameter, match="temperature"):
+        llm.generate("a", {"temperature": 0}, progress=False)
     assert llm.generate(["a"], GREEDY, progress=False)[0].outputs[0].token_ids
     llm._engine.check_integrity()

@@ -58,15 +58,6 @@ def test_a_pool_that_no_machine_has_is_refused() -> None:
         cache(2**48)
 
 
-def test_copies_blocks_and_nothing_else() -> None:
-    kv = cache(6, seed=0)
-    before = [block(kv, index) for index in range(6)]
-    kv.copy_blocks([(1, 4), (2, 5)])
-    kv.copy_blocks([])
-    for index, source in enumerate([0, 1, 2, 3, 1, 2]):
-        assert torch.equal(block(kv, index), before[source])
-
-
 def test_a_block_that_was_swapped_out_comes_back_as_it_was() -> None:
     kv, host = cache(5, seed=1), cache(3, seed=2)
     third, fourth, untouched = block(kv, 3), block(kv, 4), block(host, 0)
@@ -76,3 +67,12 @@ def test_a_block_that_was_swapped_out_comes_back_as_it_was() -> None:
     assert torch.equal(block(kv, 1), third)
     assert torch.equal(block(kv, 2), fourth)
     assert torch.equal(block(host, 0), untouched)
+
+
+def test_a_swap_larger_than_is_copied_at_once() -> None:
+    sizes = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 16, "dtype": torch.bfloat16}
+    num_blocks = (150 << 20) // KVCache.bytes_per_block(**sizes)
+    kv, host = (KVCache(**sizes, num_blocks=num_blocks) for _ in range(2))
+    kv.data.copy_(torch.arange(num_blocks)[:, None, None] % 251)
+    kv.swap_out([(block, num_blocks - 1 - block) for block in range(num_blocks)], host)
+    assert torch.equal(host.data, kv.data.flip(3))

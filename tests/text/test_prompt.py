@@ -88,7 +88,12 @@ def test_length_is_checked_with_the_wanted_output(encoder):
 
 def test_a_text_far_too_long_is_refused_by_its_characters(encoder):
     with pytest.raises(PromptTooLong, match="8000000 characters"):
-        encoder.encode_text("a" * 8_000_000, SamplingParams(truncate_prompt_tokens=5))
+        encoder.encode_text("a" * 8_000_000, FREE)
+
+
+def test_a_long_text_may_be_truncated(encoder):
+    truncated = SamplingParams(truncate_prompt_tokens=5, max_tokens=None)
+    assert len(encoder.encode_text("ab " * 10_000, truncated)) == 5
 
 
 def test_no_text_that_fits_is_refused_by_its_characters(byte_level_tokenizer):

@@ -13,7 +13,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -30,7 +30,7 @@ from quire.core.model_info import ModelInfo
 from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from quire.core.sampling import SamplingParams
 from quire.engine.build import build_engine
-from quire.models.source import resolve_model
+from quire.models.source import resolve_model, resolve_tokenizer
 from quire.text.defaults import generation_defaults
 from quire.text.prompt import PromptEncoder
 from quire.text.stream import TextStream
@@ -79,10 +79,7 @@ class LLM:
         validate(engine_config)
         directory = resolve_model(engine_config)
         self._engine = build_engine(replace(engine_config, model=str(directory)))
-        tokenizer = engine_config.tokenizer
-        self.tokenizer = Tokenizer.load(
-            directory if tokenizer is None else resolve_model(replace(engine_config, model=tokenizer))
-        )
+        self.tokenizer = Tokenizer.load(resolve_tokenizer(engine_config, directory))
         chat_template = engine_config.chat_template
         template = ChatTemplate.load(directory, None if chat_template is None else Path(chat_template))
         self._encoder = PromptEncoder(
@@ -105,13 +102,13 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Complete each prompt (text, or token ids). Answers come in the order of the prompts."""
-        several: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
+        """Complete each prompt (text, or token ids), or the one. Answers come in the order of the prompts."""
+        several = _several(prompts)
         jobs = []
         for prompt, sampling in zip(several, self._sampling_for(len(several), params), strict=True):
             text = prompt if isinstance(prompt, str) else None
@@ -162,6 +159,9 @@ class LLM:
                 param="params",
                 remedy="Give one for all, or one for each prompt.",
             )
+        for each in params:
+            if not isinstance(each, SamplingParams):
+                raise InvalidParameter(f"params has {each!r}.", param="params", remedy="Give SamplingParams.")
         return params
 
     def _job(self, prompt: str | None, prompt_token_ids: list[int], sampling: SamplingParams) -> _Job:
@@ -262,6 +262,15 @@ class LLM:
         for request in job.requests:
             self._engine.cancel(request.request_id)
             self._jobs.pop(request.request_id, None)
+
+
+def _several(prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]) -> list[str | Sequence[int]]:
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    several: list[Any] = [prompts] if one else list(prompts)
+    for prompt in several:
+        if not isinstance(prompt, Iterable):
+            raise InvalidParameter(f"A prompt is {prompt!r}.", param="prompts", remedy="Give texts, or token ids.")
+    return several
 
 
 def _engine_config(model: str | os.PathLike[str], settings: Mapping[str, Any]) -> EngineConfig:

@@ -17,6 +17,9 @@ from quire.core.errors import NotEnoughMemory
 
 Pairs = Sequence[tuple[int, int]]
 
+_COPY_BYTES = 64 << 20
+"""Blocks are swapped in pieces of this size: the copy on its way takes no more memory."""
+
 
 class KVCache:
     """Keys and values of all layers, `[l, 2, h, n, s, d]`, allocated once. Which block is whose is not known here.
@@ -54,10 +57,6 @@ class KVCache:
         """One layer's `[2, h, n, s, d]`."""
         return self.data[index]
 
-    def copy_blocks(self, pairs: Pairs) -> None:
-        """Copies (source, destination) blocks within this cache. No destination may also be a source."""
-        _copy(self, self, pairs)
-
     def swap_out(self, pairs: Pairs, host: KVCache) -> None:
         """Copies (block here, block of `host`)."""
         _copy(self, host, pairs)
@@ -87,8 +86,10 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _copy(source: KVCache, destination: KVCache, pairs: Pairs) -> None:
-    if not pairs:
-        return
-    sources, destinations = (torch.tensor(blocks, dtype=torch.int64) for blocks in zip(*pairs, strict=True))
-    blocks = source.data.index_select(3, sources.to(source.data.device))
-    destination.data.index_copy_(3, destinations.to(destination.data.device), blocks.to(destination.data.device))
+    at_once = max(1, _COPY_BYTES * source.num_blocks // source.data.nbytes)
+    for first in range(0, len(pairs), at_once):
+        sources, destinations = (
+            torch.tensor(blocks, dtype=torch.int64) for blocks in zip(*pairs[first : first + at_once], strict=True)
+        )
+        blocks = source.data.index_select(3, sources.to(source.data.device))
+        destination.data.index_copy_(3, destinations.to(destination.data.device), blocks.to(destination.data.device))

@@ -41,7 +41,7 @@ def implementations() -> list[Implementation]:
         Implementation(
             op="attention",
             backend="reference",
-            build=lambda _device, _dtype: ReferenceAttention(),
+            build=lambda _device, dtype: ReferenceAttention(dtype),
             unfit=_fits_anywhere,
             preference=0,
             note="online softmax over gathered key tiles, in float32",

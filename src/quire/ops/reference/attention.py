@@ -1,14 +1,18 @@
 """`attention` in torch: online softmax over key tiles (Milakov and Gimelshein, 2018; Dao et al., 2022), in float32.
 
-Legend: t tokens, h query heads, g KV heads, d head dim, n query tiles of a group, m rows of a query tile (its tokens
-times the query heads of one KV head), w keys of a key tile, s tokens per block.
+Legend: t tokens, h query heads, g KV heads, r query heads of one KV head, d head dim, n query tiles of a group, m rows
+of a query tile (its tokens times r, padded), p pairs of a query tile and a key tile, x = g * p, w keys of a key tile,
+s tokens per block.
 
-Keys and values are gathered tile by tile and widened to float32, so that scores and sums are float32 whatever the
-cache holds. Promise P1 needs that a row's products do not depend on how many rows and tiles are multiplied at once:
-`tile_rows` finds the tile sizes for which that is so.
+Keys are widened to float32, so that scores and weights are float32 whatever the cache holds. The product of weights
+and values is in the cache's dtype, as in flash attention, and tiles are merged in float32. Promise P1 needs that a
+row's products do not depend on how many rows and tiles are multiplied at once: `tile_rows` finds the tile sizes for
+which that is so.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ from quire.ops.attention import AttentionShape, PagedRequests
 from quire.ops.reference.attention_plan import (
     BLOCK_SIZES,
     AttentionPlan,
-    KeyTile,
+    KeyRun,
     QueryGroup,
     QueryTiling,
     plan_attention,
@@ -26,17 +30,18 @@ from quire.ops.reference.tile_rows import choose_tiling
 
 
 class ReferenceAttention:
-    """An `AttentionKernel`. Remembers which tile sizes may be used for a head shape."""
+    """An `AttentionKernel` for caches of one dtype. Remembers which tile sizes may be used for a head shape."""
 
     block_sizes = BLOCK_SIZES
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._tilings: dict[tuple[int, int], QueryTiling] = {}
 
     def plan(self, shape: AttentionShape, requests: PagedRequests) -> AttentionPlan:
         heads = (shape.num_heads // shape.num_kv_heads, shape.head_dim)
         if heads not in self._tilings:
-            self._tilings[heads] = choose_tiling(*heads, requests.block_table_rb.device)
+            self._tilings[heads] = choose_tiling(*heads, self._dtype, requests.block_table_rb.device)
         return plan_attention(shape, self._tilings[heads], requests)
 
     def __call__(self, q_thd: Tensor, kv_2gnsd: Tensor, plan: AttentionPlan) -> Tensor:
@@ -51,22 +56,41 @@ class ReferenceAttention:
 def _attend(q_thd: Tensor, kv_2gnsd: Tensor, shape: AttentionShape, group: QueryGroup, out_thd: Tensor) -> None:
     """Attention of one group of query tiles, written to their rows of `out_thd`."""
     q_gnmd = _query_tiles(q_thd, shape, group)
-    first, *others = group.key_tiles
-    scores_gnmw = _scores(q_gnmd, kv_2gnsd, first, group)
-    top_gnm1 = scores_gnmw.amax(-1, keepdim=True)
-    weights_gnmw = scores_gnmw.sub_(top_gnm1).exp_()
-    total_gnm1 = weights_gnmw.sum(-1, keepdim=True)
-    sum_gnmd = _weighted(weights_gnmw, kv_2gnsd, first)
-    for tile in others:
-        scores_gnmw = _scores(q_gnmd, kv_2gnsd, tile, group)
-        top, total, acc = top_gnm1[:, : tile.count], total_gnm1[:, : tile.count], sum_gnmd[:, : tile.count]
-        new_top = torch.maximum(top, scores_gnmw.amax(-1, keepdim=True))
-        decay = (top - new_top).exp_()
-        weights_gnmw = scores_gnmw.sub_(new_top).exp_()
-        top.copy_(new_top)
-        total.mul_(decay).add_(weights_gnmw.sum(-1, keepdim=True))
-        acc.mul_(decay).add_(_weighted(weights_gnmw, kv_2gnsd, tile))
-    _store(sum_gnmd.div_(total_gnm1), shape, group, out_thd)
+    sums: _Partial | None = None
+    for run in group.runs:
+        partial = _attend_run(q_gnmd, kv_2gnsd, shape, group, run)
+        first = 0
+        for count in run.counts:
+            tile = partial.tiles(first, first + count)
+            if sums is None:
+                sums = tile
+            else:
+                sums.merge(tile, count)
+            first += count
+    assert sums is not None
+    _store(sums.weighted_gntrd.div_(sums.total_gntr1), shape, out_thd, group)
+
+
+@dataclass(frozen=True, slots=True)
+class _Partial:
+    """Softmax of some keys for the real rows (r query heads of t tokens): the highest score, the sum of weights
+    relative to it, and the values' sum by weight. `n` stands for query tiles, or for pairs with key tiles."""
+
+    top_gntr1: Tensor
+    total_gntr1: Tensor
+    weighted_gntrd: Tensor
+
+    def tiles(self, first: int, end: int) -> _Partial:
+        return _Partial(self.top_gntr1[:, first:end], self.total_gntr1[:, first:end], self.weighted_gntrd[:, first:end])
+
+    def merge(self, other: _Partial, count: int) -> None:
+        """Take in later keys of the first `count` tiles. The order of merging is the order of positions."""
+        mine = self.tiles(0, count)
+        top = torch.maximum(mine.top_gntr1, other.top_gntr1)
+        decay, gain = (mine.top_gntr1 - top).exp_(), (other.top_gntr1 - top).exp_()
+        mine.top_gntr1.copy_(top)
+        mine.total_gntr1.mul_(decay).add_(other.total_gntr1.mul_(gain))
+        mine.weighted_gntrd.mul_(decay).add_(other.weighted_gntrd.mul_(gain))
 
 
 def _query_tiles(q_thd: Tensor, shape: AttentionShape, group: QueryGroup) -> Tensor:
@@ -79,32 +103,38 @@ def _query_tiles(q_thd: Tensor, shape: AttentionShape, group: QueryGroup) -> Ten
     return q.mul_(shape.scale).view(g, group.count, group.tokens * group.group_rows, d)
 
 
-def _scores(q_gnmd: Tensor, kv_2gnsd: Tensor, tile: KeyTile, group: QueryGroup) -> Tensor:
+def _attend_run(q_gnmd: Tensor, kv_2gnsd: Tensor, shape: AttentionShape, group: QueryGroup, run: KeyRun) -> _Partial:
+    """Each pair of the run by itself: softmax over the keys of its tile alone."""
     g, _, m, d = q_gnmd.shape
-    k_xwd = _gather(kv_2gnsd[0], tile)
-    q_xmd = q_gnmd[:, : tile.count].reshape(g * tile.count, m, d)
-    scores_gnmw = torch.bmm(q_xmd, k_xwd.transpose(1, 2)).view(g, tile.count, m, tile.width)
-    if tile.hidden_ntw is not None:
-        by_token = scores_gnmw.view(g, tile.count, group.tokens, group.group_rows, tile.width)
-        by_token.masked_fill_(tile.hidden_ntw[:, :, None], float("-inf"))
-    return scores_gnmw
+    p, w, heads = len(run.queries_p), run.width, shape.num_heads // shape.num_kv_heads
+    q_xmd = q_gnmd.index_select(1, run.queries_p).view(g * p, m, d)
+    scores_xmw = torch.bmm(q_xmd, _gather(kv_2gnsd[0], run).float().transpose(1, 2))
+    # The products want padded rows, the rest does without them.
+    padded = (g, p, group.tokens, group.group_rows, -1)
+    scores_gptrw = scores_xmw.view(padded)[:, :, :, :heads].contiguous()
+    if run.hidden_ptw is not None:
+        scores_gptrw.masked_fill_(run.hidden_ptw[:, :, None], float("-inf"))
+    # Finite, so that a row which sees no key of this tile gets weights of zero, and merging the tile changes nothing.
+    top_gptr1 = scores_gptrw.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
+    weights_gptrw = scores_gptrw.sub_(top_gptr1).exp_()
+    values_xwd = _gather(kv_2gnsd[1], run)
+    if heads == group.group_rows:
+        weights_xmw = weights_gptrw.to(values_xwd.dtype).view(g * p, m, w)
+    else:
+        padded_weights = values_xwd.new_zeros(g, p, group.tokens, group.group_rows, w)
+        padded_weights[:, :, :, :heads] = weights_gptrw
+        weights_xmw = padded_weights.view(g * p, m, w)
+    weighted_xmd = torch.bmm(weights_xmw, values_xwd)
+    weighted_gptrd = weighted_xmd.view(padded)[:, :, :, :heads].float()
+    return _Partial(top_gptr1, weights_gptrw.sum(-1, keepdim=True), weighted_gptrd)
 
 
-def _weighted(weights_gnmw: Tensor, kv_2gnsd: Tensor, tile: KeyTile) -> Tensor:
-    """Sum of values by weight `[g, n, m, d]`. Hidden keys have weight zero, and their values are finite: `kv_write`."""
-    g, n, m, w = weights_gnmw.shape
-    v_xwd = _gather(kv_2gnsd[1], tile)
-    return torch.bmm(weights_gnmw.view(g * n, m, w), v_xwd).view(g, n, m, -1)
-
-
-def _gather(cache_gnsd: Tensor, tile: KeyTile) -> Tensor:
-    """A tile's keys or values `[g * n, w, d]` in float32."""
+def _gather(cache_gnsd: Tensor, run: KeyRun) -> Tensor:
+    """A run's keys or values `[g * p, w, d]`. Hidden keys' values are finite: see `kv_write`."""
     g, _, _, d = cache_gnsd.shape
-    return cache_gnsd.index_select(1, tile.blocks).view(g * tile.count, tile.width, d).float()
+    return cache_gnsd.index_select(1, run.blocks).view(g * len(run.queries_p), run.width, d)
 
 
-def _store(result_gnmd: Tensor, shape: AttentionShape, group: QueryGroup, out_thd: Tensor) -> None:
-    g, d = shape.num_kv_heads, shape.head_dim
-    by_token = result_gnmd.view(g, group.count, group.tokens, group.group_rows, d)
-    rows_thd = by_token[:, :, :, : shape.num_heads // g].permute(1, 2, 0, 3, 4).reshape(-1, shape.num_heads, d)
+def _store(result_gntrd: Tensor, shape: AttentionShape, out_thd: Tensor, group: QueryGroup) -> None:
+    rows_thd = result_gntrd.permute(1, 2, 0, 3, 4).reshape(-1, shape.num_heads, shape.head_dim)
     out_thd.index_copy_(0, group.rows_out, rows_thd.to(out_thd.dtype))

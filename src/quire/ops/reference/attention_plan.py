@@ -1,6 +1,7 @@
 """How a step's queries and keys are cut into tiles, so that attention of many requests becomes few large products.
 
-Legend: r requests, b blocks of the longest request, n query tiles of a group, w keys of a key tile.
+Legend: r requests, b blocks of the longest request, n query tiles of a group, t tokens of a query tile, w keys of a
+key tile, p pairs of a query tile and a key tile.
 
 Queries: each request's tokens are cut into tiles of one of a few token counts; one token is a decode. Tiles of one
 count, with contexts of about one length, form a group, and a group is worked on together.
@@ -8,11 +9,14 @@ count, with contexts of about one length, form a group, and a group is worked on
 Keys: a context is cut at positions that depend on nothing else, so the order in which a query's keys are accumulated
 depends on its own position alone: promise P1. A tile whose context has ended leaves the group; tiles are sorted by
 length, so those that remain are always the first ones.
+
+The softmax over one key tile needs nothing of the others, and only merging them goes in order. So many tiles of one
+width, of all the group's queries, are one run: gathered and multiplied together, then merged one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +26,13 @@ from quire.ops.attention import AttentionShape, PagedRequests
 
 # Narrow tiles first: a short context then wastes little of its last tile. Wide ones later: a long one takes few steps.
 # (first position, width): powers of two, as block sizes are, and no narrower than a block.
-_KEY_TILE_WIDTHS = ((0, 128), (512, 256), (2048, 512))
+_KEY_TILE_WIDTHS = ((0, 64), (512, 256), (2048, 512))
 KEY_TILE_WIDTHS = tuple(width for _, width in _KEY_TILE_WIDTHS)
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-# Keys, values and scores of the tiles that are worked on together, in float32: about what a CPU's caches hold.
-_GROUP_BYTES = 4 << 20
+# Most bytes of keys, values and scores, in float32, that are worked on together. Fewer calls of torch against caches:
+# 8 to 16 MiB were best for 32 decodes, 2 MiB took half as long again.
+_RUN_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +45,19 @@ class QueryTiling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeyTile:
-    """Keys of the first `count` query tiles of a group. `hidden_ntw` is None where every query sees every key."""
+class KeyRun:
+    """Key tiles of one width that are worked on together: `counts[j]` pairs of a query tile with its j-th tile here,
+    for the first `counts[j]` query tiles of the group; p pairs in all, the tile of lowest position first.
 
-    count: int
+    `queries_p` is each pair's query tile, `blocks` the pairs' key blocks end to end. `hidden_ptw` says which keys the
+    tokens of a pair do not see; None where every token sees every key.
+    """
+
+    counts: tuple[int, ...]
     width: int
+    queries_p: Tensor
     blocks: Tensor
-    hidden_ntw: Tensor | None
+    hidden_ptw: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +73,7 @@ class QueryGroup:
     group_rows: int
     rows_in: Tensor
     rows_out: Tensor
-    key_tiles: tuple[KeyTile, ...]
+    runs: tuple[KeyRun, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +108,7 @@ def plan_attention(shape: AttentionShape, tiling: QueryTiling, requests: PagedRe
     for size, tiles in by_size.items():
         group_rows = tiling.decode_rows if size == 1 else shape.num_heads // shape.num_kv_heads
         for members in _by_length(tiles, shape, size * group_rows, requests.block_size):
+            pair_bytes = _pair_bytes(shape, size * group_rows)
             rows_in, rows_out, positions_nt = _token_rows(members, size, requests.query_start[-1])
             groups.append(
                 QueryGroup(
@@ -105,7 +117,7 @@ def plan_attention(shape: AttentionShape, tiling: QueryTiling, requests: PagedRe
                     group_rows=group_rows,
                     rows_in=rows_in.to(table_rb.device),
                     rows_out=rows_out.to(table_rb.device),
-                    key_tiles=_key_tiles(members, positions_nt, table_rb, requests.block_size),
+                    runs=_runs(members, positions_nt, table_rb, requests.block_size, pair_bytes),
                 )
             )
     return AttentionPlan(shape=shape, groups=tuple(groups))
@@ -145,14 +157,22 @@ def _padded_table(requests: PagedRequests) -> Tensor:
 def _by_length(
     tiles: list[_QueryTile], shape: AttentionShape, rows: int, block_size: int
 ) -> Iterator[list[_QueryTile]]:
-    """Tiles, longest context first, in groups whose temporary tensors stay within `_GROUP_BYTES`."""
+    """Tiles, longest context first, in groups of which one key tile each stays within `_RUN_BYTES`."""
     left = sorted(tiles, key=lambda tile: -tile.last_position)
     while left:
         width = max(width for _, width in key_tiles(left[0].last_position + 1, block_size))
-        floats = shape.num_kv_heads * (2 * width * shape.head_dim + rows * (width + 2 * shape.head_dim))
-        count = max(1, _GROUP_BYTES // (4 * floats))
+        count = max(1, _RUN_BYTES // _pair_bytes(shape, rows)(width))
         yield left[:count]
         left = left[count:]
+
+
+def _pair_bytes(shape: AttentionShape, rows: int) -> Callable[[int], int]:
+    """By width, the bytes of a pair of a query tile of `rows` rows and a key tile: keys, values, scores, sums."""
+
+    def of_width(width: int) -> int:
+        return 4 * shape.num_kv_heads * (2 * width * shape.head_dim + 2 * rows * (width + shape.head_dim))
+
+    return of_width
 
 
 def _token_rows(tiles: list[_QueryTile], size: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,19 +186,47 @@ def _token_rows(tiles: list[_QueryTile], size: int, num_rows: int) -> tuple[Tens
     return rows_nt.flatten(), rows_out_nt.flatten(), positions_nt
 
 
-def _key_tiles(tiles: list[_QueryTile], positions_nt: Tensor, table_rb: Tensor, block_size: int) -> tuple[KeyTile, ...]:
+def _runs(
+    tiles: list[_QueryTile],
+    positions_nt: Tensor,
+    table_rb: Tensor,
+    block_size: int,
+    pair_bytes: Callable[[int], int],
+) -> tuple[KeyRun, ...]:
     table_nb = table_rb[torch.tensor([tile.request for tile in tiles], device=table_rb.device)]
-    found = []
-    for start, width in key_tiles(tiles[0].last_position + 1, block_size):
-        count = sum(tile.last_position >= start for tile in tiles)
-        sees_all = min(tile.first_position for tile in tiles[:count]) >= start + width - 1
-        hidden_ntw = torch.arange(start, start + width) > positions_nt[:count, :, None]
-        found.append(
-            KeyTile(
-                count=count,
+    runs = []
+    for width, starts_and_counts in _widths(tiles, block_size, pair_bytes):
+        counts = tuple(count for _, count in starts_and_counts)
+        queries_p = torch.cat([torch.arange(count) for count in counts])
+        starts_p = torch.tensor([start for start, count in starts_and_counts for _ in range(count)])
+        hidden_ptw = (starts_p[:, None] + torch.arange(width))[:, None] > positions_nt[queries_p][:, :, None]
+        blocks = [
+            table_nb[:count, start // block_size : (start + width) // block_size].flatten()
+            for start, count in starts_and_counts
+        ]
+        runs.append(
+            KeyRun(
+                counts=counts,
                 width=width,
-                blocks=table_nb[:count, start // block_size : (start + width) // block_size].flatten(),
-                hidden_ntw=None if sees_all else hidden_ntw.to(table_rb.device),
+                queries_p=queries_p.to(table_rb.device),
+                blocks=torch.cat(blocks),
+                hidden_ptw=hidden_ptw.to(table_rb.device) if hidden_ptw.any() else None,
             )
         )
-    return tuple(found)
+    return tuple(runs)
+
+
+def _widths(
+    tiles: list[_QueryTile], block_size: int, pair_bytes: Callable[[int], int]
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """The runs: each one's width, and (start, query tiles that reach it) of its key tiles."""
+    run: list[tuple[int, int]] = []
+    run_width = pairs = 0
+    for start, width in key_tiles(tiles[0].last_position + 1, block_size):
+        count = sum(tile.last_position >= start for tile in tiles)
+        if run and (width != run_width or (pairs + count) * pair_bytes(width) > _RUN_BYTES):
+            yield run_width, run
+            run, pairs = [], 0
+        run.append((start, count))
+        run_width, pairs = width, pairs + count
+    yield run_width, run
