@@ -37,12 +37,12 @@ def serve(
     engine_settings = settings(EngineConfig, engine, config=config, model=model)
     server_settings = settings(ServerConfig, server, config=config)
 
-    from quire.models.source import resolve_model
+    from quire.models.source import resolve_model, resolve_tokenizer
     from quire.serve.engine_process import EngineCommand
 
     wanted = engine_settings.value
     directory = resolve_model(wanted)
-    tokenizer = resolve_model(replace(wanted, model=wanted.tokenizer)) if wanted.tokenizer is not None else None
+    tokenizer = resolve_tokenizer(wanted, directory)
     local = replace(wanted, model=str(directory))
     command = EngineCommand(argv=ENGINE_COMMAND, config=asdict(local))
     process = command.start()

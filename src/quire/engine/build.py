@@ -26,6 +26,9 @@ from quire.text.defaults import eos_token_ids
 ASSUMED_FLOPS_PER_CORE = 50e9
 """What a core computes in a prefill, for weighing a swap against computing again. An order of magnitude suffices."""
 ASSUMED_COPY_BYTES_PER_SECOND = 8e9
+LONGEST_STEP_SECONDS = 20.0
+"""A step that is estimated to take longer gets fewer tokens: the steps are the heartbeat, and silence means death."""
+FEWEST_STEP_TOKENS = 128
 MAX_NAMES_TOLD = 8
 
 
@@ -44,16 +47,17 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
     # Small test models keep the EOS of the tokenizer they were cut from, which their vocabulary may not reach.
     eos = tuple(token_id for token_id in eos_token_ids(directory) if token_id < model.arch.vocab_size)
     flops_per_token = 2 * model.weight_bytes / model.dtype.itemsize
+    seconds_per_token = flops_per_token / (num_threads * ASSUMED_FLOPS_PER_CORE)
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=_step_tokens(config.max_num_batched_tokens, seconds_per_token),
         max_model_len=max_model_len,
         eos_token_ids=eos,
         max_num_queued_reqs=config.max_num_queued_reqs,
         max_num_queued_tokens=config.max_num_queued_tokens,
         scheduling_policy=config.scheduling_policy,
         swap=config.preemption,
-        recompute_seconds_per_token=flops_per_token / (num_threads * ASSUMED_FLOPS_PER_CORE),
+        recompute_seconds_per_token=seconds_per_token,
         swap_seconds_per_block=ledger.kv_bytes_per_block / ASSUMED_COPY_BYTES_PER_SECOND,
     )
     state = SchedulerState(
@@ -81,6 +85,18 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
         max_logprobs=config.max_logprobs,
     )
     return Engine(info=info, state=state, runner=runner, clock=clock)
+
+
+def _step_tokens(wanted: int, seconds_per_token: float) -> int:
+    """Tokens of the largest step: `wanted`, or fewer on a machine that is slow for this model, which is then told."""
+    affordable = max(FEWEST_STEP_TOKENS, int(LONGEST_STEP_SECONDS / seconds_per_token))
+    if wanted > affordable:
+        print(
+            f"quire: max_num_batched_tokens is lowered from {wanted} to {affordable}: a larger step of this model could "
+            f"take over {LONGEST_STEP_SECONDS:g} s here.",
+            file=sys.stderr,
+        )
+    return min(wanted, affordable)
 
 
 def size_cache(config: EngineConfig, model: LoadedModel) -> KVLedger:
