@@ -19,7 +19,7 @@ sys.exit(f"importing quire.{sys.argv[1]} loaded {heavy}" if heavy else 0)
 
 @pytest.mark.parametrize("room", LIGHT_ROOMS)
 def test_a_light_room_leaves_torch_unloaded(room):
-    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, room], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, room], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
