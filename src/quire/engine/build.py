@@ -92,8 +92,8 @@ def _step_tokens(wanted: int, seconds_per_token: float) -> int:
     affordable = max(FEWEST_STEP_TOKENS, int(LONGEST_STEP_SECONDS / seconds_per_token))
     if wanted > affordable:
         print(
-            f"quire: max_num_batched_tokens is lowered from {wanted} to {affordable}: a larger step of this model could "
-            f"take over {LONGEST_STEP_SECONDS:g} s here.",
+            f"quire: max_num_batched_tokens is lowered from {wanted} to {affordable}: a larger step of this model "
+            f"could take over {LONGEST_STEP_SECONDS:g} s here.",
             file=sys.stderr,
         )
     return min(wanted, affordable)
