@@ -28,7 +28,6 @@ setup-dev: $(VENV)/.installed-dev
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	touch $@
 
