@@ -2,8 +2,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 import quire
 from quire.core.sampling import SamplingParams
 from quire.text.defaults import eos_token_ids, generation_defaults
@@ -14,7 +12,6 @@ from quire.text.tokenizer import Tokenizer
 DIRECTORY = Path(quire.__file__).parent / "assets" / "quire_tiny"
 
 
-@pytest.mark.skipif(not (DIRECTORY / "tokenizer.json").is_file(), reason="the built-in model is not built yet")
 def test_the_built_in_models_text_files():
     tokenizer = Tokenizer.load(DIRECTORY)
     template = ChatTemplate.load(DIRECTORY)
@@ -25,5 +22,5 @@ def test_the_built_in_models_text_files():
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     stream = TextStream(tokenizer, SamplingParams(skip_special_tokens=False))
     assert "".join(stream.push([token_id]).text for token_id in ids) == text
-    assert eos_token_ids(DIRECTORY, tokenizer)
+    assert eos_token_ids(DIRECTORY)
     SamplingParams(**generation_defaults(DIRECTORY))

@@ -91,20 +91,24 @@ class Batches(IterableDataset[Batch]):
         return batches(self._tokenizer, self._recipe.seed, self._recipe.batch_tokens)
 
 
-def loss_of(decoder: Callable[..., Any], lm_head: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Weighted cross entropy of the assistant's tokens; logits only where they count."""
+def loss_of(decoder: Callable[..., Any], model: Qwen3ForCausalLM, batch: Batch) -> torch.Tensor:
+    """Weighted cross entropy of the assistant's tokens; logits only where they count.
+
+    The embedding is looked up outside `decoder`: when compiled, its gradient is summed in no fixed order.
+    """
     documents, length = batch.documents_bt, batch.documents_bt.shape[1]
     visible = (documents[:, :, None] == documents[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
     bias = torch.where(visible, 0.0, -1e4).to(torch.bfloat16)[:, None]
     hidden_btd = decoder(
-        input_ids=batch.inputs_bt,
+        inputs_embeds=model.model.embed_tokens(batch.inputs_bt),
         position_ids=batch.positions_bt,
         attention_mask={"full_attention": bias},
         use_cache=False,
     ).last_hidden_state
-    wanted = batch.weights_bt > 0
-    weights = batch.weights_bt[wanted]
-    losses = functional.cross_entropy(lm_head(hidden_btd[wanted]).float(), batch.targets_bt[wanted], reduction="none")
+    wanted = batch.weights_bt.flatten().nonzero().squeeze(1)
+    weights, targets = batch.weights_bt.flatten()[wanted], batch.targets_bt.flatten()[wanted]
+    logits = model.lm_head(hidden_btd.flatten(0, 1).index_select(0, wanted))
+    losses = functional.cross_entropy(logits.float(), targets, reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
@@ -139,7 +143,7 @@ def fit(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Rec
         # Rows of the greatest length are too rare to be worth compiling for.
         decoder = model.model if batch.inputs_bt.shape[1] == ROW_LENGTHS[-1] else compiled
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(decoder, model.lm_head, batch)
+            loss = loss_of(decoder, model, batch)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
