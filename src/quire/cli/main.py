@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     from quire.core.errors import QuireError
+    from quire.core.threads import limit_spinning
 
+    limit_spinning()
     try:
         result = build_app()(arguments)
     except QuireError as error:

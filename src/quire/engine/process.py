@@ -20,6 +20,7 @@ import zmq
 from quire.config.engine import EngineConfig
 from quire.core.errors import EngineStartFailed, QuireError
 from quire.core.request import EngineOutput
+from quire.core.threads import limit_spinning
 from quire.wire.rpc import (
     MAX_MESSAGE_BYTES,
     STATS_INTERVAL,
@@ -48,9 +49,7 @@ class Order(msgspec.Struct, forbid_unknown_fields=True):
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent drains us.
-    # torch's OpenMP threads spin at every barrier unless told to sleep: with anything else running on the same cores a
-    # step then takes twenty times as long. Read once, when torch is loaded, which is why nothing above imports it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    limit_spinning()  # before torch is loaded, which is why nothing above imports it
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
