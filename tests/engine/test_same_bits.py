@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +67,7 @@ def schedules(draw) -> dict[str, object]:
         "swap_space": draw(st.sampled_from([0.0, 0.001])),
         "preemption": draw(st.sampled_from(["recompute", "swap"])),
         "scheduling_policy": draw(st.sampled_from([None, "fcfs", "priority", "fair"])),
-        "threads": 1,  # as many as alone: the kernel set is part of what the bits depend on
+        "threads": draw(st.sampled_from([1, 2])),
     }
 
 
@@ -95,9 +96,10 @@ def result_of(outputs):
 
 
 @cache
-def alone(directory: str, prompt: tuple[int, ...], key: str, sampling_items: tuple):
-    """The request by itself, in an engine with room for everything and no cache."""
-    engine = lone_engine(directory)
+def alone(directory: str, threads: int, prompt: tuple[int, ...], key: str, sampling_items: tuple):
+    """The request by itself, on as many threads, in an engine with room for everything and no cache."""
+    engine = lone_engine(directory, threads)
+    torch.set_num_threads(threads)
     job = Job(prompt, SamplingParams(**dict(sampling_items)), 0, None, key, "")
     assert engine.submit(engine_request("alone", job)) is None
     outputs = []
@@ -107,10 +109,15 @@ def alone(directory: str, prompt: tuple[int, ...], key: str, sampling_items: tup
 
 
 @cache
-def lone_engine(directory: str):
+def lone_engine(directory: str, threads: int):
     return build_engine(
         EngineConfig(
-            model=directory, num_kv_blocks=64, block_size=16, enable_prefix_caching=False, max_model_len=128, threads=1
+            model=directory,
+            num_kv_blocks=64,
+            block_size=16,
+            enable_prefix_caching=False,
+            max_model_len=128,
+            threads=threads,
         )
     )
 
@@ -122,7 +129,7 @@ def items(sampling: SamplingParams) -> tuple:
 
 @pytest.mark.parametrize("name", ["qwen3-bfloat16", "llama-float32"])
 @settings(
-    max_examples=25,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
 )
@@ -150,7 +157,7 @@ def test_any_schedule_gives_the_bits_of_each_request_alone(checkpoints, name, wo
     engine.check_integrity()
     for index, job in enumerate(work):
         request_id = f"r{index}"
-        expected = alone(directory, job.prompt, job.salt, items(job.sampling))
+        expected = alone(directory, schedule["threads"], job.prompt, job.salt, items(job.sampling))
         if request_id in cancelled:
             tokens = [token for output in outputs[request_id] for token in output.token_ids]
             assert tokens == expected[0][: len(tokens)]
@@ -186,7 +193,7 @@ def test_the_schedules_do_force_preemption(checkpoints, preemption):
     assert stats.num_preemptions > 0
     assert (stats.num_swaps > 0) == (preemption == "swap")
     for index, job in enumerate(work):
-        expected = alone(config.model, job.prompt, "", items(sampling))
+        expected = alone(config.model, 1, job.prompt, "", items(sampling))
         assert result_of(outputs[f"r{index}"]) == expected
 
 
@@ -194,5 +201,7 @@ def test_a_seed_decides_the_sample(checkpoints):
     """The same seed twice is the same; other seeds differ: sampling is random, and only by its seed."""
     directory = str(checkpoints["qwen3-bfloat16"])
     sampling = SamplingParams(seed=1, max_tokens=24, ignore_eos=True, temperature=1.0)
-    tokens = {seed: tuple(alone(directory, (5, 6, 7), "", items(replace(sampling, seed=seed)))[0]) for seed in range(6)}
+    tokens = {
+        seed: tuple(alone(directory, 1, (5, 6, 7), "", items(replace(sampling, seed=seed)))[0]) for seed in range(6)
+    }
     assert len(set(tokens.values())) == 6
