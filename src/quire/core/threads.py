@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 SPIN_COUNT = "20000"
-"""Some ten microseconds: longer than from one op to the next, much shorter than a scheduler's time slice."""
+"""Measured as a compromise: as fast as spinning for long when the machine is quiet, and soon asleep when it is not."""
 
 
 def limit_spinning() -> None:

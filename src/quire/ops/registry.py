@@ -44,7 +44,7 @@ def implementations() -> list[Implementation]:
             build=lambda _device, dtype: ReferenceAttention(dtype),
             unfit=_fits_anywhere,
             preference=0,
-            note="online softmax over gathered key tiles, in float32",
+            note="online softmax over gathered key tiles, scores in float32",
         )
     )
     return reference
