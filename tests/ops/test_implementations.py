@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.ops.kernels import select
+from quire.ops.linear import LINEARS
 from quire.ops.op import Implementation, Inputs
 from quire.ops.registry import implementations, op_registry
 
@@ -35,6 +36,8 @@ def compute(implementation: Implementation, kernel: Any, inputs: Inputs) -> list
     if implementation.op == "attention":
         plan = kernel.plan(inputs["shape"], inputs["requests"])
         results = kernel(inputs["q_thd"], inputs["kv_2gnsd"], plan)
+    elif implementation.op in {op.name for op in LINEARS}:
+        results = kernel(inputs["x_tk"], kernel.pack(inputs["weight"]), inputs["bias_n"])
     else:
         results = kernel(*inputs.values())
     if results is None:
@@ -86,6 +89,7 @@ def test_linear_rows_are_alone_at_the_shapes_of_real_models(k: int, n: int, dtyp
     x = torch.randn(1100, k, generator=generator).to(dtype)
     weight = torch.randn(n, k, generator=generator).mul_(k**-0.5).to(dtype)
     linear = select(CPU, dtype).linear
+    weight = linear.pack(weight)
     whole = linear(x, weight, None)
     for start, stop in ((0, 1), (3, 20), (77, 110), (500, 1013), (1099, 1100), (0, 300)):
         assert torch.equal(linear(x[start:stop], weight, None), whole[start:stop])

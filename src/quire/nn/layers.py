@@ -5,18 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from quire.ops.kernels import Kernels
+from quire.ops.weight import Weight
 
 
 class Linear:
-    """`weight` is `[out, in]`, `bias` `[out]`."""
+    """Of a weight `[out, in]` in any format, and a bias `[out]`. `weight` is packed for the kernel that serves it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
-        self.weight = weight
+    def __init__(self, weight: Weight, bias: Tensor | None, kernels: Kernels) -> None:
+        self._kernel = kernels.linear_for(weight)
+        self.weight = self._kernel.pack(weight)
         self.bias = bias
-        self._linear = kernels.linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x, self.weight, self.bias)
+        return self._kernel(x, self.weight, self.bias)
 
 
 class RMSNorm:

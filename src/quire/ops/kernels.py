@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from quire.ops.attention import AttentionKernel
+from quire.ops.linear import LinearKernel
 from quire.ops.op import Implementation
 from quire.ops.registry import implementations
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +33,26 @@ class Kernels:
     attention: AttentionKernel
     embedding: Callable[[Tensor, Tensor], Tensor]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    linear: LinearKernel
+    linear_fp8: LinearKernel
+    linear_int4: LinearKernel
+    linear_int8: LinearKernel
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
     choices: tuple[KernelChoice, ...]
+
+    def linear_for(self, weight: Weight) -> LinearKernel:
+        """The kernel that serves a weight's format."""
+        match weight:
+            case Int8Weight():
+                return self.linear_int8
+            case Int4Weight():
+                return self.linear_int4
+            case Fp8Weight():
+                return self.linear_fp8
+            case _:
+                return self.linear
 
     def report(self) -> list[tuple[str, str, str]]:
         """(op, implementation, reason) for each op."""

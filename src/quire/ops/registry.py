@@ -9,17 +9,17 @@ from quire.ops.activation import SILU_MUL
 from quire.ops.attention import ATTENTION
 from quire.ops.embedding import EMBEDDING
 from quire.ops.kv_write import KV_WRITE
-from quire.ops.linear import LINEAR
+from quire.ops.linear import LINEARS
 from quire.ops.norm import ADD_RMS_NORM, RMS_NORM
 from quire.ops.op import Implementation, Op
 from quire.ops.reference.attention import ReferenceAttention
-from quire.ops.reference.linear import ReferenceLinear
+from quire.ops.reference.linear import ReferenceLinear, ReferenceQuantizedLinear
 from quire.ops.rotary import ROPE
 
 
 def op_registry() -> Registry[Op]:
     registry: Registry[Op] = Registry("op")
-    for op in (ADD_RMS_NORM, ATTENTION, EMBEDDING, KV_WRITE, LINEAR, RMS_NORM, ROPE, SILU_MUL):
+    for op in (ADD_RMS_NORM, ATTENTION, EMBEDDING, KV_WRITE, *LINEARS, RMS_NORM, ROPE, SILU_MUL):
         registry.add(op.name, op)
     return registry
 
@@ -36,6 +36,17 @@ def implementations() -> list[Implementation]:
             preference=0,
             note="torch's matrix product, in row counts that were checked to give the same bits",
         )
+    )
+    reference.extend(
+        Implementation(
+            op=op.name,
+            backend="reference",
+            build=lambda _device, _dtype: ReferenceQuantizedLinear(),
+            unfit=_fits_anywhere,
+            preference=0,
+            note="the weight written out in float32 for each call",
+        )
+        for op in LINEARS[1:]
     )
     reference.append(
         Implementation(

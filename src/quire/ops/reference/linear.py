@@ -1,4 +1,7 @@
-"""`linear` by torch's own product, in pieces that keep promise P1. Legend: t rows, k features in, n features out."""
+"""Linear layers by torch's own product, in pieces that keep promise P1.
+
+Legend: t rows, k features in, n features out.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quire.ops.linear import quantize_rows
 from quire.ops.reference.row_invariance import RowSplit
+from quire.ops.weight import Fp8Weight, Int4Weight, QuantizedWeight, dequantize, weight_shape
 
 
 class ReferenceLinear:
@@ -14,6 +19,9 @@ class ReferenceLinear:
 
     def __init__(self) -> None:
         self._splits: dict[tuple[int, int, bool, torch.dtype], RowSplit] = {}
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
 
     def __call__(self, x_tk: Tensor, weight_nk: Tensor, bias_n: Tensor | None = None) -> Tensor:
         rows, (n, k) = x_tk.shape[0], weight_nk.shape
@@ -33,6 +41,25 @@ class ReferenceLinear:
             y_tn[start:stop] = y_mn[: stop - start]
             start = stop
         return y_tn
+
+
+class ReferenceQuantizedLinear:
+    """The weight stays quantised, and is written out in float32 for each call: right, small and slow."""
+
+    def __init__(self) -> None:
+        self._linear = ReferenceLinear()
+
+    def pack(self, weight: QuantizedWeight) -> QuantizedWeight:
+        return weight
+
+    def __call__(self, x_tk: Tensor, weight: QuantizedWeight, bias_n: Tensor | None = None) -> Tensor:
+        wide_tk = x_tk.float()
+        if not isinstance(weight, Fp8Weight):
+            group_size = weight.group_size if isinstance(weight, Int4Weight) else weight_shape(weight)[1]
+            values_tk, scale_tg = quantize_rows(x_tk, group_size)
+            wide_tk = values_tk * scale_tg.repeat_interleave(group_size, dim=1)
+        bias = None if bias_n is None else bias_n.float()
+        return self._linear(wide_tk, dequantize(weight), bias).to(x_tk.dtype)
 
 
 def _padded(x_mk: Tensor, rows: int) -> Tensor:
