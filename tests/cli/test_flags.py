@@ -35,6 +35,7 @@ ENGINE = {
     "--max-num-queued-reqs",
     "--max-num-queued-tokens",
     "--max-logprobs",
+    "--isa",
     "--threads",
 }
 SERVER = {

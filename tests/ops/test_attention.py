@@ -13,8 +13,9 @@ from torch import Tensor
 
 from quire.ops.attention import AttentionShape, PagedRequests
 from quire.ops.kernels import select
+from quire.ops.target import Target
 
-KERNELS = {dtype: select("cpu", dtype) for dtype in (torch.float32, torch.bfloat16)}
+KERNELS = {dtype: select(Target("cpu", dtype, isa="reference")) for dtype in (torch.float32, torch.bfloat16)}
 HEADS = [(4, 2, 20), (8, 1, 80), (3, 3, 16), (16, 8, 128), (14, 2, 64), (12, 1, 256)]
 
 

@@ -10,24 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quire.ops.cpu.library import REFERENCE, usable_isas
 from quire.ops.kernels import select
 from quire.ops.linear import LINEARS
 from quire.ops.op import Implementation, Inputs
 from quire.ops.registry import implementations, op_registry
+from quire.ops.target import Target
 
-CPU = torch.device("cpu")
+TARGETS = [
+    *(Target("cpu", dtype, isa=REFERENCE) for dtype in (torch.float32, torch.bfloat16)),
+    *(Target("cpu", torch.bfloat16, isa=isa, threads=2) for isa in usable_isas()),
+]
 
 
 def cases(*, of_rows: bool) -> pytest.MarkDecorator:
     """Every implementation that fits this machine in every dtype; `of_rows` for ops that work row by row only."""
     rows_ops = {name for name, op in op_registry() if op.row_arguments}
     fitting = [
-        pytest.param(implementation, dtype, id=f"{implementation.op}-{implementation.backend}-{dtype}")
+        pytest.param(implementation, target, id=f"{implementation.op}-{target.isa}-{target.dtype}")
+        for target in TARGETS
         for implementation in implementations()
-        for dtype in (torch.float32, torch.bfloat16)
-        if implementation.unfit(CPU, dtype) is None and (implementation.op in rows_ops or not of_rows)
+        if implementation.backend == ("reference" if target.isa == REFERENCE else "cpu")
+        and implementation.unfit(target) is None
+        and (implementation.op in rows_ops or not of_rows)
     ]
-    return pytest.mark.parametrize(("implementation", "dtype"), fitting)
+    return pytest.mark.parametrize(("implementation", "target"), fitting)
 
 
 def compute(implementation: Implementation, kernel: Any, inputs: Inputs) -> list[Tensor]:
@@ -48,17 +55,17 @@ def compute(implementation: Implementation, kernel: Any, inputs: Inputs) -> list
 @cases(of_rows=False)
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(1, 150), seed=st.integers(0, 2**32))
-def test_agrees_with_the_definition(implementation: Implementation, dtype: torch.dtype, rows: int, seed: int) -> None:
+def test_agrees_with_the_definition(implementation: Implementation, target: Target, rows: int, seed: int) -> None:
     op = op_registry().get(implementation.op)
     assert op is not None
-    inputs = op.inputs(rows, dtype, torch.Generator().manual_seed(seed))
+    inputs = op.inputs(rows, target.dtype, torch.Generator().manual_seed(seed))
     expected_inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     expected = op.definition(**expected_inputs)
     if expected is None:
         expected = tuple(value for value in expected_inputs.values() if isinstance(value, Tensor))
     expected = expected if isinstance(expected, tuple) else (expected,)
-    found = compute(implementation, implementation.build(CPU, dtype), inputs)
-    tolerance = op.tolerances[dtype]
+    found = compute(implementation, implementation.build(target), inputs)
+    tolerance = op.tolerances[target.dtype]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance.relative, atol=tolerance.absolute)
 
@@ -67,12 +74,12 @@ def test_agrees_with_the_definition(implementation: Implementation, dtype: torch
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(2, 400), seed=st.integers(0, 2**32), data=st.data())
 def test_a_row_has_the_same_bits_in_any_batch(
-    implementation: Implementation, dtype: torch.dtype, rows: int, seed: int, data: st.DataObject
+    implementation: Implementation, target: Target, rows: int, seed: int, data: st.DataObject
 ) -> None:
     op = op_registry().get(implementation.op)
     assert op is not None
-    inputs = op.inputs(rows, dtype, torch.Generator().manual_seed(seed))
-    kernel = implementation.build(CPU, dtype)
+    inputs = op.inputs(rows, target.dtype, torch.Generator().manual_seed(seed))
+    kernel = implementation.build(target)
     whole = compute(implementation, kernel, inputs)
     start = data.draw(st.integers(0, rows - 1), label="start")
     stop = data.draw(st.integers(start + 1, rows), label="stop")
@@ -88,7 +95,7 @@ def test_linear_rows_are_alone_at_the_shapes_of_real_models(k: int, n: int, dtyp
     generator = torch.Generator().manual_seed(k + n)
     x = torch.randn(1100, k, generator=generator).to(dtype)
     weight = torch.randn(n, k, generator=generator).mul_(k**-0.5).to(dtype)
-    linear = select(CPU, dtype).linear
+    linear = select(Target("cpu", dtype, isa="reference")).linear
     weight = linear.pack(weight)
     whole = linear(x, weight, None)
     for start, stop in ((0, 1), (3, 20), (77, 110), (500, 1013), (1099, 1100), (0, 300)):
@@ -96,13 +103,13 @@ def test_linear_rows_are_alone_at_the_shapes_of_real_models(k: int, n: int, dtyp
 
 
 def test_every_op_is_served_and_says_why() -> None:
-    report = select(CPU, torch.float32).report()
+    report = select(Target("cpu", torch.float32)).report()
     assert [op for op, _, _ in report] == op_registry().names()
     assert all(backend and reason for _, backend, reason in report)
     assert {implementation.op for implementation in implementations()} == set(op_registry().names())
 
 
 def test_an_engine_keeps_what_it_learned_to_itself() -> None:
-    one, other = select(CPU, torch.float32), select(CPU, torch.float32)
+    one, other = select(Target("cpu", torch.float32)), select(Target("cpu", torch.float32))
     assert one.linear is not other.linear
     assert one.attention is not other.attention

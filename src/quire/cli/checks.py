@@ -220,8 +220,9 @@ def check_kernels() -> Check:
     import torch
 
     from quire.ops.kernels import select
+    from quire.ops.target import Target
 
-    report = select("cpu", torch.bfloat16).report()
+    report = select(Target("cpu", torch.bfloat16)).report()
     backends = sorted({implementation for _, implementation, _ in report})
     return Check(name="kernels", status="ok", detail=f"{len(report)} ops served by {', '.join(backends)}")
 

@@ -20,10 +20,11 @@ def kernels(*, dtype: Literal["bfloat16", "float32", "float16"] | None = None, j
     import torch
 
     from quire.ops.kernels import select
+    from quire.ops.target import Target
 
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     shown = [dtype] if dtype is not None else ["bfloat16", "float32"]
-    reports = {name: select("cpu", dtypes[name]).report() for name in shown}
+    reports = {name: select(Target("cpu", dtypes[name])).report() for name in shown}
     if json:
         print_json(
             {

@@ -60,5 +60,8 @@ class EngineConfig:
     """Most alternatives a request may ask for with logprobs or prompt_logprobs."""
     threads: int | None = None
     """CPU threads of the engine; one per core it may use otherwise."""
+    isa: str | None = None
+    """Instruction set of the CPU kernels (amx, avx512_bf16, avx512, avx2, portable), or reference for torch alone; the
+    best that runs here otherwise."""
     seed: int = 0
     """Seeds the choice of seeds for requests that name none."""

@@ -37,7 +37,13 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
     directory = Path(config.model)
     num_threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(num_threads)
-    model = load_model(directory, dtype=config.dtype, max_model_len=config.max_model_len)
+    model = load_model(
+        directory,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        threads=num_threads,
+        isa=config.isa,
+    )
     _tell_unexpected(model)
     ledger = size_cache(config, model)
     num_blocks = config.num_kv_blocks or ledger.num_blocks

@@ -17,6 +17,7 @@ from quire.models.registry import identify
 from quire.models.weights import load_weights
 from quire.nn.kv import KVCache
 from quire.ops.kernels import select
+from quire.ops.target import Target
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -70,12 +71,19 @@ class LoadedModel:
 
 
 def load_model(
-    directory: Path, *, dtype: str = "auto", device: str = "cpu", max_model_len: int | None = None
+    directory: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    max_model_len: int | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
 ) -> LoadedModel:
     """The model in `directory`, its weights mapped rather than read where their dtype is right already.
 
     `max_model_len` unset takes the model's own limit. Raises CheckpointError's children for what is wrong with the
-    checkpoint, and ConfigError for a dtype or a length that the model cannot serve.
+    checkpoint, and ConfigError for a dtype or a length that the model cannot serve. `threads` and `isa` as in
+    `ops.target`.
     """
     checkpoint = Checkpoint.open(directory)
     family, arch = identify(checkpoint.config, str(directory / "config.json"))
@@ -84,7 +92,8 @@ def load_model(
     torch_device = torch.device(device)
     weights = load_weights(checkpoint, family, arch, torch_dtype)
     parameters = {path: tensor.to(torch_device) for path, tensor in weights.parameters.items()}
-    decoder = build_decoder(arch, parameters, select(torch_device, torch_dtype), max_model_len=length)
+    target = Target(torch_device, torch_dtype, threads=threads, isa=isa)
+    decoder = build_decoder(arch, parameters, select(target), max_model_len=length)
     return LoadedModel(
         decoder=decoder,
         arch=arch,

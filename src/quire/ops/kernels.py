@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quire.ops.attention import AttentionKernel
 from quire.ops.linear import LinearKernel
 from quire.ops.op import Implementation
 from quire.ops.registry import implementations
+from quire.ops.target import Target
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight
 
 
@@ -59,23 +59,22 @@ class Kernels:
         return [(choice.op, choice.implementation, choice.reason) for choice in self.choices]
 
 
-def select(device: torch.device | str, dtype: torch.dtype) -> Kernels:
-    """The preferred implementation of each op that fits the device and the dtype."""
-    device = torch.device(device)
+def select(target: Target) -> Kernels:
+    """The preferred implementation of each op that fits the target."""
     available = implementations()
     built: dict[str, Any] = {}
     choices = []
     for op in (field.name for field in fields(Kernels) if field.name != "choices"):
-        chosen, reason = _choose([item for item in available if item.op == op], device, dtype)
-        built[op] = chosen.build(device, dtype)
+        chosen, reason = _choose([item for item in available if item.op == op], target)
+        built[op] = chosen.build(target)
         choices.append(KernelChoice(op=op, implementation=chosen.backend, reason=reason))
     return Kernels(**built, choices=tuple(choices))
 
 
-def _choose(candidates: list[Implementation], device: torch.device, dtype: torch.dtype) -> tuple[Implementation, str]:
+def _choose(candidates: list[Implementation], target: Target) -> tuple[Implementation, str]:
     passed_over: list[str] = []
     for candidate in sorted(candidates, key=lambda item: -item.preference):
-        why_not = candidate.unfit(device, dtype)
+        why_not = candidate.unfit(target)
         if why_not is None:
             return candidate, "; ".join([candidate.note, *passed_over])
         passed_over.append(f"not {candidate.backend}: {why_not}")

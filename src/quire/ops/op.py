@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.ops.target import Target
+
 Inputs = dict[str, Any]
 """Keyword arguments of one call."""
 
@@ -52,15 +54,15 @@ class Op:
 class Implementation:
     """One back end's way to compute an op.
 
-    `unfit(device, dtype)` says why it cannot serve there, or None when it can. `build(device, dtype)` makes the
+    `unfit(target)` says why it cannot serve there, or None when it can. `build(target)` makes the
     callable that one engine uses; whatever it learns about the machine it keeps to itself. Of the implementations that
     fit, the one with the highest `preference` serves; `note` says in `quire kernels` what it is.
     """
 
     op: str
     backend: str
-    build: Callable[[torch.device, torch.dtype], Any]
-    unfit: Callable[[torch.device, torch.dtype], str | None]
+    build: Callable[[Target], Any]
+    unfit: Callable[[Target], str | None]
     preference: int
     note: str
 

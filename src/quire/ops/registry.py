@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from quire.core.registry import Registry
 from quire.ops.activation import SILU_MUL
 from quire.ops.attention import ATTENTION
@@ -15,6 +13,7 @@ from quire.ops.op import Implementation, Op
 from quire.ops.reference.attention import ReferenceAttention
 from quire.ops.reference.linear import ReferenceLinear, ReferenceQuantizedLinear
 from quire.ops.rotary import ROPE
+from quire.ops.target import Target
 
 
 def op_registry() -> Registry[Op]:
@@ -31,7 +30,7 @@ def implementations() -> list[Implementation]:
         Implementation(
             op="linear",
             backend="reference",
-            build=lambda _device, _dtype: ReferenceLinear(),
+            build=lambda _target: ReferenceLinear(),
             unfit=_fits_anywhere,
             preference=0,
             note="torch's matrix product, in row counts that were checked to give the same bits",
@@ -41,7 +40,7 @@ def implementations() -> list[Implementation]:
         Implementation(
             op=op.name,
             backend="reference",
-            build=lambda _device, _dtype: ReferenceQuantizedLinear(),
+            build=lambda _target: ReferenceQuantizedLinear(),
             unfit=_fits_anywhere,
             preference=0,
             note="the weight written out in float32 for each call",
@@ -52,7 +51,7 @@ def implementations() -> list[Implementation]:
         Implementation(
             op="attention",
             backend="reference",
-            build=lambda _device, dtype: ReferenceAttention(dtype),
+            build=lambda target: ReferenceAttention(target.dtype),
             unfit=_fits_anywhere,
             preference=0,
             note="online softmax over gathered key tiles, scores in float32",
@@ -65,12 +64,12 @@ def _as_defined(op: Op) -> Implementation:
     return Implementation(
         op=op.name,
         backend="reference",
-        build=lambda _device, _dtype: op.definition,
+        build=lambda _target: op.definition,
         unfit=_fits_anywhere,
         preference=0,
         note="the op's definition, in torch",
     )
 
 
-def _fits_anywhere(_device: torch.device, _dtype: torch.dtype) -> str | None:
+def _fits_anywhere(_target: Target) -> str | None:
     return None

@@ -1,0 +1,24 @@
+// What one engine computes with: a pool of threads, and the kernels of one instruction set.
+#pragma once
+
+#include "attention/attention.hpp"
+#include "isa.hpp"
+#include "linear/linear.hpp"
+#include "pool.hpp"
+#include "rows/rows.hpp"
+#include "sampling/sampling.hpp"
+
+namespace quire {
+
+struct Backend {
+  Backend(int threads, Isa isa);
+
+  Pool pool;
+  Isa isa;
+  const LinearKernels& linear;
+  const AttentionKernels& attention;
+  const RowKernels& rows;
+  const SamplingKernels& sampling;
+};
+
+}  // namespace quire

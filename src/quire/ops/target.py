@@ -1,0 +1,39 @@
+"""What kernels are built for: one engine's device, dtype and threads."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from quire.ops.cpu.library import REFERENCE, kernels_module, open_backend
+
+
+class Target:
+    """`threads` and `isa` concern the CPU: None takes what the machine has; see `ops.cpu.library`."""
+
+    def __init__(
+        self, device: torch.device | str, dtype: torch.dtype, *, threads: int | None = None, isa: str | None = None
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.threads = threads
+        self.isa = isa
+
+    @cached_property
+    def cpu(self) -> Any:
+        """The compiled kernels' thread pool and tables, shared by all ops of this engine."""
+        return open_backend(self.threads, self.isa)
+
+    def unfit_for_cpu_kernels(self) -> str | None:
+        """Why the compiled kernels cannot serve here, or None."""
+        if self.device.type != "cpu":
+            return f"it computes on CPUs, not on {self.device.type}"
+        if self.isa == REFERENCE:
+            return "switched off by isa=reference"
+        if kernels_module() is None:
+            return "this installation has no compiled kernels (it was made without a C++ compiler)"
+        if self.dtype != torch.bfloat16:
+            return f"it computes in bfloat16, not in {str(self.dtype).removeprefix('torch.')}"
+        return None
