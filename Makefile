@@ -31,7 +31,9 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+KERNELS := $(wildcard csrc/* csrc/*/*)
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
