@@ -13,6 +13,7 @@ void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_sampling(nb::module_& m);
+void bind_stack(nb::module_& m);
 }  // namespace quire
 
 NB_MODULE(_kernels, m) {
@@ -33,4 +34,5 @@ NB_MODULE(_kernels, m) {
   quire::bind_attention(m);
   quire::bind_rows(m);
   quire::bind_sampling(m);
+  quire::bind_stack(m);
 }
