@@ -20,6 +20,7 @@ ENGINE = {
     "--tokenizer",
     "--chat-template",
     "--dtype",
+    "--quantization",
     "--max-model-len",
     "--block-size",
     "--kv-cache-memory",

@@ -7,6 +7,7 @@ from typing import Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["fcfs", "priority", "fair"]
+Quantization = Literal["int8", "int4", "fp8"]
 SwapMode = Literal["auto", "recompute", "swap"]
 
 BUILTIN_MODEL = "quire-tiny"
@@ -30,6 +31,8 @@ class EngineConfig:
     """A file with a Jinja chat template to use instead of the checkpoint's."""
     dtype: DType = "auto"
     """Of weights and activations; auto takes the checkpoint's (float16 becomes bfloat16 on a CPU)."""
+    quantization: Quantization | None = None
+    """Round the weights of linear layers to this format while they load; a quantised checkpoint needs no flag."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; the model's own limit otherwise, or less if memory holds less."""
     block_size: int = 16

@@ -18,6 +18,7 @@ from quire.nn.layers import MLP, Embedding, Linear, RMSNorm
 from quire.nn.rope import RopeTable
 from quire.ops.attention import AttentionShape, PagedRequests
 from quire.ops.kernels import Kernels
+from quire.ops.weight import Weight
 
 
 class DecoderLayer:
@@ -93,14 +94,23 @@ class Decoder:
         return StepContext(plan=plan, cos=cos, sin=sin, slots_t=batch.slots_t)
 
 
-def build_decoder(arch: Arch, parameters: Mapping[str, Tensor], kernels: Kernels, *, max_model_len: int) -> Decoder:
-    """The decoder that `arch` describes, around `parameters` by path (see `models.weights`)."""
+def build_decoder(arch: Arch, parameters: Mapping[str, Weight], kernels: Kernels, *, max_model_len: int) -> Decoder:
+    """The decoder that `arch` describes, around `parameters` by path (see `models.weights`).
+
+    Each is packed before the next one is asked for. A tied head that is among them is a quantised copy.
+    """
+
+    def plain(path: str) -> Tensor:
+        weight = parameters[path]
+        assert isinstance(weight, Tensor)
+        return weight
 
     def linear(path: str, bias: bool) -> Linear:
-        return Linear(parameters[f"{path}.weight"], parameters[f"{path}.bias"] if bias else None, kernels)
+        bias_n = plain(f"{path}.bias") if bias else None
+        return Linear(parameters[f"{path}.weight"], bias_n, kernels)
 
     def norm(path: str) -> RMSNorm:
-        return RMSNorm(parameters[f"{path}.weight"], arch.rms_norm_eps, kernels)
+        return RMSNorm(plain(f"{path}.weight"), arch.rms_norm_eps, kernels)
 
     shape = AttentionShape(
         num_heads=arch.num_heads,
@@ -128,12 +138,12 @@ def build_decoder(arch: Arch, parameters: Mapping[str, Tensor], kernels: Kernels
         )
         return DecoderLayer(norm(f"{path}.attention_norm"), attention, norm(f"{path}.mlp_norm"), mlp)
 
-    embedding = Embedding(parameters["embedding.weight"], kernels)
+    embedding = Embedding(plain("embedding.weight"), kernels)
     return Decoder(
         embedding=embedding,
         layers=[layer(f"layers.{index}") for index in range(arch.num_layers)],
         norm=norm("norm"),
-        head=Linear(embedding.weight, None, kernels) if arch.tie_word_embeddings else linear("head", False),
+        head=linear("head", False) if "head.weight" in parameters else Linear(embedding.weight, None, kernels),
         rope=RopeTable(arch.rope, max_model_len, embedding.weight.device),
         kernels=kernels,
     )

@@ -13,8 +13,10 @@ from quire.models.arch import Arch
 from quire.models.checkpoint import Checkpoint
 from quire.models.decoder import Decoder, build_decoder
 from quire.models.dtype import resolve_dtype
+from quire.models.parameters import list_parameters, unexpected_tensors
+from quire.models.quantization.scheme import Format
 from quire.models.registry import identify
-from quire.models.weights import load_weights
+from quire.models.weights import WeightStream, held_bytes
 from quire.nn.kv import KVCache
 from quire.ops.kernels import select
 from quire.ops.target import Target
@@ -28,14 +30,15 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """`weight_bytes` counts the parameters in `dtype`, and `converted_bytes` those of them that were converted and are
-    in memory already, while the others are read when they are used. `unexpected_tensors` are in the checkpoint, not in
-    the model."""
+    """`weight_bytes` counts the parameters as they run, in `dtype` or quantised, and `converted_bytes` those of them
+    that were converted, quantised or packed and are in memory already, while the others are read when they are used.
+    `num_parameters` counts their values. `unexpected_tensors` are in the checkpoint, not in the model."""
 
     decoder: Decoder
     arch: Arch
     dtype: torch.dtype
     device: torch.device
+    num_parameters: int
     weight_bytes: int
     converted_bytes: int
     max_model_len: int
@@ -74,35 +77,39 @@ def load_model(
     directory: Path,
     *,
     dtype: str = "auto",
+    quantization: Format | None = None,
     device: str = "cpu",
     max_model_len: int | None = None,
     threads: int | None = None,
     isa: str | None = None,
 ) -> LoadedModel:
-    """The model in `directory`, its weights mapped rather than read where their dtype is right already.
+    """The model in `directory`, its weights mapped rather than read where type and layout are right already.
 
+    `quantization` rounds the linear layers of a plain checkpoint to that format; a quantised one has its own.
     `max_model_len` unset takes the model's own limit. Raises CheckpointError's children for what is wrong with the
-    checkpoint, and ConfigError for a dtype or a length that the model cannot serve. `threads` and `isa` as in
-    `ops.target`.
+    checkpoint, and ConfigError for a dtype, a format or a length that the model cannot serve. `threads` and `isa` as
+    in `ops.target`.
     """
     checkpoint = Checkpoint.open(directory)
     family, arch = identify(checkpoint.config, str(directory / "config.json"))
     length = _model_len(arch, max_model_len)
     torch_dtype = _DTYPES[resolve_dtype(dtype, checkpoint, device)]
     torch_device = torch.device(device)
-    weights = load_weights(checkpoint, family, arch, torch_dtype)
-    parameters = {path: tensor.to(torch_device) for path, tensor in weights.parameters.items()}
+    parameters = list_parameters(checkpoint, family, arch, quantization=quantization)
+    weights = WeightStream(checkpoint, parameters, torch_dtype, torch_device)
     target = Target(torch_device, torch_dtype, threads=threads, isa=isa)
-    decoder = build_decoder(arch, parameters, select(target), max_model_len=length)
+    decoder = build_decoder(arch, weights, select(target), max_model_len=length)
+    weights.drop_pages()
     return LoadedModel(
         decoder=decoder,
         arch=arch,
         dtype=torch_dtype,
         device=torch_device,
-        weight_bytes=sum(tensor.nbytes for tensor in parameters.values()),
-        converted_bytes=weights.converted_bytes,
+        num_parameters=sum(parameter.num_elements for parameter in parameters),
+        weight_bytes=sum(parameter.nbytes(torch_dtype.itemsize) for parameter in parameters),
+        converted_bytes=held_bytes(weights, decoder, parameters, torch_dtype),
         max_model_len=length,
-        unexpected_tensors=weights.unexpected,
+        unexpected_tensors=unexpected_tensors(checkpoint, family, parameters),
     )
 
 

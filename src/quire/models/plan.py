@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from quire.cache.ledger import KVLedger, available_memory
@@ -19,10 +19,10 @@ from quire.core.errors import CheckpointError, UnknownArchitecture
 from quire.models.arch import Arch
 from quire.models.checkpoint import Checkpoint
 from quire.models.dtype import resolve_dtype
-from quire.models.family import Family
 from quire.models.fit import DTYPE_BYTES, Fit, build_ledger, format_bytes, judge
 from quire.models.json_file import shorten
 from quire.models.machine import measure_bandwidth, measure_flops
+from quire.models.parameters import EMBEDDING, HEAD, Parameter, list_parameters
 from quire.models.registry import identify
 from quire.models.shapes import Shapes, guess_shapes, shapes_of
 
@@ -37,7 +37,8 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # these are converted to the dtype that
 class Plan:
     """Sizes in bytes, lengths in tokens, rates in tokens per second; None where config.json does not tell.
 
-    * `weight_bytes_by_dtype` is as stored (the format's names); `weight_bytes` as run in `dtype`.
+    * `weight_bytes_by_dtype` is as stored (the format's names); `weight_bytes` as run, in `dtype` or quantised, and
+      `weight_bytes_by_format` the same in its parts (empty where the architecture is unknown).
     * `longest` is the model's context; `max_model_len` what one request can have here.
     * `num_sequences`: how many requests of a length (prompt plus output) the KV cache holds at once.
     * `decode_tokens_per_s`: of so many requests at once, each with `RATE_CONTEXT` tokens, all together.
@@ -51,6 +52,7 @@ class Plan:
     num_parameters: int
     weight_bytes_by_dtype: Mapping[str, int]
     weight_bytes: int
+    weight_bytes_by_format: Mapping[str, int]
     activation_bytes: int | None
     kv_bytes_per_token: int | None
     memory_available: int
@@ -81,7 +83,7 @@ class Plan:
             ("architecture", f"{self.architecture}{known}"),
             ("parameters", f"{self.num_parameters:,}"),
             ("weights as stored", stored or "none"),
-            (f"weights as run ({self.dtype})", format_bytes(self.weight_bytes)),
+            (f"weights as run ({_formats(self)})", format_bytes(self.weight_bytes)),
             ("activations of one step", format_bytes(self.activation_bytes)),
             ("KV cache per token", format_bytes(self.kv_bytes_per_token)),
             ("memory available", format_bytes(self.memory_available)),
@@ -119,7 +121,7 @@ def plan_model(
     checkpoint = Checkpoint.open(directory)
     model = _identify(checkpoint, config)
     dtype = resolve_dtype(config.dtype, checkpoint, "cpu")
-    weights = _weights(checkpoint, dtype, model.family, model.arch)
+    weights = _weights_as_run(model.parameters, dtype) if model.parameters else _weights_as_guessed(checkpoint, dtype)
     available = available_memory() if memory_available is None else memory_available
     if bandwidth is None:
         bandwidth = measure_bandwidth(config.threads or len(os.sched_getaffinity(0)))
@@ -142,6 +144,7 @@ def plan_model(
         num_parameters=sum(tensor.num_elements for tensor in checkpoint.tensors.values()),
         weight_bytes_by_dtype=_bytes_by_dtype(checkpoint),
         weight_bytes=weights.run_bytes,
+        weight_bytes_by_format=weights.by_format,
         activation_bytes=ledger.activation_bytes if ledger else None,
         kv_bytes_per_token=token_bytes,
         memory_available=available,
@@ -167,8 +170,8 @@ class _Model:
 
     name: str
     known: bool
-    family: Family | None = None
     arch: Arch | None = None
+    parameters: Sequence[Parameter] = ()
     shapes: Shapes | None
     notes: tuple[str, ...] = ()
 
@@ -177,6 +180,7 @@ def _identify(checkpoint: Checkpoint, config: EngineConfig) -> _Model:
     name = _architecture(checkpoint)
     try:
         family, arch = identify(checkpoint.config, str(checkpoint.directory / "config.json"))
+        parameters = list_parameters(checkpoint, family, arch, quantization=config.quantization)
     except CheckpointError as error:
         known = not isinstance(error, UnknownArchitecture)
         shapes = guess_shapes(checkpoint.config)
@@ -191,7 +195,8 @@ def _identify(checkpoint: Checkpoint, config: EngineConfig) -> _Model:
     notes = []
     if config.max_model_len is not None and config.max_model_len > longest:
         notes.append(f"It will not start: max_model_len is {config.max_model_len}, its positions end at {longest}.")
-    return _Model(name=name, known=True, family=family, arch=arch, shapes=shapes_of(arch), notes=tuple(notes))
+    shapes = shapes_of(arch)
+    return _Model(name=name, known=True, arch=arch, parameters=parameters, shapes=shapes, notes=tuple(notes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,19 +230,31 @@ class _Weights:
     run_bytes: int
     step_bytes: int
     step_elements: int
+    by_format: Mapping[str, int] = field(default_factory=dict)
 
 
-def _weights(checkpoint: Checkpoint, dtype: str, family: Family | None, arch: Arch | None) -> _Weights:
-    names = _names_used(family, arch) if family and arch else None
+def _weights_as_run(parameters: Sequence[Parameter], dtype: str) -> _Weights:
+    dtype_bytes = DTYPE_BYTES[dtype]
+    by_format: dict[str, int] = {}
+    for parameter in parameters:
+        name = parameter.scheme.format if parameter.scheme else dtype
+        by_format[name] = by_format.get(name, 0) + parameter.nbytes(dtype_bytes)
+    head = any(parameter.path == HEAD for parameter in parameters)
+    read = [parameter for parameter in parameters if not (head and parameter.path == EMBEDDING)]
+    return _Weights(
+        run_bytes=sum(by_format.values()),
+        step_bytes=sum(parameter.nbytes(dtype_bytes) for parameter in read),
+        step_elements=sum(parameter.num_elements for parameter in read),
+        by_format=by_format,
+    )
+
+
+def _weights_as_guessed(checkpoint: Checkpoint, dtype: str) -> _Weights:
+    """Of a model that cannot be run: by the usual names of its tensors, quantised ones as they are stored."""
     run_bytes = step_bytes = step_elements = 0
     head = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
-    if arch is not None:
-        head = arch.untied_head
     for name, tensor in checkpoint.tensors.items():
-        if names is not None and name not in names:
-            continue
-        converted = tensor.dtype in _FLOATS
-        size = tensor.num_elements * DTYPE_BYTES[dtype] if converted else tensor.nbytes
+        size = tensor.num_elements * DTYPE_BYTES[dtype] if tensor.dtype in _FLOATS else tensor.nbytes
         run_bytes += size
         if not (head and "embed_tokens" in name):
             step_bytes += size
@@ -245,14 +262,10 @@ def _weights(checkpoint: Checkpoint, dtype: str, family: Family | None, arch: Ar
     return _Weights(run_bytes, step_bytes, step_elements)
 
 
-def _names_used(family: Family, arch: Arch) -> frozenset[str]:
-    """The tensors that the model has a place for, by the family's table."""
-    return frozenset(
-        weight.tensor.format(layer)
-        for weight in family.weights
-        if weight.when is None or getattr(arch, weight.when)
-        for layer in range(arch.num_layers if "{}" in weight.tensor else 1)
-    )
+def _formats(plan: Plan) -> str:
+    if len(plan.weight_bytes_by_format) < 2:
+        return plan.dtype
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.weight_bytes_by_format.items())
 
 
 def _architecture(checkpoint: Checkpoint) -> str:

@@ -38,8 +38,6 @@ def identify(fields: Mapping[str, Any], file: str) -> tuple[Family, Arch]:
     for name in names:
         family = registry.get(name)
         if family is not None:
-            if "quantization_config" in config:
-                raise config.fault("quantization_config", "one", "absent: quantised checkpoints are not supported yet")
             return family, family.arch(config)
     raise UnknownArchitecture(
         f"{file}: architecture {', '.join(map(repr, names))[:200]} is not known.",

@@ -1,124 +1,129 @@
-"""From a checkpoint's tensors to a decoder's parameters, by a family's table."""
+"""A model's parameters, read from the checkpoint one at a time."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quire.core.errors import BadValue, MissingTensor, ShapeMismatch
-from quire.models.arch import Arch
+from quire.core.errors import BadValue
 from quire.models.checkpoint import Checkpoint
-from quire.models.family import Family
+from quire.models.parameters import Parameter
+from quire.models.quantization.assemble import assemble
+from quire.models.quantization.rounding import round_weight, scales_of
 from quire.models.tensors import CheckpointTensors
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpectedTensor:
-    """A parameter's path in the decoder, its tensor's name in the checkpoint, and its shape."""
-
-    parameter: str
-    tensor: str
-    shape: tuple[int, ...]
+from quire.ops.weight import QuantizedWeight, Weight
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedWeights:
-    """Parameters by path. `unexpected`: tensors of the checkpoint that the model has no place for.
+class WeightStream(Mapping[str, Weight]):
+    """Parameters by path, each of them read, converted or quantised when it is asked for, and then forgotten.
 
-    `converted_bytes` are of parameters in memory of their own; the others are pages of the mapped files.
+    Whoever packs a parameter before asking for the next one has only one of them in memory in two forms: asking for
+    the next gives the file's pages of the last one back to the kernel. A view that is kept is not hurt by that, its
+    pages come again with the next look at it.
     """
 
-    parameters: Mapping[str, Tensor]
-    converted_bytes: int
-    unexpected: tuple[str, ...]
+    def __init__(
+        self, checkpoint: Checkpoint, parameters: Sequence[Parameter], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._source = CheckpointTensors(checkpoint)
+        self._parameters = {parameter.path: parameter for parameter in parameters}
+        self._dtype = dtype
+        self._device = device
+        self._last: Parameter | None = None
 
+    def __getitem__(self, path: str) -> Weight:
+        """A view of the mapped file where type and layout are right already. Raises BadValue for norms, biases and
+        scales that are not finite."""
+        parameter = self._parameters[path]
+        self.drop_pages()
+        self._last = parameter
+        return _moved(self._read(parameter), self._device)
 
-def expected_tensors(family: Family, arch: Arch) -> Iterator[ExpectedTensor]:
-    """The table written out for every layer."""
-    for weight in family.weights:
-        if weight.when is not None and not getattr(arch, weight.when):
-            continue
-        shape = tuple(int(getattr(arch, field)) for field in weight.shape)
-        layers = range(arch.num_layers) if "{}" in weight.parameter else range(1)
-        for layer in layers:
-            yield ExpectedTensor(
-                parameter=weight.parameter.format(layer), tensor=weight.tensor.format(layer), shape=shape
+    def __contains__(self, path: object) -> bool:
+        return path in self._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def drop_pages(self) -> None:
+        """Of the parameter that was read last."""
+        if self._last is not None:
+            for name in self._last.stored:
+                self._source.drop(name)
+            self._last = None
+
+    def is_mapped(self, parameter: Parameter, held: object) -> bool:
+        """Whether `held`, what became of a parameter, still is a view of the mapped file."""
+        if parameter.storage is not None or parameter.scheme is not None or not isinstance(held, Tensor):
+            return False
+        return held.data_ptr() == self._source.get(parameter.tensor).data_ptr()
+
+    def _read(self, parameter: Parameter) -> Weight:
+        if parameter.storage is not None:
+            return self._stored(parameter)
+        tensor = self._source.get(parameter.tensor)
+        if parameter.scheme is not None:
+            weight = round_weight(tensor, parameter.scheme)
+            self._check_finite(parameter.tensor, scales_of(weight), "weights of finite scale")
+            return weight
+        if tensor.ndim == 1:
+            # Small, and one NaN in them spoils every output. The matrices are too large to read for this.
+            self._check_finite(parameter.tensor, tensor, "finite")
+        return tensor.to(self._dtype)
+
+    def _stored(self, parameter: Parameter) -> QuantizedWeight:
+        assert parameter.storage is not None
+        assert parameter.scheme is not None
+        module = parameter.tensor.removesuffix("weight")
+        parts = {name.removeprefix(module): self._source.get(name) for name in parameter.stored}
+        try:
+            weight = assemble(parameter.storage, parameter.scheme, parts)
+        except BadValue as error:
+            file = self._source.info(parameter.stored[0]).file
+            raise BadValue(
+                f"{file}: layer {module[:-1]!r}: {error.message}", param="model", remedy=error.remedy
+            ) from None
+        self._check_finite(parameter.stored[-1], scales_of(weight), "of finite scales")
+        return weight
+
+    def _check_finite(self, name: str, tensor: Tensor, expected: str) -> None:
+        bad = (~torch.isfinite(tensor.reshape(-1))).nonzero()
+        if len(bad):
+            index = int(bad[0].item())
+            raise BadValue(
+                f"{self._source.info(name).file}: tensor {name!r} must be {expected}, found "
+                f"{tensor.reshape(-1)[index].item()} at index {index} ({len(bad)} such values, in {tensor.dtype}).",
+                param="model",
             )
 
 
-def load_weights(checkpoint: Checkpoint, family: Family, arch: Arch, dtype: torch.dtype) -> LoadedWeights:
-    """Views of the mapped files where the dtype is right already, converted copies, one at a time, where not.
-
-    Everything is checked against the headers before any weight is read. Raises MissingTensor, ShapeMismatch, BadValue.
-    """
-    expected = []
-    for item in expected_tensors(family, arch):
-        _check(checkpoint, item)
-        expected.append(item)
-    source = CheckpointTensors(checkpoint)
-    parameters = {}
-    converted_bytes = 0
-    for item in expected:
-        tensor = source.get(item.tensor)
-        if tensor.dtype != dtype:
-            tensor = tensor.to(dtype)
-            source.drop(item.tensor)
-            converted_bytes += tensor.nbytes
-        if tensor.ndim == 1:
-            _check_finite(checkpoint, item, tensor)
-        parameters[item.parameter] = tensor
-    return LoadedWeights(
-        parameters=parameters,
-        converted_bytes=converted_bytes,
-        unexpected=_unexpected(checkpoint, family, expected),
-    )
+def _moved(weight: Weight, device: torch.device) -> Weight:
+    if isinstance(weight, Tensor):
+        return weight.to(device)
+    if device.type == "cpu":
+        return weight
+    values = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(weight, **moved)
 
 
-def _check(checkpoint: Checkpoint, item: ExpectedTensor) -> None:
-    info = checkpoint.tensors.get(item.tensor)
-    if info is None:
-        raise MissingTensor(
-            f"{checkpoint.directory}: tensor {item.tensor!r}, of shape {list(item.shape)}, is in none of its files.",
-            param="model",
-        )
-    if tuple(info.shape) != item.shape:
-        raise ShapeMismatch(
-            f"{info.file}: tensor {item.tensor!r} must have shape {list(item.shape)} by config.json, "
-            f"found {list(info.shape)}.",
-            param="model",
-        )
-    if info.dtype not in _FLOATS:
-        raise BadValue(
-            f"{info.file}: tensor {item.tensor!r} must be of type {', '.join(_FLOATS)}, found {info.dtype}.",
-            param="model",
-            remedy="Quantised checkpoints are not supported yet.",
-        )
+def held_bytes(stream: WeightStream, decoder: object, parameters: Sequence[Parameter], dtype: torch.dtype) -> int:
+    """Bytes of the parameters that are in memory of their own, in `decoder`, rather than pages of the files."""
+    held = 0
+    for parameter in parameters:
+        if not stream.is_mapped(parameter, _at(decoder, parameter.path)):
+            held += parameter.nbytes(dtype.itemsize)
+    return held
 
 
-def _check_finite(checkpoint: Checkpoint, item: ExpectedTensor, tensor: Tensor) -> None:
-    """Norms and biases: small, and one NaN in them spoils every output. The matrices are too large to read for this."""
-    bad = (~torch.isfinite(tensor)).nonzero()
-    if len(bad):
-        index = int(bad[0].item())
-        raise BadValue(
-            f"{checkpoint.tensors[item.tensor].file}: tensor {item.tensor!r} must be finite, found "
-            f"{tensor[index].item()} at index {index} ({len(bad)} such values, in {tensor.dtype}).",
-            param="model",
-        )
-
-
-def _unexpected(checkpoint: Checkpoint, family: Family, expected: list[ExpectedTensor]) -> tuple[str, ...]:
-    known = {item.tensor for item in expected}
-    # A tied head is often saved all the same.
-    ignored = (*family.ignored, *(weight.tensor for weight in family.weights if weight.parameter == "head.weight"))
-    return tuple(
-        name
-        for name in sorted(checkpoint.tensors)
-        if name not in known and not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored)
-    )
+def _at(tree: object, path: str) -> object:
+    for name in path.split("."):
+        tree = tree[int(name)] if isinstance(tree, list) else getattr(tree, name)
+    return tree

@@ -1,0 +1,164 @@
+"""Every parameter of a model: where its values lie in the checkpoint, and what it becomes in memory.
+
+Made from config.json and the headers alone, and checked against them before any weight is read. No torch: `quire plan`
+tells sizes by the same list that loading goes through.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from quire.core.errors import BadValue, ConfigError, MissingTensor, ShapeMismatch
+from quire.models.arch import Arch
+from quire.models.checkpoint import Checkpoint
+from quire.models.family import Family
+from quire.models.model_config import ModelConfig
+from quire.models.quantization.config import read_quantization
+from quire.models.quantization.scheme import DEFAULT_GROUP_SIZE, Format, Scheme, is_linear, rounded_scheme
+from quire.models.quantization.storage import Storage
+
+EMBEDDING, HEAD = "embedding.weight", "head.weight"
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """`path` in the decoder, `tensor` in the checkpoint, and the shape.
+
+    `storage`: its values are stored quantised, in several tensors that are named after `tensor`. `scheme`: the format
+    that it runs in, quantised; None for one that runs in the model's dtype.
+    """
+
+    path: str
+    tensor: str
+    shape: tuple[int, ...]
+    storage: Storage | None = None
+    scheme: Scheme | None = None
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    def nbytes(self, dtype_bytes: int) -> int:
+        """In memory, by a dtype of so many bytes where it is not quantised."""
+        return self.num_elements * dtype_bytes if self.scheme is None else self.scheme.nbytes(self.shape)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The names of the checkpoint's tensors that it is made of."""
+        if self.storage is None:
+            return (self.tensor,)
+        module = self.tensor.removesuffix("weight")
+        return tuple(module + part.suffix for part in self.storage.parts(self.shape))
+
+
+def list_parameters(
+    checkpoint: Checkpoint,
+    family: Family,
+    arch: Arch,
+    *,
+    quantization: Format | None = None,
+    group_size: int = DEFAULT_GROUP_SIZE,
+) -> list[Parameter]:
+    """All parameters, each checked against the headers. `quantization` is what a plain checkpoint is rounded to.
+
+    Raises MissingTensor, ShapeMismatch, BadValue, and ConfigError for `quantization` of what is quantised already.
+    """
+    file = str(checkpoint.directory / "config.json")
+    stored = read_quantization(ModelConfig(checkpoint.config, file))
+    if stored is not None and quantization is not None:
+        raise ConfigError(
+            f"quantization is {quantization!r}, but the checkpoint is quantised already ({stored.method}).",
+            param="quantization",
+            remedy="Leave it out, or name the checkpoint that this one was made from.",
+        )
+    parameters = []
+    for path, tensor, shape in _table(family, arch):
+        storage, scheme = None, None
+        if stored is not None and is_linear(path, shape):
+            storage = stored.storage_of(tensor.removesuffix(".weight"))
+            scheme = storage.scheme(shape, f"{file}: the weights of {tensor!r}") if storage is not None else None
+        elif quantization is not None:
+            scheme = rounded_scheme(quantization, path, shape, group_size)
+        parameter = Parameter(path=path, tensor=tensor, shape=shape, storage=storage, scheme=scheme)
+        _check(checkpoint, parameter)
+        parameters.append(parameter)
+    if quantization is not None and arch.tie_word_embeddings:
+        parameters += _tied_head(parameters, quantization)
+    return parameters
+
+
+def unexpected_tensors(checkpoint: Checkpoint, family: Family, parameters: Sequence[Parameter]) -> tuple[str, ...]:
+    """The checkpoint's tensors that the model has no place for."""
+    known = {name for parameter in parameters for name in parameter.stored}
+    # A tied head is often saved all the same.
+    ignored = [*family.ignored, *(weight.tensor for weight in family.weights if weight.parameter == HEAD)]
+    for parameter in parameters:
+        if parameter.storage is not None:
+            module = parameter.tensor.removesuffix("weight")
+            known.update(module + suffix for suffix in parameter.storage.ignored)
+    return tuple(
+        name
+        for name in sorted(checkpoint.tensors)
+        if name not in known and not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored)
+    )
+
+
+def _table(family: Family, arch: Arch) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """The family's table written out for every layer: parameter, tensor, shape."""
+    for weight in family.weights:
+        if weight.when is not None and not getattr(arch, weight.when):
+            continue
+        shape = tuple(int(getattr(arch, field)) for field in weight.shape)
+        for layer in range(arch.num_layers) if "{}" in weight.parameter else range(1):
+            yield weight.parameter.format(layer), weight.tensor.format(layer), shape
+
+
+def _tied_head(parameters: Sequence[Parameter], quantization: Format) -> list[Parameter]:
+    """A quantised copy of the embedding, which itself stays as it is: its rows are looked up, not multiplied by."""
+    embedding = next(parameter for parameter in parameters if parameter.path == EMBEDDING)
+    scheme = rounded_scheme(quantization, HEAD, embedding.shape)
+    if scheme is None:
+        return []
+    return [Parameter(path=HEAD, tensor=embedding.tensor, shape=embedding.shape, scheme=scheme)]
+
+
+def _check(checkpoint: Checkpoint, parameter: Parameter) -> None:
+    if parameter.storage is None:
+        _check_tensor(checkpoint, parameter.tensor, (parameter.shape,), _FLOATS)
+        return
+    module = parameter.tensor.removesuffix("weight")
+    for part in parameter.storage.parts(parameter.shape):
+        _check_tensor(checkpoint, module + part.suffix, part.shapes, part.dtypes)
+    for suffix in parameter.storage.refused:
+        if module + suffix in checkpoint.tensors:
+            raise BadValue(
+                f"{checkpoint.tensors[module + suffix].file}: tensor {module + suffix!r} reorders the input features "
+                "(activation order), which is not supported.",
+                param="model",
+                remedy="Take a checkpoint that was made without it.",
+            )
+
+
+def _check_tensor(
+    checkpoint: Checkpoint, name: str, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]
+) -> None:
+    wanted = " or ".join(str(list(shape)) for shape in shapes)
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise MissingTensor(
+            f"{checkpoint.directory}: tensor {name!r}, of shape {wanted}, is in none of its files.", param="model"
+        )
+    if tuple(info.shape) not in shapes:
+        raise ShapeMismatch(
+            f"{info.file}: tensor {name!r} must have shape {wanted} by config.json, found {list(info.shape)}.",
+            param="model",
+        )
+    if info.dtype not in dtypes:
+        raise BadValue(
+            f"{info.file}: tensor {name!r} must be of type {', '.join(dtypes)}, found {info.dtype}.", param="model"
+        )

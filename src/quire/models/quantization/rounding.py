@@ -1,0 +1,101 @@
+"""Round to nearest: from a plain matrix to a quantised one, with no data but the matrix.
+
+Scales are rounded to bfloat16 before anything is divided by them: checkpoints store them so, and a weight that is
+written and read again has the same bits as one that is quantised while it loads.
+
+A matrix is worked through in slices of rows that stay in the cache, so that a pass over it costs little more than
+reading it, and no float32 copy of it is ever in memory.
+
+Legend: n output features, k input features, g groups of input features, j features of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quire.models.quantization.scheme import Scheme
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
+
+_SLICE_ELEMENTS = 1 << 18
+_FP8_LARGEST = 448.0
+_Parts = tuple[Tensor, ...]
+
+
+def round_weight(weight_nk: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """`weight_nk` (any float type) in the format of `scheme`. A row or group of zeros has scale 0.
+
+    Values that are not finite give scales that are not; the caller looks at those.
+    """
+    match scheme.format:
+        case "int8":
+            values_nk, scale_n = _in_slices(weight_nk, _int8_rows)
+            return Int8Weight(values_nk=values_nk, scale_n=scale_n)
+        case "fp8":
+            values_nk, scale_n = _in_slices(weight_nk, _fp8_rows)
+            return Fp8Weight(values_nk=values_nk, scale_n=scale_n)
+        case "int4":
+            assert not scheme.zero_point, "weights are rounded to symmetric groups only"
+            size = scheme.group_size
+            nibbles_nk2, scale_ng = _in_slices(weight_nk, lambda rows_mk: _int4_rows(rows_mk, size))
+            return Int4Weight(nibbles_nk2=nibbles_nk2, scale_ng=scale_ng, zero_ng=None, group_size=size)
+
+
+def scales_of(weight: QuantizedWeight) -> Tensor:
+    """`[n]` or `[n, g]`."""
+    return weight.scale_ng if isinstance(weight, Int4Weight) else weight.scale_n
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where the scale is 0."""
+    return torch.where(scale != 0, 1.0 / scale, 0.0)
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """The nearest values that bfloat16 has, in float32."""
+    return scale.bfloat16().float()
+
+
+def pack_offset_nibbles(values_nk: Tensor) -> Tensor:
+    """uint8 `[n, k / 2]` of whole numbers -8..7 in a float tensor, which is overwritten."""
+    pairs = values_nk.add_(8).to(torch.uint8).view(torch.int16)  # a pair is low + 256 * high
+    return (pairs | (pairs >> 4)).to(torch.uint8)
+
+
+def _in_slices(weight_nk: Tensor, round_rows: Callable[[Tensor], _Parts]) -> _Parts:
+    n, k = weight_nk.shape
+    step = max(1, _SLICE_ELEMENTS // max(1, k))
+    whole: _Parts = ()
+    for first in range(0, n, step):
+        parts = round_rows(weight_nk[first : first + step].float())
+        if not whole:
+            whole = tuple(part.new_empty(n, *part.shape[1:]) for part in parts)
+        for all_rows, part in zip(whole, parts, strict=True):
+            all_rows[first : first + step] = part
+    return whole
+
+
+def _int8_rows(rows_mk: Tensor) -> _Parts:
+    scale_m = round_scale(rows_mk.abs().amax(1) / 127)
+    values_mk = (rows_mk * inverse(scale_m)[:, None]).round_().clamp_(-127, 127)
+    return values_mk.to(torch.int8), scale_m
+
+
+def _fp8_rows(rows_mk: Tensor) -> _Parts:
+    scale_m = round_scale(rows_mk.abs().amax(1) / _FP8_LARGEST)
+    values_mk = (rows_mk * inverse(scale_m)[:, None]).clamp_(-_FP8_LARGEST, _FP8_LARGEST)
+    return values_mk.to(torch.float8_e4m3fn), scale_m
+
+
+def _int4_rows(rows_mk: Tensor, group_size: int) -> _Parts:
+    """The value of the largest magnitude becomes -8, the one end of the range that has no counterpart: the scale has
+    its sign. Then, for these whole numbers, the scale of the least squared error."""
+    rows_gj = rows_mk.view(-1, group_size)
+    low_g1, high_g1 = rows_gj.amin(1, keepdim=True), rows_gj.amax(1, keepdim=True)
+    scale_g1 = torch.where(high_g1 > -low_g1, high_g1, low_g1) / -8
+    values_gj = (rows_gj * inverse(scale_g1)).round_().clamp_(-8, 7)
+    squares_g1 = (values_gj * values_gj).sum(1, keepdim=True)
+    scale_g1 = round_scale((values_gj * rows_gj).sum(1, keepdim=True) * inverse(squares_g1))
+    return pack_offset_nibbles(values_gj).view(len(rows_mk), -1), scale_g1.view(len(rows_mk), -1)

@@ -1,0 +1,53 @@
+"""Which format a linear layer's weight runs in, and what it takes there. No torch: `quire plan` reads this too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.config.engine import Quantization
+
+Format = Quantization
+GROUP_SIZES = (32, 64, 128)
+"""Of int4: input features that share a scale."""
+DEFAULT_GROUP_SIZE = 32
+"""The smallest: the least error, for 4.5 bits a weight where 128 takes 4.125 (with 16-bit scales)."""
+
+_HEAD = "head.weight"
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """A format of `quire.ops.weight`. `group_size` and `zero_point` are int4's alone."""
+
+    format: Format
+    group_size: int = 0
+    zero_point: bool = False
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight `[n, k]` in this format, its scales included."""
+        n, k = shape
+        if self.format != "int4":
+            return n * k + n * _SCALE_BYTES
+        groups = n * (k // self.group_size)
+        return n * k // 2 + groups * (_SCALE_BYTES + self.zero_point)
+
+
+def is_linear(parameter: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is a linear layer's weight: a matrix that is multiplied by, not looked up in."""
+    return len(shape) == 2 and parameter.endswith(".weight") and not parameter.startswith("embedding.")
+
+
+def rounded_scheme(
+    asked: Format, parameter: str, shape: tuple[int, ...], group_size: int = DEFAULT_GROUP_SIZE
+) -> Scheme | None:
+    """The format that a parameter of an unquantised checkpoint takes when `asked` is asked for; None: it stays.
+
+    The output head decides between tokens directly, and gets 8 bits where the other layers get 4. Of fp8, whose
+    arithmetic is no cheaper than bfloat16's, it is left out. A row that does not divide into groups takes int8.
+    """
+    if not is_linear(parameter, shape) or (parameter == _HEAD and asked == "fp8"):
+        return None
+    if asked == "int4" and (parameter == _HEAD or shape[1] % group_size):
+        return Scheme(format="int8")
+    return Scheme(format=asked, group_size=group_size if asked == "int4" else 0)
