@@ -18,6 +18,7 @@ from quire.nn.layers import MLP, Embedding, Linear, RMSNorm
 from quire.nn.rope import RopeTable
 from quire.ops.attention import AttentionShape, PagedRequests
 from quire.ops.kernels import Kernels
+from quire.ops.stack import Stack, StackInputs
 from quire.ops.weight import Weight
 
 
@@ -62,12 +63,34 @@ class Decoder:
         self.head = head
         self.rope = rope
         self.kernels = kernels
+        self.stack: Stack | None = None
+        """All layers as one call; without it the layers run op by op, to the same bits. See `models.stack`."""
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """One step: writes K and V of all its tokens to `kv`, returns the normed hidden states `[s, e]` of
         `logits_rows_s`, for `logits`."""
-        step = self._step(batch, kv.block_size)
+        requests = PagedRequests(
+            query_start=batch.query_start,
+            context_lens=batch.context_lens,
+            block_table_rb=batch.block_table_rb,
+            block_size=kv.block_size,
+        )
+        if self.stack is not None:
+            return self.stack(
+                StackInputs(
+                    token_ids_t=batch.token_ids_t,
+                    positions_t=batch.positions_t,
+                    slots_t=batch.slots_t,
+                    rows_s=batch.logits_rows_s,
+                    requests=requests,
+                    kv=kv.data,
+                )
+            )
+        return self._op_by_op(batch, kv, requests)
+
+    def _op_by_op(self, batch: ForwardBatch, kv: KVCache, requests: PagedRequests) -> Tensor:
+        step = self._step(batch, requests)
         x_te, residual_te = self.embedding(batch.token_ids_t), None
         for index, layer in enumerate(self.layers):
             x_te, residual_te = layer(x_te, residual_te, kv.layer(index), step)
@@ -82,14 +105,8 @@ class Decoder:
         large vocabulary are in memory at one time."""
         return self.head(hidden_se).float()
 
-    def _step(self, batch: ForwardBatch, block_size: int) -> StepContext:
+    def _step(self, batch: ForwardBatch, requests: PagedRequests) -> StepContext:
         cos, sin = self.rope.rows(batch.positions_t)
-        requests = PagedRequests(
-            query_start=batch.query_start,
-            context_lens=batch.context_lens,
-            block_table_rb=batch.block_table_rb,
-            block_size=block_size,
-        )
         plan = self.kernels.attention.plan(self.layers[0].attention.shape, requests)
         return StepContext(plan=plan, cos=cos, sin=sin, slots_t=batch.slots_t)
 

@@ -16,6 +16,7 @@ from quire.models.dtype import resolve_dtype
 from quire.models.parameters import list_parameters, unexpected_tensors
 from quire.models.quantization.scheme import Format
 from quire.models.registry import identify
+from quire.models.stack import stack_of
 from quire.models.weights import WeightStream, held_bytes
 from quire.nn.kv import KVCache
 from quire.ops.kernels import select
@@ -99,6 +100,7 @@ def load_model(
     weights = WeightStream(checkpoint, parameters, torch_dtype, torch_device)
     target = Target(torch_device, torch_dtype, threads=threads, isa=isa)
     decoder = build_decoder(arch, weights, select(target), max_model_len=length)
+    decoder.stack = stack_of(decoder)
     weights.drop_pages()
     return LoadedModel(
         decoder=decoder,

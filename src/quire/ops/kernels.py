@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from quire.ops.attention import AttentionKernel
+from quire.ops.cpu.stack import build_stack
 from quire.ops.linear import LinearKernel
 from quire.ops.op import Implementation
 from quire.ops.registry import implementations
+from quire.ops.stack import BuildStack
 from quire.ops.target import Target
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight
 
@@ -41,6 +44,8 @@ class Kernels:
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
     choices: tuple[KernelChoice, ...]
+    stack: BuildStack | None = None
+    """All layers in one call, where one back end serves every op of a decoder and offers it."""
 
     def linear_for(self, weight: Weight) -> LinearKernel:
         """The kernel that serves a weight's format."""
@@ -64,11 +69,17 @@ def select(target: Target) -> Kernels:
     available = implementations()
     built: dict[str, Any] = {}
     choices = []
-    for op in (field.name for field in fields(Kernels) if field.name != "choices"):
+    for op in (field.name for field in fields(Kernels) if field.name not in ("choices", "stack")):
         chosen, reason = _choose([item for item in available if item.op == op], target)
         built[op] = chosen.build(target)
         choices.append(KernelChoice(op=op, implementation=chosen.backend, reason=reason))
-    return Kernels(**built, choices=tuple(choices))
+    return Kernels(**built, choices=tuple(choices), stack=_stack(target, choices))
+
+
+def _stack(target: Target, choices: list[KernelChoice]) -> BuildStack | None:
+    if any(choice.implementation != "cpu" for choice in choices):
+        return None
+    return partial(build_stack, target)
 
 
 def _choose(candidates: list[Implementation], target: Target) -> tuple[Implementation, str]:

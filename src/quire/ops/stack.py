@@ -51,7 +51,6 @@ class StackDescription:
     cos: Tensor
     sin: Tensor
     eps: float
-    inner_size: int
     attention: AttentionShape
 
 
