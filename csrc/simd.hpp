@@ -186,6 +186,8 @@ inline F exp(F x) {
   return select(clamped < set(-88.0f), F{}, p * scale);
 }
 
+inline F silu(F x) { return x / (set(1.0f) + exp(-x)); }
+
 // acc + a.low * b.low + a.high * b.high over pairs of bf16, lane by lane.
 inline F dot_pair(F acc, I a, I b) {
 #if defined(__AVX512BF16__)

@@ -18,7 +18,7 @@ struct NormCall {
   const uint16_t* bias;         // [n] or null
   bool centered;                // LayerNorm: the mean is subtracted first
   float eps;
-  float weight_offset;          // added to the weight: 1 in Gemma
+  float weight_offset;          // added to the weight: 1 in Gemma; then, and in LayerNorm, rounded once, at the end
   int64_t t, n;
   uint16_t* out;                // [t, n], or null if only `quantized` is wanted
   int64_t out_stride;

@@ -32,10 +32,12 @@ class KernelChoice:
 class Kernels:
     """One callable per op, with the arguments of the op's definition (of `AttentionKernel` for attention)."""
 
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     attention: AttentionKernel
     embedding: Callable[[Tensor, Tensor], Tensor]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     linear: LinearKernel
     linear_fp8: LinearKernel
     linear_int4: LinearKernel

@@ -11,17 +11,24 @@ from torch import Tensor
 from quire.ops.op import Inputs, Op, random_int, random_tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x` is `[..., d]`, `weight` `[d]`. Also the norm of each query and key head, with `x` as `[t, h, d]`."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """`x` is `[..., d]`, `weight` `[d]`. Also the norm of each query and key head, with `x` as `[t, h, d]`.
+
+    Models that store the weight less one have `weight_offset` 1; theirs is applied in float32 and rounded once.
+    """
     wide = x.float()
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    if weight_offset:
+        return (wide * scale * (weight.float() + weight_offset)).to(x.dtype)
     return (wide * scale).to(x.dtype).mul_(weight)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The norm of `x + residual`, and `x + residual` itself: the residual stream of the next block."""
     total = x + residual
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, weight_offset), total
 
 
 def _rms_norm_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -31,6 +38,7 @@ def _rms_norm_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) 
         "x": random_tensor(rows, *heads, width, dtype=dtype, generator=generator),
         "weight": random_tensor(width, dtype=dtype, generator=generator),
         "eps": 1e-6,
+        "weight_offset": float(random_int(0, 1, generator)),
     }
 
 

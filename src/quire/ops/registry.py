@@ -5,8 +5,10 @@ from __future__ import annotations
 from quire.core.registry import Registry
 from quire.ops.activation import SILU_MUL
 from quire.ops.attention import ATTENTION
+from quire.ops.cpu import rows
 from quire.ops.embedding import EMBEDDING
 from quire.ops.kv_write import KV_WRITE
+from quire.ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from quire.ops.linear import LINEARS
 from quire.ops.norm import ADD_RMS_NORM, RMS_NORM
 from quire.ops.op import Implementation, Op
@@ -15,17 +17,20 @@ from quire.ops.reference.linear import ReferenceLinear, ReferenceQuantizedLinear
 from quire.ops.rotary import ROPE
 from quire.ops.target import Target
 
+AS_DEFINED = (ADD_LAYER_NORM, ADD_RMS_NORM, EMBEDDING, KV_WRITE, LAYER_NORM, RMS_NORM, ROPE, SILU_MUL)
+"""Ops whose definition is the reference back end's implementation as well."""
+
 
 def op_registry() -> Registry[Op]:
     registry: Registry[Op] = Registry("op")
-    for op in (ADD_RMS_NORM, ATTENTION, EMBEDDING, KV_WRITE, *LINEARS, RMS_NORM, ROPE, SILU_MUL):
+    for op in (*AS_DEFINED, ATTENTION, *LINEARS):
         registry.add(op.name, op)
     return registry
 
 
 def implementations() -> list[Implementation]:
     """Every implementation that this installation has, whether or not it fits this machine."""
-    reference = [_as_defined(op) for op in (ADD_RMS_NORM, EMBEDDING, KV_WRITE, RMS_NORM, ROPE, SILU_MUL)]
+    reference = [_as_defined(op) for op in AS_DEFINED]
     reference.append(
         Implementation(
             op="linear",
@@ -57,7 +62,7 @@ def implementations() -> list[Implementation]:
             note="online softmax over gathered key tiles, scores in float32",
         )
     )
-    return reference
+    return [*reference, *rows.implementations()]
 
 
 def _as_defined(op: Op) -> Implementation:
