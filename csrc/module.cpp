@@ -18,6 +18,7 @@ void bind_stack(nb::module_& m);
 
 NB_MODULE(_kernels, m) {
   using quire::Backend;
+  nb::set_leak_warnings(false);  // engines that live until the interpreter ends are no leak
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const auto isa : quire::usable_isas()) names.emplace_back(quire::name(isa));
