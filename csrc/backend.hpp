@@ -5,6 +5,7 @@
 #include "isa.hpp"
 #include "linear/linear.hpp"
 #include "pool.hpp"
+#include "rounding/rounding.hpp"
 #include "rows/rows.hpp"
 #include "sampling/sampling.hpp"
 
@@ -18,6 +19,7 @@ struct Backend {
   const LinearKernels& linear;
   const AttentionKernels& attention;
   const RowKernels& rows;
+  const RoundingKernels& rounding;
   const SamplingKernels& sampling;
 };
 

@@ -12,6 +12,7 @@ namespace quire {
 void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_rows(nb::module_& m);
+void bind_rounding(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_stack(nb::module_& m);
 }  // namespace quire
@@ -34,6 +35,7 @@ NB_MODULE(_kernels, m) {
   quire::bind_linear(m);
   quire::bind_attention(m);
   quire::bind_rows(m);
+  quire::bind_rounding(m);
   quire::bind_sampling(m);
   quire::bind_stack(m);
 }
