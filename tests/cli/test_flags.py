@@ -91,6 +91,10 @@ FLAGS = {
     "bench throughput": MODEL | ENGINE | PROMPTS | {"--num-prompts", "--backend"},
     "bench latency": MODEL | ENGINE | PROMPTS | {"--batch-size", "--num-iters", "--num-warmup-iters"},
     "bench startup": MODEL | ENGINE | SEED | {"--repeat", "--start-timeout", "--json"},
+    "bench quality": MODEL
+    | ENGINE
+    | SEED
+    | {"--against", "--text", "--max-text-tokens", "--questions-per-skill", "--json"},
     "bench roofline": {"--threads", "--seconds", "--matmul-size", "--json"},
     "bench serve": PROMPTS
     | REMOTE

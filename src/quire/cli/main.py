@@ -31,6 +31,7 @@ BENCHMARKS = {
     "latency": ("quire.cli.bench.latency:latency", "Seconds for one batch of requests without a server."),
     "serve": ("quire.cli.bench.serve:serve", "Load on an OpenAI-compatible server: TTFT, ITL, TPOT, goodput."),
     "startup": ("quire.cli.bench.startup:startup", "From the command `quire serve` to its first token."),
+    "quality": ("quire.cli.bench.quality:quality", "What quantising costs: divergence from bfloat16, and accuracy."),
     "roofline": ("quire.cli.bench.roofline:roofline", "This machine's measured memory bandwidth and matmul peaks."),
 }
 EXIT_FAILED = 1

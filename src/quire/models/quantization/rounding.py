@@ -29,18 +29,27 @@ def round_weight(weight_nk: Tensor, scheme: Scheme) -> QuantizedWeight:
 
     Values that are not finite give scales that are not; the caller looks at those.
     """
+    n, k = weight_nk.shape
     match scheme.format:
         case "int8":
-            values_nk, scale_n = _in_slices(weight_nk, _int8_rows)
-            return Int8Weight(values_nk=values_nk, scale_n=scale_n)
+            int8 = Int8Weight(values_nk=torch.empty(n, k, dtype=torch.int8), scale_n=torch.empty(n))
+            _in_slices(weight_nk, (int8.values_nk, int8.scale_n), _int8_rows)
+            return int8
         case "fp8":
-            values_nk, scale_n = _in_slices(weight_nk, _fp8_rows)
-            return Fp8Weight(values_nk=values_nk, scale_n=scale_n)
+            fp8 = Fp8Weight(values_nk=torch.empty(n, k, dtype=torch.float8_e4m3fn), scale_n=torch.empty(n))
+            _in_slices(weight_nk, (fp8.values_nk, fp8.scale_n), _fp8_rows)
+            return fp8
         case "int4":
             assert not scheme.zero_point, "weights are rounded to symmetric groups only"
             size = scheme.group_size
-            nibbles_nk2, scale_ng = _in_slices(weight_nk, lambda rows_mk: _int4_rows(rows_mk, size))
-            return Int4Weight(nibbles_nk2=nibbles_nk2, scale_ng=scale_ng, zero_ng=None, group_size=size)
+            int4 = Int4Weight(
+                nibbles_nk2=torch.empty(n, k // 2, dtype=torch.uint8),
+                scale_ng=torch.empty(n, k // size),
+                zero_ng=None,
+                group_size=size,
+            )
+            _in_slices(weight_nk, (int4.nibbles_nk2, int4.scale_ng), lambda rows_mk: _int4_rows(rows_mk, size))
+            return int4
 
 
 def scales_of(weight: QuantizedWeight) -> Tensor:
@@ -64,17 +73,14 @@ def pack_offset_nibbles(values_nk: Tensor) -> Tensor:
     return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
-def _in_slices(weight_nk: Tensor, round_rows: Callable[[Tensor], _Parts]) -> _Parts:
+def _in_slices(weight_nk: Tensor, results: _Parts, round_rows: Callable[[Tensor], _Parts]) -> None:
+    """Fills `results`. They are there before the slices are: memory that these leave can be used again."""
     n, k = weight_nk.shape
     step = max(1, _SLICE_ELEMENTS // max(1, k))
-    whole: _Parts = ()
     for first in range(0, n, step):
         parts = round_rows(weight_nk[first : first + step].float())
-        if not whole:
-            whole = tuple(part.new_empty(n, *part.shape[1:]) for part in parts)
-        for all_rows, part in zip(whole, parts, strict=True):
+        for all_rows, part in zip(results, parts, strict=True):
             all_rows[first : first + step] = part
-    return whole
 
 
 def _int8_rows(rows_mk: Tensor) -> _Parts:
