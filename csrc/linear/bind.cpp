@@ -3,9 +3,89 @@
 #include "backend.hpp"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace quire {
+namespace {
 
-void bind_linear(nb::module_&) {}
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+PackedWeight pack_int4(Backend& backend, uintptr_t nibbles, uintptr_t scale, uintptr_t zero, int64_t n, int64_t k,
+                       int64_t group_size) {
+  PackedWeight packed = make_packed(Format::int4, n, k, group_size, zero != 0);
+  backend.linear.pack_int4(backend.pool, at<const uint8_t>(nibbles), at<const float>(scale), at<const uint8_t>(zero),
+                           packed);
+  return packed;
+}
+
+// The Python object of a product keeps the weights alive that it points to.
+Product make_product(const PackedWeight& weight, uintptr_t out, int64_t out_stride, Epilogue epilogue, uintptr_t bias,
+                     uintptr_t residual, const PackedWeight* up, uintptr_t up_bias) {
+  return {&weight, up, at<const uint16_t>(bias), at<const uint16_t>(up_bias), epilogue, at<const uint16_t>(residual),
+          at<void>(out), out_stride};
+}
+
+}  // namespace
+
+void bind_linear(nb::module_& m) {
+  const nb::call_guard<nb::gil_scoped_release> without_gil;
+  nb::enum_<Epilogue>(m, "Epilogue", "What happens to a product's sums, besides bias and rounding.")
+      .value("STORE", Epilogue::store)
+      .value("STORE_FLOAT", Epilogue::store_float)
+      .value("ADD_RESIDUAL", Epilogue::add_residual)
+      .value("SILU_MUL", Epilogue::silu_mul);
+  nb::class_<PackedWeight>(m, "PackedWeight", "A linear layer's weight in the kernels' layout.")
+      .def_ro("n", &PackedWeight::n, "Output features.")
+      .def_ro("k", &PackedWeight::k, "Input features.")
+      .def_ro("nbytes", &PackedWeight::nbytes, "Memory it takes, scales included.")
+      .def_prop_ro("format", [](const PackedWeight& self) {
+        constexpr const char* kNames[] = {"bf16", "int8", "int4", "fp8"};
+        return kNames[static_cast<int>(self.format)];
+      });
+  nb::class_<Product>(m, "Product", "One product of a call; addresses of tensors, 0 for none; strides in elements.")
+      .def(nb::new_(&make_product), "weight"_a, "out"_a, "out_stride"_a, "epilogue"_a = Epilogue::store, "bias"_a = 0,
+           "residual"_a = 0, "up"_a = nb::none(), "up_bias"_a = 0, nb::keep_alive<0, 1>(), nb::keep_alive<0, 7>());
+
+  m.def("pack_bf16", [](Backend& backend, uintptr_t weight, int64_t n, int64_t k) {
+    PackedWeight packed = make_packed(Format::bf16, n, k);
+    backend.linear.pack_bf16(backend.pool, at<const uint16_t>(weight), packed);
+    return packed;
+  }, "backend"_a, "weight"_a, "n"_a, "k"_a, without_gil, "Of a dense [n, k] bf16 tensor.");
+  m.def("pack_int8", [](Backend& backend, uintptr_t values, uintptr_t scale, int64_t n, int64_t k) {
+    PackedWeight packed = make_packed(Format::int8, n, k);
+    backend.linear.pack_int8(backend.pool, at<const int8_t>(values), at<const float>(scale), packed);
+    return packed;
+  }, "backend"_a, "values"_a, "scale"_a, "n"_a, "k"_a, without_gil, "Of a dense [n, k] int8 tensor and [n] scales.");
+  m.def("pack_fp8", [](Backend& backend, uintptr_t values, uintptr_t scale, int64_t n, int64_t k) {
+    PackedWeight packed = make_packed(Format::fp8, n, k);
+    backend.linear.pack_fp8(backend.pool, at<const uint8_t>(values), at<const float>(scale), packed);
+    return packed;
+  }, "backend"_a, "values"_a, "scale"_a, "n"_a, "k"_a, without_gil, "Of a dense [n, k] e4m3 tensor and [n] scales.");
+  m.def("pack_int4", &pack_int4, "backend"_a, "nibbles"_a, "scale"_a, "zero"_a, "n"_a, "k"_a, "group_size"_a,
+        without_gil, "Of a dense [n, k / 2] tensor of nibbles, [n, g] scales and zeros (0: all are 8).");
+
+  m.def("linear", [](Backend& backend, uintptr_t x, int64_t t, int64_t k, int64_t stride, const nb::args& products) {
+    constexpr std::size_t kMost = 8;
+    if (products.size() > kMost) throw nb::value_error("a call has at most 8 products");
+    Product list[kMost];
+    for (std::size_t i = 0; i < products.size(); ++i) list[i] = nb::cast<Product&>(products[i]);
+    const Rows rows{t, k, at<const uint16_t>(x), stride, nullptr};
+    nb::gil_scoped_release release;
+    backend.linear.linear(backend.pool, rows, list, static_cast<int>(products.size()));
+  }, "backend"_a, "x"_a, "t"_a, "k"_a, "stride"_a, "products"_a, "Products of bf16 [t, k] rows, all of one format.");
+  m.def("quantize_rows", [](Backend& backend, uintptr_t x, int64_t t, int64_t k, int64_t padded_k, int64_t group_size,
+                            uintptr_t values, uintptr_t scale, uintptr_t sum) {
+    const int64_t groups = group_size >= k ? 1 : padded_k / group_size;
+    for (int64_t row = 0; row < t; ++row) {
+      backend.linear.quantize_row(at<const uint16_t>(x) + row * k, k, padded_k, group_size,
+                                  at<int8_t>(values) + row * padded_k, at<float>(scale) + row * groups,
+                                  at<int32_t>(sum) + row * groups);
+    }
+  }, "backend"_a, "x"_a, "t"_a, "k"_a, "padded_k"_a, "group_size"_a, "values"_a, "scale"_a, "sum"_a, without_gil,
+     "Dense bf16 [t, k] to int8 [t, padded_k], scales and sums.");
+}
 
 }  // namespace quire

@@ -3,8 +3,8 @@
 // Packed layout, the same for every instruction set: panels of 32 output features, laid end to end; n is padded to 32,
 // k to 64, with zeros. A panel is a sequence of 128-byte rows, each holding for its 32 outputs in turn:
 //   bf16   2 features in (a pair)                      [n/32][k/2][32][2]
-//   int8   4 signed bytes                              [n/32][k/4][32][4]
-//   fp8    4 e4m3 bytes                                [n/32][k/4][32][4]
+//   int8   4 bytes, each value + 128                   [n/32][k/4][32][4]
+//   fp8    4 e4m3 bytes, in the order 0, 2, 1, 3       [n/32][k/4][32][4]
 //   int4   8 nibbles: byte j holds feature j in its lower and feature 4 + j in its upper half   [n/32][k/8][32][4]
 // A row of 64 bytes holds 16 outputs: a vector of AVX-512, or a row of an AMX tile.
 #pragma once
@@ -19,6 +19,7 @@ namespace quire {
 
 enum class Format : int { bf16 = 0, int8 = 1, int4 = 2, fp8 = 3 };
 inline constexpr int64_t kPanel = 32;
+constexpr int bits_of(Format format) { return format == Format::bf16 ? 16 : format == Format::int4 ? 4 : 8; }
 
 // A weight as the kernels read it. Scales and zeros are padded like the panels.
 struct PackedWeight {
@@ -26,12 +27,15 @@ struct PackedWeight {
   int64_t n, k;                    // as the model has them
   int64_t padded_n, padded_k;
   int64_t group_size;              // int4: 32, 64 or 128; 0 otherwise
+  int64_t nbytes;                  // of all that follows
   std::byte* data;                 // panels
   float* scale;                    // int8, fp8: [padded_n]; int4: [panel][k / group_size][32]; null for bf16
   float* zero_scale;               // int4 with zero points: zero * scale, laid out like scale; null where all are 8
-  int32_t* column_sum;             // int8: [padded_n], sums of each output's values; null otherwise
   std::unique_ptr<std::byte[], void (*)(std::byte*)> memory;  // owns all of the above
 };
+
+// Memory for a weight, its fields set, its contents yet to be packed. Throws std::bad_alloc.
+PackedWeight make_packed(Format format, int64_t n, int64_t k, int64_t group_size = 0, bool zero_points = false);
 
 // What happens to a finished sum `y` (bias added where there is one), besides rounding to bf16.
 enum class Epilogue : int {
@@ -57,8 +61,8 @@ struct Product {
 struct QuantizedRows {
   int64_t group_size;              // features per scale; k for int8 weights
   int8_t* values;                  // [t, padded k], zeros beyond k
-  float* scale;                    // [t, padded k / group_size]
-  int32_t* sum;                    // [t, padded k / group_size]: sums of values
+  float* scale;                    // [t, groups]: 1 group if group_size is k, else padded k / group_size
+  int32_t* sum;                    // [t, groups]: sums of values
 };
 
 struct Rows {
@@ -69,7 +73,7 @@ struct Rows {
 };
 
 struct LinearKernels {
-  // Packs rows [first_n, first_n + num_n) of a plain weight into `packed`, whose fields and memory are set.
+  // Packs a plain weight into `packed`, whose fields and memory are set.
   void (*pack_bf16)(Pool&, const uint16_t* weight_nk, PackedWeight& packed);
   void (*pack_int8)(Pool&, const int8_t* values_nk, const float* scale_n, PackedWeight& packed);
   void (*pack_fp8)(Pool&, const uint8_t* values_nk, const float* scale_n, PackedWeight& packed);

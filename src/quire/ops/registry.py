@@ -5,7 +5,7 @@ from __future__ import annotations
 from quire.core.registry import Registry
 from quire.ops.activation import SILU_MUL
 from quire.ops.attention import ATTENTION
-from quire.ops.cpu import rows
+from quire.ops.cpu import linear, rows
 from quire.ops.embedding import EMBEDDING
 from quire.ops.kv_write import KV_WRITE
 from quire.ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
@@ -62,7 +62,7 @@ def implementations() -> list[Implementation]:
             note="online softmax over gathered key tiles, scores in float32",
         )
     )
-    return [*reference, *rows.implementations()]
+    return [*reference, *linear.implementations(), *rows.implementations()]
 
 
 def _as_defined(op: Op) -> Implementation:

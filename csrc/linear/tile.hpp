@@ -1,0 +1,194 @@
+// Sums of products by vectors: R input rows by V vectors of output features at once, for any of the four formats.
+//
+// A tile keeps R x V sums in registers while it walks down a strip of one panel. Each step loads V vectors of weights
+// (once for all R rows) and one 4-byte unit of each input row, broadcast; 24 sums hide the latency of AVX-512's dot
+// products, 8 fit the 16 registers of smaller sets. With few rows the strip is the panel's full width, so that the
+// weights, which are all that is read from memory then, stream by in order and once. With many rows the panel's block
+// stays in cache while row tiles pass over it.
+//
+// Sums go to memory, as float [rows][32]: the next block of features goes on from there, so the order over k is one
+// sequence however the blocks are cut. Whole numbers (int8) are exact in any order; int4's are turned into floats group
+// by group, again in order.
+#pragma once
+
+#include "linear/formats.hpp"
+#include "linear/linear.hpp"
+#include "simd.hpp"
+
+namespace quire::QUIRE_ISA {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kMaxTileRows = 12, kTileSums = 24;
+#else
+inline constexpr int kMaxTileRows = 4, kTileSums = 8;
+#endif
+inline constexpr int64_t kPanelRow = kPanel * 4;  // bytes of one step over a panel
+inline constexpr int64_t kPrefetch = 2048;         // bytes ahead of what is being multiplied
+
+// Some input rows, as the tiles read them.
+struct TileRows {
+  const std::byte* x;    // bf16, or bytes where they were quantised
+  int64_t stride;        // bytes from row to row
+  const float* scale;    // of quantised rows: [rows][groups]
+  const int32_t* sum;
+  int64_t groups;
+};
+
+// Vectors side by side for a tile of `rows`: a power of two, at most a panel.
+constexpr int vectors_for(int rows) {
+  int vectors = 1;
+  while (vectors * 2 * rows <= kTileSums && vectors * 2 <= kPanelVectors) vectors *= 2;
+  return vectors;
+}
+
+inline I load_units(const std::byte* from) { return load(reinterpret_cast<const int32_t*>(from)); }
+inline I broadcast_unit(const std::byte* from) {
+  int32_t unit;
+  std::memcpy(&unit, from, sizeof unit);
+  return set(unit);
+}
+
+// Adds `steps` panel rows' products, beginning at `weights` and at `x`.
+template <class Form, int R, int V>
+inline __attribute__((always_inline)) void multiply(typename Form::Sum (&sums)[R][V], const std::byte* x,
+                                                    int64_t stride, const std::byte* weights, int64_t steps) {
+  constexpr int kUnits = Form::kUnits;
+  for (int64_t step = 0; step < steps; ++step) {
+    I units[V][kUnits];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      __builtin_prefetch(weights + kPrefetch + v * 4 * kLanes);
+      Form::expand(load_units(weights + v * 4 * kLanes), units[v]);
+    }
+#pragma GCC unroll 2
+    for (int u = 0; u < kUnits; ++u) {
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const I broadcast = broadcast_unit(x + r * stride + u * 4);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[r][v] = Form::dot(sums[r][v], units[v][u], broadcast);
+      }
+    }
+    weights += kPanelRow;
+    x += 4 * kUnits;
+  }
+}
+
+template <class Sum>
+inline Sum load_sum(const float* from) {
+  Sum sum;
+  std::memcpy(&sum, from, sizeof sum);
+  return sum;
+}
+
+// bf16, fp8 and int8: sums of one kind all the way. `go_on`: from what `out` holds, not from zero.
+template <class Form, int R>
+inline void tile(const TileRows& rows, const std::byte* weights, int64_t steps, bool go_on, float* out) {
+  constexpr int V = vectors_for(R);
+  using Sum = typename Form::Sum;
+  for (int column = 0; column < kPanel; column += V * kLanes) {
+    Sum sums[R][V] = {};
+    if (go_on) {
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) sums[r][v] = load_sum<Sum>(out + r * kPanel + column + v * kLanes);
+      }
+    }
+    multiply<Form, R, V>(sums, rows.x, rows.stride, weights + column * 4, steps);
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) std::memcpy(out + r * kPanel + column + v * kLanes, &sums[r][v], sizeof(Sum));
+    }
+  }
+}
+
+// The value of a group's whole number, added to a sum; the same in every kernel that serves int4.
+inline F add_group(F sum, I whole, F weight_scale, F row_scale) {
+  return fma(to_float(whole), weight_scale * row_scale, sum);
+}
+// With zero points: a group's zeros weigh as much as the row's values in it.
+inline F subtract_zeros(F sum, F zero_scale, F row_scale, int32_t row_sum) {
+  return fma(-zero_scale, row_scale * set(static_cast<float>(row_sum)), sum);
+}
+
+// int4: groups [first, first + count) of one panel. `scale`, `zero_scale`: the panel's.
+template <int R>
+inline void tile_int4(const TileRows& rows, const std::byte* weights, int64_t group_size, int64_t first, int64_t count,
+                      const float* scale, const float* zero_scale, float* out) {
+  constexpr int V = vectors_for(R);
+  const int64_t steps = group_size / 8;
+  for (int column = 0; column < kPanel; column += V * kLanes) {
+    for (int64_t group = first; group < first + count; ++group) {
+      I sums[R][V] = {};
+      multiply<Int4Form, R, V>(sums, rows.x + group * group_size, rows.stride,
+                               weights + group * steps * kPanelRow + column * 4, steps);
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = group * kPanel + column + v * kLanes;
+        const F weight_scale = load(scale + at);
+        for (int r = 0; r < R; ++r) {
+          float* to = out + r * kPanel + column + v * kLanes;
+          const int32_t row_sum = rows.sum[r * rows.groups + group];
+          const F row_scale = set(rows.scale[r * rows.groups + group]);
+          const F before = group == 0 ? F{} : load(to);
+          if (zero_scale == nullptr) {
+            store(to, add_group(before, sums[r][v] - 8 * row_sum, weight_scale, row_scale));
+          } else {
+            const F after = add_group(before, sums[r][v], weight_scale, row_scale);
+            store(to, subtract_zeros(after, load(zero_scale + at), row_scale, row_sum));
+          }
+        }
+      }
+    }
+  }
+}
+
+inline TileRows skip_rows(TileRows rows, int64_t count) {
+  rows.x += count * rows.stride;
+  if (rows.scale != nullptr) rows.scale += count * rows.groups;
+  if (rows.sum != nullptr) rows.sum += count * rows.groups;
+  return rows;
+}
+
+// Calls `body.template run<R>()` for the R that `rows` is.
+template <int R, class Body>
+inline void with_rows(int64_t rows, const Body& body) {
+  if constexpr (R > 1) {
+    if (rows < R) return with_rows<R - 1>(rows, body);
+  }
+  body.template operator()<R>();
+}
+
+// Any number of rows, in tiles of nearly equal height.
+template <class Body>
+inline void for_tiles(int64_t rows, const Body& body) {
+  const int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
+  for (int64_t index = 0, first = 0; index < tiles; ++index) {
+    const int64_t count = (rows - first) / (tiles - index);
+    with_rows<kMaxTileRows>(count, [&]<int R>() { body.template operator()<R>(first); });
+    first += count;
+  }
+}
+
+// [rows][32] sums of one panel: float, or whole numbers for int8.
+inline void panel_sums(const PackedWeight& weight, int64_t panel, const TileRows& rows, int64_t num_rows, float* out) {
+  const int64_t panel_bytes = kPanel * weight.padded_k * bits_of(weight.format) / 8;
+  const std::byte* weights = weight.data + panel * panel_bytes;
+  const int64_t steps = panel_bytes / kPanelRow;
+  const auto uniform = [&]<class Form>() {
+    for_tiles(num_rows, [&]<int R>(int64_t first) {
+      tile<Form, R>(skip_rows(rows, first), weights, steps, false, out + first * kPanel);
+    });
+  };
+  switch (weight.format) {
+    case Format::bf16: return uniform.template operator()<Bf16Form>();
+    case Format::int8: return uniform.template operator()<Int8Form>();
+    case Format::fp8: return uniform.template operator()<Fp8Form>();
+    case Format::int4: break;
+  }
+  const int64_t groups = weight.k / weight.group_size, at = panel * groups * kPanel;
+  const float* zero_scale = weight.zero_scale == nullptr ? nullptr : weight.zero_scale + at;
+  for_tiles(num_rows, [&]<int R>(int64_t first) {
+    tile_int4<R>(skip_rows(rows, first), weights, weight.group_size, 0, groups, weight.scale + at, zero_scale,
+                 out + first * kPanel);
+  });
+}
+
+}  // namespace quire::QUIRE_ISA
