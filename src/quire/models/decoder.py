@@ -103,7 +103,7 @@ class Decoder:
     def logits(self, hidden_se: Tensor) -> Tensor:
         """The head: float32 logits `[s, v]`. Apart from `forward`, so that the caller can bound how many rows of a
         large vocabulary are in memory at one time."""
-        return self.head(hidden_se).float()
+        return self.head.wide(hidden_se)
 
     def _step(self, batch: ForwardBatch, requests: PagedRequests) -> StepContext:
         cos, sin = self.rope.rows(batch.positions_t)

@@ -19,6 +19,10 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._kernel(x, self.weight, self.bias)
 
+    def wide(self, x: Tensor) -> Tensor:
+        """In float32, see `LinearKernel.wide`."""
+        return self._kernel.wide(x, self.weight, self.bias)
+
 
 class RMSNorm:
     def __init__(self, weight: Tensor, eps: float, kernels: Kernels) -> None:

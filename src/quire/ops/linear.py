@@ -26,6 +26,10 @@ class LinearKernel(Protocol):
         """`[t, n]` in the dtype of `x_tk`; `weight` is what `pack` gave."""
         ...
 
+    def wide(self, x_tk: Tensor, weight: Any, bias_n: Tensor | None) -> Tensor:
+        """The same in float32, before it is rounded where the kernel has it so: for logits."""
+        ...
+
 
 def linear(x_tk: Tensor, weight: Tensor, bias_n: Tensor | None = None) -> Tensor:
     """Accumulated in float32 or better, rounded once to the dtype of `x_tk`."""

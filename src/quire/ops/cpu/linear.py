@@ -56,9 +56,18 @@ class CpuLinear:
 
     def __call__(self, x_tk: Tensor, weight: Any, bias_n: Tensor | None = None) -> Tensor:
         """`[..., n]` for rows of any leading shape and layout."""
+        return self._multiply(x_tk, weight, bias_n, torch.bfloat16, self._module.Epilogue.STORE)
+
+    def wide(self, x_tk: Tensor, weight: Any, bias_n: Tensor | None) -> Tensor:
+        """The same before it is rounded: float32."""
+        return self._multiply(x_tk, weight, bias_n, torch.float32, self._module.Epilogue.STORE_FLOAT)
+
+    def _multiply(self, x_tk: Tensor, weight: Any, bias_n: Tensor | None, dtype: torch.dtype, epilogue: Any) -> Tensor:
         x, bias = _rows(x_tk), None if bias_n is None else _dense(bias_n, torch.bfloat16)
-        out = torch.empty(*x_tk.shape[:-1], weight.n, dtype=torch.bfloat16)
-        product = self._module.Product(weight, out.data_ptr(), weight.n, bias=0 if bias is None else bias.data_ptr())
+        out = torch.empty(*x_tk.shape[:-1], weight.n, dtype=dtype)
+        product = self._module.Product(
+            weight, out.data_ptr(), weight.n, epilogue=epilogue, bias=0 if bias is None else bias.data_ptr()
+        )
         self._module.linear(self._backend, x.data_ptr(), len(x), x.shape[1], x.stride(0), product)
         return out
 

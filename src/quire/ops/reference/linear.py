@@ -42,6 +42,9 @@ class ReferenceLinear:
             start = stop
         return y_tn
 
+    def wide(self, x_tk: Tensor, weight_nk: Tensor, bias_n: Tensor | None) -> Tensor:
+        return self(x_tk, weight_nk, bias_n).float()
+
 
 class ReferenceQuantizedLinear:
     """The weight stays quantised, and is written out in float32 for each call: right, small and slow."""
@@ -53,13 +56,16 @@ class ReferenceQuantizedLinear:
         return weight
 
     def __call__(self, x_tk: Tensor, weight: QuantizedWeight, bias_n: Tensor | None = None) -> Tensor:
+        return self.wide(x_tk, weight, bias_n).to(x_tk.dtype)
+
+    def wide(self, x_tk: Tensor, weight: QuantizedWeight, bias_n: Tensor | None) -> Tensor:
         wide_tk = x_tk.float()
         if not isinstance(weight, Fp8Weight):
             group_size = weight.group_size if isinstance(weight, Int4Weight) else weight_shape(weight)[1]
             values_tk, scale_tg = quantize_rows(x_tk, group_size)
             wide_tk = values_tk * scale_tg.repeat_interleave(group_size, dim=1)
         bias = None if bias_n is None else bias_n.float()
-        return self._linear(wide_tk, dequantize(weight), bias).to(x_tk.dtype)
+        return self._linear(wide_tk, dequantize(weight), bias)
 
 
 def _padded(x_mk: Tensor, rows: int) -> Tensor:
