@@ -1,4 +1,11 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "backend.hpp"
 
@@ -26,6 +33,38 @@ Product make_product(const PackedWeight& weight, uintptr_t out, int64_t out_stri
                      uintptr_t residual, const PackedWeight* up, uintptr_t up_bias) {
   return {&weight, up, at<const uint16_t>(bias), at<const uint16_t>(up_bias), epilogue, at<const uint16_t>(residual),
           at<void>(out), out_stride};
+}
+
+template <class Body>
+double seconds_of(const Body& body) {
+  const auto begin = std::chrono::steady_clock::now();
+  body();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+double peak(Backend& backend, const std::string& kind, int repeats) {
+  const Probe probe = kind == "bf16"   ? Probe::bf16
+                      : kind == "int8" ? Probe::int8
+                      : kind == "fp32" ? Probe::fp32
+                                       : throw std::invalid_argument("kind is bf16, int8 or fp32, not " + kind);
+  double best = 0;
+  for (int i = 0; i < repeats; ++i) {
+    int64_t products = 0;
+    const double seconds = seconds_of([&] { products = backend.linear.multiply_in_registers(backend.pool, probe); });
+    best = std::max(best, 2.0 * static_cast<double>(products) / seconds);
+  }
+  return best;
+}
+
+double read_bandwidth(Backend& backend, int64_t bytes, int repeats) {
+  const Memory memory = allocate(bytes);
+  std::memset(memory.get(), 1, static_cast<std::size_t>(bytes));
+  double best = 0;
+  for (int i = 0; i < repeats; ++i) {
+    const double seconds = seconds_of([&] { backend.linear.read_memory(backend.pool, memory.get(), bytes); });
+    best = std::max(best, static_cast<double>(bytes) / seconds);
+  }
+  return best;
 }
 
 }  // namespace
@@ -86,6 +125,10 @@ void bind_linear(nb::module_& m) {
     }
   }, "backend"_a, "x"_a, "t"_a, "k"_a, "padded_k"_a, "group_size"_a, "values"_a, "scale"_a, "sum"_a, without_gil,
      "Dense bf16 [t, k] to int8 [t, padded_k], scales and sums.");
+  m.def("peak", &peak, "backend"_a, "kind"_a, "repeats"_a = 10, without_gil,
+        "Operations a second (two per multiply-add) of the set's dot products in registers: bf16, int8 or fp32.");
+  m.def("read_bandwidth", &read_bandwidth, "backend"_a, "nbytes"_a, "repeats"_a = 5, without_gil,
+        "Bytes a second that the threads read from a buffer of `nbytes`, a multiple of 1 MiB.");
 }
 
 }  // namespace quire

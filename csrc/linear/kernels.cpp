@@ -2,14 +2,14 @@
 // input rows, which threads claim as they get free. Row blocks are as many rows as fit the second-level cache beside a
 // panel, so that with many rows each weight is read from memory once per block; with few rows there is one block, and
 // the weights stream by once. Tasks of one row block follow each other, so threads share its place in memory.
-#include <initializer_list>
-
 #include "linear/epilogue.hpp"
 #include "linear/linear.hpp"
 #include "linear/pack.hpp"
 #include "linear/prepare.hpp"
+#include "linear/probe.hpp"
 #include "linear/quantize.hpp"
 #include "linear/tile.hpp"
+#include "linear/tile_amx.hpp"
 #include "simd.hpp"
 
 namespace quire::QUIRE_ISA {
@@ -18,6 +18,22 @@ namespace {
 constexpr int64_t kBlockBytes = 1 << 20;      // of input rows, in the second-level cache
 constexpr int64_t kMaxBlockRows = 384;
 constexpr int64_t kTaskWeightBytes = 1 << 16;  // read by a task with few rows, at least
+
+#if defined(__AMX_TILE__)
+constexpr int64_t kRowStep = 2 * kTileRows, kSpare = kAmxSpare;
+#else
+constexpr int64_t kRowStep = kMaxTileRows, kSpare = 0;
+#endif
+
+// Whole numbers are the same bits by vectors and by tiles; few rows stream faster by vectors.
+void sums_of([[maybe_unused]] const PackedWeight& weight, int64_t panel, const TileRows& rows, int64_t num_rows,
+             float* out, [[maybe_unused]] std::byte* spare) {
+#if defined(__AMX_TILE__)
+  const bool exact = weight.format == Format::int8 || weight.format == Format::int4;
+  if (!exact || num_rows > kMaxTileRows) return amx_panel_sums(weight, panel, rows, num_rows, out, spare);
+#endif
+  panel_sums(weight, panel, rows, num_rows, out);
+}
 
 int64_t num_panels(const Product& product) { return product.weight->padded_n / kPanel; }
 
@@ -36,11 +52,12 @@ struct Cut {
   Cut(const Product* products, int num_products, const TileRows& rows, int64_t t, int threads) {
     for (int i = 0; i < num_products; ++i) panels += num_panels(products[i]);
     const int64_t row_bytes = products[0].weight->padded_k * (rows.scale == nullptr ? 2 : 1);
-    block_rows = kBlockBytes / row_bytes / kMaxTileRows * kMaxTileRows;
-    block_rows = block_rows < 4 * kMaxTileRows ? 4 * kMaxTileRows : block_rows;
+    block_rows = kBlockBytes / row_bytes;
+    block_rows = block_rows < 4 * kRowStep ? 4 * kRowStep : block_rows;
     block_rows = block_rows < kMaxBlockRows ? block_rows : kMaxBlockRows;
     row_blocks = (t + block_rows - 1) / block_rows;
-    block_rows = (t + row_blocks - 1) / row_blocks;
+    block_rows = ((t + row_blocks - 1) / row_blocks + kRowStep - 1) / kRowStep * kRowStep;
+    row_blocks = (t + block_rows - 1) / block_rows;
     task_panels = kTaskWeightBytes / panel_bytes(*products[0].weight);
     const int64_t fair = panels * row_blocks / (4 * threads);
     task_panels = task_panels < fair ? task_panels : fair;
@@ -68,20 +85,25 @@ void linear(Pool& pool, const Rows& rows, const Product* products, int num_produ
     const TileRows block = skip_rows(all, first_row);
     auto* const sums = reinterpret_cast<float*>(pool.scratch(thread));
     auto* const up_sums = sums + cut.block_rows * kPanel;
+    auto* const spare = reinterpret_cast<std::byte*>(up_sums + cut.block_rows * kPanel);
     const int64_t end = (column + 1) * cut.task_panels;
     const int64_t last = end < num_panels(*product) ? end : num_panels(*product);
     for (int64_t panel = column * cut.task_panels; panel < last; ++panel) {
-      panel_sums(*product->weight, panel, block, num_rows, sums);
-      if (product->epilogue == Epilogue::silu_mul) panel_sums(*product->up, panel, block, num_rows, up_sums);
+      sums_of(*product->weight, panel, block, num_rows, sums, spare);
+      if (product->epilogue == Epilogue::silu_mul) sums_of(*product->up, panel, block, num_rows, up_sums, spare);
       finish_panel(*product, panel, block, first_row, num_rows, sums, up_sums);
     }
+#if defined(__AMX_TILE__)
+    _tile_release();
+#endif
   };
-  parallel_for(pool, cut.column_tasks * cut.row_blocks, static_cast<std::size_t>(2 * sums_bytes), body);
+  parallel_for(pool, cut.column_tasks * cut.row_blocks, static_cast<std::size_t>(2 * sums_bytes + kSpare), body);
 }
 
 }  // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels = {pack_bf16, pack_int8, pack_fp8, pack_int4, linear, quantize_row};
+const LinearKernels linear_kernels = {pack_bf16, pack_int8, pack_fp8, pack_int4,
+                                      linear,    quantize_row, multiply_in_registers, read_memory};
 
 }  // namespace quire::QUIRE_ISA

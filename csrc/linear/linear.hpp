@@ -21,6 +21,10 @@ enum class Format : int { bf16 = 0, int8 = 1, int4 = 2, fp8 = 3 };
 inline constexpr int64_t kPanel = 32;
 constexpr int bits_of(Format format) { return format == Format::bf16 ? 16 : format == Format::int4 ? 4 : 8; }
 
+// Uninitialised; in huge pages where it is large and the system has them. Throws std::bad_alloc.
+using Memory = std::unique_ptr<std::byte[], void (*)(std::byte*)>;
+Memory allocate(int64_t bytes);
+
 // A weight as the kernels read it. Scales and zeros are padded like the panels.
 struct PackedWeight {
   Format format;
@@ -31,7 +35,7 @@ struct PackedWeight {
   std::byte* data;                 // panels
   float* scale;                    // int8, fp8: [padded_n]; int4: [panel][k / group_size][32]; null for bf16
   float* zero_scale;               // int4 with zero points: zero * scale, laid out like scale; null where all are 8
-  std::unique_ptr<std::byte[], void (*)(std::byte*)> memory;  // owns all of the above
+  Memory memory;                   // owns all of the above
 };
 
 // Memory for a weight, its fields set, its contents yet to be packed. Throws std::bad_alloc.
@@ -72,6 +76,8 @@ struct Rows {
   const QuantizedRows* quantized;  // null: the call quantises by itself where its weights need it
 };
 
+enum class Probe : int { bf16 = 0, int8 = 1, fp32 = 2 };
+
 struct LinearKernels {
   // Packs a plain weight into `packed`, whose fields and memory are set.
   void (*pack_bf16)(Pool&, const uint16_t* weight_nk, PackedWeight& packed);
@@ -82,6 +88,9 @@ struct LinearKernels {
   void (*linear)(Pool&, const Rows& rows, const Product* products, int num_products);
   // One row at a time into values/scale/sum, as `ops.linear.quantize_rows` defines it.
   void (*quantize_row)(const uint16_t* x_k, int64_t k, int64_t padded_k, int64_t group_size, int8_t* values, float* scale, int32_t* sum);
+  // What the set's dot products give at most, and reading memory does. The first returns the multiply-adds it did.
+  int64_t (*multiply_in_registers)(Pool&, Probe kind);
+  void (*read_memory)(Pool&, const std::byte* data, int64_t bytes);
 };
 
 }  // namespace quire

@@ -109,6 +109,27 @@ inline F subtract_zeros(F sum, F zero_scale, F row_scale, int32_t row_sum) {
   return fma(-zero_scale, row_scale * set(static_cast<float>(row_sum)), sum);
 }
 
+// One group's whole numbers, [rows][32], joined to the sums of `num_rows` rows.
+inline void add_groups(const TileRows& rows, int64_t group, int64_t num_rows, const int32_t* whole, const float* scale,
+                       const float* zero_scale, float* out) {
+  for (int64_t at = 0; at < kPanel; at += kLanes) {
+    const F weight_scale = load(scale + group * kPanel + at);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      float* const to = out + row * kPanel + at;
+      const F row_scale = set(rows.scale[row * rows.groups + group]);
+      const int32_t row_sum = rows.sum[row * rows.groups + group];
+      const F before = group == 0 ? F{} : load(to);
+      const I values = load(whole + row * kPanel + at);
+      if (zero_scale == nullptr) {
+        store(to, add_group(before, values - 8 * row_sum, weight_scale, row_scale));
+      } else {
+        const F after = add_group(before, values, weight_scale, row_scale);
+        store(to, subtract_zeros(after, load(zero_scale + group * kPanel + at), row_scale, row_sum));
+      }
+    }
+  }
+}
+
 // int4: groups [first, first + count) of one panel. `scale`, `zero_scale`: the panel's.
 template <int R>
 inline void tile_int4(const TileRows& rows, const std::byte* weights, int64_t group_size, int64_t first, int64_t count,

@@ -14,26 +14,26 @@ constexpr std::size_t kCacheLine = 64, kHugePage = std::size_t{1} << 21;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Large weights lie in huge pages where the system has them: a stream over 4 KiB pages spends its time on addresses.
-std::byte* allocate(std::size_t bytes) {
-  const std::size_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
-  void* const memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+}  // namespace
+
+// A stream over 4 KiB pages spends its time on addresses.
+Memory allocate(int64_t bytes) {
+  const auto size = static_cast<std::size_t>(bytes);
+  const std::size_t alignment = size >= kHugePage ? kHugePage : kCacheLine;
+  void* const memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
   if (memory == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
-  if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+  if (alignment == kHugePage) madvise(memory, size, MADV_HUGEPAGE);
 #endif
-  return static_cast<std::byte*>(memory);
+  return {static_cast<std::byte*>(memory), [](std::byte* data) { std::free(data); }};
 }
-
-}  // namespace
 
 PackedWeight make_packed(Format format, int64_t n, int64_t k, int64_t group_size, bool zero_points) {
   const int64_t padded_n = round_up(n, kPanel), padded_k = round_up(k, 64);
   const int64_t panels = padded_n * padded_k * bits_of(format) / 8;
   const int64_t scales = format == Format::bf16 ? 0 : format == Format::int4 ? padded_n * (k / group_size) : padded_n;
   const int64_t nbytes = panels + scales * 4 * (zero_points ? 2 : 1);
-  std::unique_ptr<std::byte[], void (*)(std::byte*)> memory(allocate(static_cast<std::size_t>(nbytes)),
-                                                            [](std::byte* data) { std::free(data); });
+  Memory memory = allocate(nbytes);
   auto* const scale = reinterpret_cast<float*>(memory.get() + panels);
   return {
       .format = format,

@@ -1,0 +1,216 @@
+// Sums of products by AMX tiles: up to 32 input rows by one panel, four tiles of 16 x 16 sums, with two tiles of input
+// rows and two of weights between them. Input rows are read where they lie (64 bytes of a row are a tile's row), and so
+// is the panel, whose layout is that of weight tiles; fp8 and int4 are written out to bf16 and bytes, a block at a time.
+//
+// Four products need four tiles: with everything in the second-level cache, loading takes as long as multiplying. So the
+// panel goes in blocks that stay in the first-level cache while all row tiles pass over them; sums wait in memory.
+//
+// A tile product of bf16 adds pairs in an order of its own, which is not that of the vectors' dot product, hence bf16 and
+// fp8 use tiles for one row as for a thousand. Whole numbers are exact: few rows take the vectors (tile.hpp) instead.
+#pragma once
+
+#include "linear/formats.hpp"
+#include "linear/linear.hpp"
+#include "linear/tile.hpp"
+#include "simd.hpp"
+
+#if defined(__AMX_TILE__)
+
+namespace quire::QUIRE_ISA {
+
+inline constexpr int64_t kTileRows = 16, kTileBytes = 64;
+inline constexpr int64_t kBlockSteps = 16;                           // of 16 panel rows each: 32 KiB
+inline constexpr int64_t kStepBytes = kTileRows * kPanelRow;         // of a panel: both weight tiles
+inline constexpr int64_t kAmxSpare = kBlockSteps * kStepBytes + 2 * 4 * 2 * kTileRows * kPanel;
+
+// What lies in memory is what tiles see: the intrinsics do not tell the compiler that they read it.
+inline void settle() { asm volatile("" ::: "memory"); }
+
+// Tiles 0 and 1 are the sums of `upper` rows, 2 and 3 of `lower` more; 4 and 5 input rows; 6 and 7 weights.
+inline void configure_tiles(int64_t upper, int64_t lower, int64_t k_bytes) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  const auto set_tile = [&](int tile, int64_t rows, int64_t bytes) {
+    config.rows[tile] = static_cast<uint8_t>(rows);
+    config.row_bytes[tile] = static_cast<uint16_t>(rows == 0 ? 0 : bytes);
+  };
+  for (int side = 0; side < 2; ++side) {
+    set_tile(side, upper, kTileBytes);
+    set_tile(2 + side, lower, kTileBytes);
+    set_tile(6 + side, k_bytes / 4, kTileBytes);
+  }
+  set_tile(4, upper, k_bytes);
+  set_tile(5, lower, k_bytes);
+  settle();
+  _tile_loadconfig(&config);
+}
+
+// All products of the tiles that are loaded. Tile numbers must be literals.
+template <bool whole, bool both>
+inline void dot_tiles() {
+  if constexpr (whole) {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    if constexpr (both) _tile_dpbsud(2, 5, 6);
+    if constexpr (both) _tile_dpbsud(3, 5, 7);
+  } else {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (both) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (both) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// Sums += products over `steps` tiles' width of features.
+template <bool whole, bool both>
+inline void multiply_tiles(const std::byte* x, int64_t stride, const std::byte* weights, int64_t steps,
+                           int64_t ahead) {
+  const std::byte* lower = x + kTileRows * stride;
+  for (int64_t step = 0; step < steps; ++step) {
+    if (ahead > 0) {
+      for (int64_t line = 0; line < kStepBytes; line += 64) __builtin_prefetch(weights + ahead + line, 0, 2);
+    }
+    _tile_loadd(6, weights, kPanelRow);
+    _tile_loadd(4, x, stride);
+    _tile_loadd(7, weights + kTileBytes, kPanelRow);
+    if constexpr (both) _tile_loadd(5, lower, stride);
+    dot_tiles<whole, both>();
+    weights += kStepBytes;
+    x += kTileBytes;
+    lower += kTileBytes;
+  }
+}
+
+template <bool both>
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (both) _tile_zero(2);
+  if constexpr (both) _tile_zero(3);
+}
+template <bool both>
+inline void load_sums(const float* from) {
+  _tile_loadd(0, from, kPanelRow);
+  _tile_loadd(1, from + kTileRows, kPanelRow);
+  if constexpr (both) _tile_loadd(2, from + kTileRows * kPanel, kPanelRow);
+  if constexpr (both) _tile_loadd(3, from + kTileRows * kPanel + kTileRows, kPanelRow);
+}
+template <bool both>
+inline void store_sums(void* to) {
+  auto* const out = static_cast<float*>(to);
+  _tile_stored(0, out, kPanelRow);
+  _tile_stored(1, out + kTileRows, kPanelRow);
+  if constexpr (both) _tile_stored(2, out + kTileRows * kPanel, kPanelRow);
+  if constexpr (both) _tile_stored(3, out + kTileRows * kPanel + kTileRows, kPanelRow);
+}
+
+// Calls `body.template operator()<both>(first, count)` for tiles of 32 rows and then for the rest, with tiles configured.
+template <class Body>
+inline void for_amx_tiles(int64_t rows, int64_t k_bytes, const Body& body) {
+  const int64_t full = rows / (2 * kTileRows) * (2 * kTileRows), rest = rows - full;
+  if (full > 0) configure_tiles(kTileRows, kTileRows, k_bytes);
+  for (int64_t first = 0; first < full; first += 2 * kTileRows) body.template operator()<true>(first, 2 * kTileRows);
+  if (rest > kTileRows) {
+    configure_tiles(kTileRows, rest - kTileRows, k_bytes);
+    body.template operator()<true>(full, rest);
+  } else if (rest > 0) {
+    configure_tiles(rest, 0, k_bytes);
+    body.template operator()<false>(full, rest);
+  }
+}
+
+// Panel rows, each written out as two: `Form` is fp8 or int4.
+template <class Form>
+inline void write_out(const std::byte* from, int64_t num_rows, std::byte* to) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    for (int64_t at = 0; at < kPanelRow; at += 64) {
+      I units[2];
+      __builtin_prefetch(from + row * kPanelRow + at + kPrefetch);
+      Form::expand(load_units(from + row * kPanelRow + at), units);
+      std::memcpy(to + 2 * row * kPanelRow + at, &units[0], 64);
+      std::memcpy(to + (2 * row + 1) * kPanelRow + at, &units[1], 64);
+    }
+  }
+  settle();
+}
+
+// bf16, fp8 and int8.
+inline void amx_sums(const PackedWeight& weight, const std::byte* weights, const TileRows& rows, int64_t num_rows,
+                     float* out, std::byte* spare) {
+  const bool whole = weight.format == Format::int8, wide = weight.format == Format::fp8;
+  const int64_t steps = weight.padded_k * (whole ? 1 : 2) / kTileBytes;
+  // Few rows: nothing to keep in the cache but the weights that are to come.
+  const int64_t most = num_rows <= 2 * kTileRows && !wide ? steps : kBlockSteps;
+  for (int64_t first_step = 0; first_step < steps; first_step += most) {
+    const int64_t count = steps - first_step < most ? steps - first_step : most;
+    const std::byte* block = weights + first_step * kStepBytes / (wide ? 2 : 1);
+    if (wide) {
+      write_out<Fp8Form>(block, count * kTileRows / 2, spare);
+      block = spare;
+    }
+    for_amx_tiles(num_rows, kTileBytes, [&]<bool both>(int64_t first, int64_t) {
+      const std::byte* x = rows.x + first * rows.stride + first_step * kTileBytes;
+      if (first_step == 0) {
+        zero_sums<both>();
+      } else {
+        load_sums<both>(out + first * kPanel);
+      }
+      const int64_t ahead = most == steps && !wide ? 2 * kStepBytes : 0;
+      if (whole) {
+        multiply_tiles<true, both>(x, rows.stride, block, count, ahead);
+      } else {
+        multiply_tiles<false, both>(x, rows.stride, block, count, ahead);
+      }
+      store_sums<both>(out + first * kPanel);
+    });
+  }
+}
+
+// int4: a block of groups is written out as bytes; each group's whole numbers join the float sums while the tiles
+// multiply the next group.
+inline void amx_sums_int4(const PackedWeight& weight, int64_t panel, const std::byte* weights, const TileRows& rows,
+                          int64_t num_rows, float* out, std::byte* spare) {
+  const int64_t group_size = weight.group_size, groups = weight.k / group_size;
+  const int64_t k_bytes = group_size < kTileBytes ? group_size : kTileBytes, steps = group_size / k_bytes;
+  const int64_t group_bytes = group_size / 4 * kPanelRow, most = kBlockSteps * kStepBytes / group_bytes;
+  const float* scale = weight.scale + panel * groups * kPanel;
+  const float* zero_scale = weight.zero_scale == nullptr ? nullptr : weight.zero_scale + panel * groups * kPanel;
+  auto* const whole = reinterpret_cast<int32_t*>(spare + kBlockSteps * kStepBytes);
+  constexpr int64_t kWhole = 2 * kTileRows * kPanel;
+  for (int64_t first_group = 0; first_group < groups; first_group += most) {
+    const int64_t end = first_group + most < groups ? first_group + most : groups;
+    write_out<Int4Form>(weights + first_group * group_bytes / 2, (end - first_group) * group_size / 8, spare);
+    for_amx_tiles(num_rows, k_bytes, [&]<bool both>(int64_t first, int64_t count) {
+      const TileRows here = skip_rows(rows, first);
+      const auto join = [&](int64_t group) {
+        add_groups(here, group, count, whole + group % 2 * kWhole, scale, zero_scale, out + first * kPanel);
+      };
+      for (int64_t group = first_group; group < end; ++group) {
+        zero_sums<both>();
+        multiply_tiles<true, both>(here.x + group * group_size, here.stride,
+                                   spare + (group - first_group) * group_bytes, steps, 0);
+        store_sums<both>(whole + group % 2 * kWhole);
+        if (group > first_group) join(group - 1);
+      }
+      join(end - 1);
+    });
+  }
+}
+
+// As `panel_sums`; `spare` has kAmxSpare bytes.
+inline void amx_panel_sums(const PackedWeight& weight, int64_t panel, const TileRows& rows, int64_t num_rows,
+                           float* out, std::byte* spare) {
+  const std::byte* weights = weight.data + panel * kPanel * weight.padded_k * bits_of(weight.format) / 8;
+  if (weight.format == Format::int4) {
+    amx_sums_int4(weight, panel, weights, rows, num_rows, out, spare);
+  } else {
+    amx_sums(weight, weights, rows, num_rows, out, spare);
+  }
+}
+
+}  // namespace quire::QUIRE_ISA
+
+#endif
