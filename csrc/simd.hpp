@@ -140,6 +140,19 @@ inline F fma(F a, F b, F c) {
 inline F select(I mask, F yes, F no) {
   return reinterpret_cast<F>((mask & reinterpret_cast<I>(yes)) | (~mask & reinterpret_cast<I>(no)));
 }
+// Whether any lane of a comparison's mask is set.
+inline bool any(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  uint64_t halves[sizeof mask / sizeof(uint64_t)], all = 0;
+  std::memcpy(halves, &mask, sizeof mask);
+  for (const uint64_t half : halves) all |= half;
+  return all != 0;
+#endif
+}
 inline F max(F a, F b) { return select(a > b, a, b); }
 inline F min(F a, F b) { return select(a < b, a, b); }
 inline F abs(F value) { return reinterpret_cast<F>(reinterpret_cast<I>(value) & 0x7fffffff); }

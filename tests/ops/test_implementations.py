@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quire.core.errors import QuireError
+from quire.core.request import TokenLogprobs
 from quire.ops.cpu.library import REFERENCE, usable_isas
 from quire.ops.kernels import select
 from quire.ops.linear import LINEARS
@@ -37,6 +39,17 @@ def cases(*, of_rows: bool) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("implementation", "target"), fitting)
 
 
+def as_tensor(tokens: list[TokenLogprobs | QuireError]) -> Tensor:
+    """A row for each token: all that is said about it."""
+    rows = [
+        [-1.0]
+        if isinstance(token, QuireError)
+        else [token.token_id, token.logprob, token.rank, *token.top_ids, *token.top_logprobs]
+        for token in tokens
+    ]
+    return torch.tensor([row + [0.0] * (20 - len(row)) for row in rows], dtype=torch.float64)
+
+
 def compute(implementation: Implementation, kernel: Any, inputs: Inputs) -> list[Tensor]:
     """All results of a call, what it wrote in place included."""
     inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -47,6 +60,8 @@ def compute(implementation: Implementation, kernel: Any, inputs: Inputs) -> list
         results = kernel(inputs["x_tk"], kernel.pack(inputs["weight"]), inputs["bias_n"])
     else:
         results = kernel(*inputs.values())
+    if implementation.op in ("sample", "token_logprobs"):
+        return [as_tensor(results)]
     if results is None:
         return [value for value in inputs.values() if isinstance(value, Tensor)]
     return list(results) if isinstance(results, tuple) else [results]
@@ -61,6 +76,8 @@ def test_agrees_with_the_definition(implementation: Implementation, target: Targ
     inputs = op.inputs(rows, target.dtype, torch.Generator().manual_seed(seed))
     expected_inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     expected = op.definition(**expected_inputs)
+    if isinstance(expected, list):
+        expected = as_tensor(expected)
     if expected is None:
         expected = tuple(value for value in expected_inputs.values() if isinstance(value, Tensor))
     expected = expected if isinstance(expected, tuple) else (expected,)

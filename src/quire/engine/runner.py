@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from quire.core.request import TokenLogprobs
 from quire.engine.inputs import build_batch, needs_prompt_logprobs
 from quire.models.load import LoadedModel
 from quire.nn.kv import KVCache
-from quire.nn.sampling import SamplingRow, prompt_logprobs, sample
+from quire.ops.sampling import SamplingRow
 from quire.sched.settle import StepResult
 from quire.sched.state import ScheduledChunk, Step
 
@@ -34,6 +34,7 @@ class Runner:
         self, *, model: LoadedModel, kv: KVCache, host_kv: KVCache | None, eos_token_ids: tuple[int, ...]
     ) -> None:
         self._decoder = model.decoder
+        self._kernels = model.decoder.kernels
         self._kv = kv
         self._host_kv = host_kv
         self._eos_token_ids = eos_token_ids
@@ -69,17 +70,17 @@ class Runner:
     def _sample_rows(self, sampled: Sequence[tuple[ScheduledChunk, int]], hidden_sh: Tensor, output: RunOutput) -> None:
         rows = torch.tensor([row for _, row in sampled], device=hidden_sh.device)
         logits_sv = self._decoder.logits(hidden_sh[rows])
-        tokens = sample(logits_sv, [self._sampling_row(chunk) for chunk, _ in sampled])
+        tokens = self._kernels.sample(logits_sv, [self._sampling_row(chunk) for chunk, _ in sampled])
         for (chunk, _), token in zip(sampled, tokens, strict=True):
             request = chunk.state.request
             if isinstance(token, QuireError):
                 output.failures[request.request_id] = token
                 continue
-            result = output.results.get(request.request_id, StepResult())
-            output.results[request.request_id] = replace(
-                result,
+            told = output.results.get(request.request_id)
+            output.results[request.request_id] = StepResult(
                 token_ids=[token.token_id],
                 logprobs=[token] if request.sampling.logprobs is not None else None,
+                prompt_logprobs=None if told is None else told.prompt_logprobs,
             )
 
     def _sampling_row(self, chunk: ScheduledChunk) -> SamplingRow:
@@ -87,8 +88,8 @@ class Runner:
         return SamplingRow(
             sampling=state.request.sampling,
             position=len(state.token_ids),
-            prompt_token_ids=state.token_ids[: state.num_prompt_tokens],
-            generated_token_ids=state.token_ids[state.num_prompt_tokens :],
+            token_ids=state.token_ids,
+            num_prompt_tokens=state.num_prompt_tokens,
             eos_token_ids=self._eos_token_ids,
         )
 
@@ -103,7 +104,7 @@ class Runner:
             for first in range(0, len(targets), HEAD_ROWS):
                 piece = targets[first : first + HEAD_ROWS]
                 logits_sv = self._decoder.logits(hidden_nh[first : first + len(piece)])
-                entries.extend(prompt_logprobs(logits_sv, piece, num_top))
+                entries.extend(self._kernels.token_logprobs(logits_sv, piece, num_top))
         except EngineError as error:  # this prompt's numbers are not finite; the other requests go on
             output.failures[state.request_id] = error
         else:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from quire.core.errors import QuireError
+from quire.core.request import TokenLogprobs
 from quire.ops.attention import AttentionKernel
 from quire.ops.cpu.stack import build_stack
 from quire.ops.linear import LinearKernel
 from quire.ops.op import Implementation
 from quire.ops.registry import implementations
+from quire.ops.sampling import SamplingRow
 from quire.ops.stack import BuildStack
 from quire.ops.target import Target
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight
@@ -44,7 +47,9 @@ class Kernels:
     linear_int8: LinearKernel
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    sample: Callable[[Tensor, Sequence[SamplingRow]], list[TokenLogprobs | QuireError]]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
+    token_logprobs: Callable[[Tensor, Sequence[int], int], list[TokenLogprobs]]
     choices: tuple[KernelChoice, ...]
     stack: BuildStack | None = None
     """All layers in one call, where one back end serves every op of a decoder and offers it."""

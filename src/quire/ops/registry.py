@@ -5,7 +5,7 @@ from __future__ import annotations
 from quire.core.registry import Registry
 from quire.ops.activation import SILU_MUL
 from quire.ops.attention import ATTENTION
-from quire.ops.cpu import linear, rows
+from quire.ops.cpu import linear, rows, sampling
 from quire.ops.embedding import EMBEDDING
 from quire.ops.kv_write import KV_WRITE
 from quire.ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
@@ -15,9 +15,21 @@ from quire.ops.op import Implementation, Op
 from quire.ops.reference.attention import ReferenceAttention
 from quire.ops.reference.linear import ReferenceLinear, ReferenceQuantizedLinear
 from quire.ops.rotary import ROPE
+from quire.ops.sampling import SAMPLE, TOKEN_LOGPROBS
 from quire.ops.target import Target
 
-AS_DEFINED = (ADD_LAYER_NORM, ADD_RMS_NORM, EMBEDDING, KV_WRITE, LAYER_NORM, RMS_NORM, ROPE, SILU_MUL)
+AS_DEFINED = (
+    ADD_LAYER_NORM,
+    ADD_RMS_NORM,
+    EMBEDDING,
+    KV_WRITE,
+    LAYER_NORM,
+    RMS_NORM,
+    ROPE,
+    SAMPLE,
+    SILU_MUL,
+    TOKEN_LOGPROBS,
+)
 """Ops whose definition is the reference back end's implementation as well."""
 
 
@@ -62,7 +74,7 @@ def implementations() -> list[Implementation]:
             note="online softmax over gathered key tiles, scores in float32",
         )
     )
-    return [*reference, *linear.implementations(), *rows.implementations()]
+    return [*reference, *linear.implementations(), *rows.implementations(), *sampling.implementations()]
 
 
 def _as_defined(op: Op) -> Implementation:

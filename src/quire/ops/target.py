@@ -28,12 +28,16 @@ class Target:
 
     def unfit_for_cpu_kernels(self) -> str | None:
         """Why the compiled kernels cannot serve here, or None."""
+        if self.dtype != torch.bfloat16:
+            return f"it computes in bfloat16, not in {str(self.dtype).removeprefix('torch.')}"
+        return self.unfit_for_cpu_sampling()
+
+    def unfit_for_cpu_sampling(self) -> str | None:
+        """As above, for kernels that do not mind the dtype: logits are float32 in every engine."""
         if self.device.type != "cpu":
             return f"it computes on CPUs, not on {self.device.type}"
         if self.isa == REFERENCE:
             return "switched off by isa=reference"
         if kernels_module() is None:
             return "this installation has no compiled kernels (it was made without a C++ compiler)"
-        if self.dtype != torch.bfloat16:
-            return f"it computes in bfloat16, not in {str(self.dtype).removeprefix('torch.')}"
         return None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,10 +22,10 @@ from transformers import (
 
 from quire.core.errors import EngineError, InvalidParameter
 from quire.core.sampling import SamplingParams
-from quire.nn.choosing import choose, survivors, top_ids
-from quire.nn.logits_processing import process_logits
-from quire.nn.randomness import uniform
-from quire.nn.sampling import SamplingRow, prompt_logprobs, sample
+from quire.ops.choosing import choose, exp, survivors, top_ids
+from quire.ops.logits_processing import process_logits
+from quire.ops.randomness import uniform
+from quire.ops.sampling import SamplingRow, sample, token_logprobs
 
 V = 97
 PROPERTY = settings(max_examples=60, deadline=None)
@@ -38,8 +39,8 @@ def make_row(position: int = 7, prompt=(1, 2, 3), generated=(4, 5), eos=(0,), **
     return SamplingRow(
         sampling=SamplingParams(**{"seed": 11, **options}),
         position=position,
-        prompt_token_ids=list(prompt),
-        generated_token_ids=list(generated),
+        token_ids=[*prompt, *generated],
+        num_prompt_tokens=len(prompt),
         eos_token_ids=eos,
     )
 
@@ -85,7 +86,7 @@ WARPERS = [
 
 
 @pytest.mark.parametrize(("options", "warpers"), WARPERS, ids=[str(options) for options, _ in WARPERS])
-@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
 def test_truncation_is_that_of_transformers(options, warpers, scale):
     sampling = SamplingParams(**options)
     for seed in range(20):
@@ -114,7 +115,7 @@ PROCESSORS = [
 def test_logits_are_changed_as_transformers_does(options, processor):
     logits_v = random_logits(V)
     changed_v = logits_v.clone()
-    process_logits(changed_v, SamplingParams(**options), PROMPT, GENERATED, [0])
+    process_logits(changed_v, SamplingParams(**options), PROMPT + GENERATED, len(PROMPT), [0])
     expected = processor(torch.tensor([PROMPT + GENERATED]), logits_v[None].clone())
     torch.testing.assert_close(changed_v, expected[0])
 
@@ -122,7 +123,7 @@ def test_logits_are_changed_as_transformers_does(options, processor):
 def test_presence_and_frequency_count_the_output_alone():
     logits_v = torch.zeros(8)
     sampling = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    process_logits(logits_v, sampling, [1, 1, 1], [2, 3, 3], [])
+    process_logits(logits_v, sampling, [1, 1, 1, 2, 3, 3], 3, [])
     assert logits_v.tolist() == [0, 0, -0.75, -1.0, 0, 0, 0, 0]
 
 
@@ -189,6 +190,16 @@ def test_random_numbers_stay_the_same():
     ]
 
 
+def test_the_exponential_function_is_near_enough():
+    values = np.concatenate((np.linspace(-88, 0, 200_001, dtype=np.float32), [np.float32(-1e-30)]))
+    exact = np.exp(values.astype(np.float64))
+    there = values > -87.3
+    assert np.abs(exp(values) / exact - 1)[there].max() < 2 * 2.0**-23
+    ends = np.array([0.0, -88.5, -3e38, -np.inf], dtype=np.float32)
+    assert exp(ends).tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert exp(values).max() == 1.0
+
+
 def test_ties_go_to_the_lower_id():
     values = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0])
     assert top_ids(values.numpy(), 2).tolist() == [1, 2]
@@ -239,17 +250,17 @@ def test_zero_logprobs_report_the_token_alone():
     assert not result.top_ids
 
 
-def test_prompt_logprobs():
+def test_logprobs_of_given_tokens():
     logits = random_logits(4, V)
-    results = prompt_logprobs(logits, [5, 6, 7, 8], 3)
+    results = token_logprobs(logits, [5, 6, 7, 8], 3)
     for logits_v, token_id, result in zip(logits, [5, 6, 7, 8], results, strict=True):
         expected = logits_v.log_softmax(dim=-1)
         assert (result.token_id, result.logprob) == (token_id, pytest.approx(expected[token_id].item()))
         assert list(result.top_ids) == expected.topk(3).indices.tolist()
-    assert prompt_logprobs(logits[:0], [], 3) == []
+    assert token_logprobs(logits[:0], [], 3) == []
     logits[2, 0] = math.nan
     with pytest.raises(EngineError, match="not finite"):
-        prompt_logprobs(logits, [5, 6, 7, 8], 3)
+        token_logprobs(logits, [5, 6, 7, 8], 3)
 
 
 # --- P1: each row by itself ---------------------------------------------------------------------------------
