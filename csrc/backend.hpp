@@ -4,6 +4,7 @@
 #include "attention/attention.hpp"
 #include "isa.hpp"
 #include "linear/linear.hpp"
+#include "moe/moe.hpp"
 #include "pool.hpp"
 #include "rounding/rounding.hpp"
 #include "rows/rows.hpp"
@@ -18,6 +19,7 @@ struct Backend {
   Isa isa;
   const LinearKernels& linear;
   const AttentionKernels& attention;
+  const MoeKernels& moe;
   const RowKernels& rows;
   const RoundingKernels& rounding;
   const SamplingKernels& sampling;

@@ -3,40 +3,15 @@
 //          2. (LayerNorm only) squares again, about the mean
 //          3. scale, round, times weight, round; then the 8-bit form of the row just written
 //   rope   head by head: pass 1 and 3 of the norm where there is one, then pairs (i, half + i) in place
-// Sums run over kLanes partial sums, so a row's bits depend on the row and the instruction set alone. Small calls are one
-// task, which the caller runs without waking anyone.
+// Sums run over kLanes partial sums, so a row's bits depend on the row and the instruction set alone.
 #include "rows/rows.hpp"
 
-#include <cmath>
-
 #include "linear/quantize.hpp"
+#include "rows/for_rows.hpp"
 #include "simd.hpp"
 
 namespace quire::QUIRE_ISA {
 namespace {
-
-constexpr int64_t kTaskElements = 32768;  // about 10 microseconds of work: what waking a thread is worth
-constexpr int kTasksPerThread = 4;
-
-// Runs `body(row, thread)` for rows 0..t-1 of `n` elements each.
-template <class Body>
-void for_rows(Pool& pool, int64_t t, int64_t n, std::size_t scratch_bytes, const Body& body) {
-  int64_t rows = kTaskElements / (n + 1) + 1;
-  const int64_t share = (t + kTasksPerThread * pool.threads() - 1) / (kTasksPerThread * pool.threads());
-  if (rows < share) rows = share;
-  parallel_for(pool, (t + rows - 1) / rows, scratch_bytes, [&](int64_t task, int thread) {
-    const int64_t begin = task * rows, end = begin + rows < t ? begin + rows : t;
-    for (int64_t row = begin; row < end; ++row) body(row, thread);
-  });
-}
-
-// Runs `body(first, count)` over n elements, a vector at a time; all but the last are whole.
-template <class Body>
-[[gnu::always_inline]] inline void for_vectors(int64_t n, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, int64_t{kLanes});
-  if (i < n) body(i, n - i);
-}
 
 float sum_of_squares(const bf16* x, int64_t n) {
   F total{};
@@ -49,7 +24,7 @@ float sum_of_squares(const bf16* x, int64_t n) {
 
 // What a row is multiplied by: 1 / sqrt(mean of squares + eps).
 float inverse_root(float squares, int64_t n, float eps) {
-  return 1.0f / std::sqrt(squares / static_cast<float>(n) + eps);
+  return 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
 }
 
 // The second half of a root mean square norm; `x` and `out` may be the same memory.

@@ -8,7 +8,7 @@
 // Nothing is fused and sums have one order, so that every instruction set, and the definition, give the same tokens.
 #include "sampling/sampling.hpp"
 
-#include <cmath>
+#include <math.h>
 
 #include "sampling/candidates.hpp"
 #include "sampling/edit.hpp"
@@ -93,7 +93,7 @@ void tell_logprobs(const SampleCall& call, int64_t s, float most, int64_t num_to
     }
     total += block_sum([&](int64_t i) { return static_cast<double>(weights[i]); });
   }
-  const double log_of_sum = std::log(total);
+  const double log_of_sum = ::log(total);
   const auto logprob = [&](float logit) {
     return static_cast<float>(static_cast<double>(logit) - static_cast<double>(most) - log_of_sum);
   };
@@ -145,7 +145,7 @@ void sample_row(const SampleCall& call, int64_t s, Workspace& space) {
   SampleResult& result = call.results[s];
   result = {0, static_cast<int64_t>(SampleStatus::sampled), 0, 0.0};
   const Best likeliest = best_of(raw, call.v);
-  if (!std::isfinite(likeliest.value)) {
+  if (!__builtin_isfinite(likeliest.value)) {
     result.status = static_cast<int64_t>(SampleStatus::not_finite);
     return;
   }
@@ -156,7 +156,7 @@ void sample_row(const SampleCall& call, int64_t s, Workspace& space) {
     edit_logits(call, row, space.changed, space.marks);
     x = space.changed;
     best = best_of(x, call.v);
-    if (!std::isfinite(best.value)) {
+    if (!__builtin_isfinite(best.value)) {
       result.status = static_cast<int64_t>(SampleStatus::nothing_left);
       return;
     }
@@ -198,7 +198,7 @@ void token_logprobs(Pool& pool, const SampleCall& call, const int64_t* token_ids
     SampleResult& result = call.results[s];
     result = {token_ids[s], static_cast<int64_t>(SampleStatus::sampled), 0, 0.0};
     const Best best = best_of(call.logits + s * call.stride, call.v);
-    if (std::isfinite(best.value)) {
+    if (__builtin_isfinite(best.value)) {
       tell_logprobs(call, s, best.value, call.max_top);
     } else {
       result.status = static_cast<int64_t>(SampleStatus::not_finite);

@@ -56,6 +56,8 @@ def compute(implementation: Implementation, kernel: Any, inputs: Inputs) -> list
     if implementation.op == "attention":
         plan = kernel.plan(inputs["shape"], inputs["requests"])
         results = kernel(inputs["q_thd"], inputs["kv_2gnsd"], plan)
+    elif implementation.op == "moe":
+        results = kernel(inputs["x_te"], kernel.pack(inputs["weights"]))
     elif implementation.op in {op.name for op in LINEARS}:
         results = kernel(inputs["x_tk"], kernel.pack(inputs["weight"]), inputs["bias_n"])
     else:

@@ -14,6 +14,7 @@ from quire.core.request import TokenLogprobs
 from quire.ops.attention import AttentionKernel
 from quire.ops.cpu.stack import build_stack
 from quire.ops.linear import LinearKernel
+from quire.ops.moe import MoeKernel
 from quire.ops.op import Implementation
 from quire.ops.registry import implementations
 from quire.ops.sampling import SamplingRow
@@ -45,6 +46,7 @@ class Kernels:
     linear_fp8: LinearKernel
     linear_int4: LinearKernel
     linear_int8: LinearKernel
+    moe: MoeKernel
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     sample: Callable[[Tensor, Sequence[SamplingRow]], list[TokenLogprobs | QuireError]]

@@ -5,15 +5,17 @@ from __future__ import annotations
 from quire.core.registry import Registry
 from quire.ops.activation import SILU_MUL
 from quire.ops.attention import ATTENTION
-from quire.ops.cpu import linear, rows, sampling
+from quire.ops.cpu import linear, moe, rows, sampling
 from quire.ops.embedding import EMBEDDING
 from quire.ops.kv_write import KV_WRITE
 from quire.ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from quire.ops.linear import LINEARS
+from quire.ops.moe import MOE
 from quire.ops.norm import ADD_RMS_NORM, RMS_NORM
 from quire.ops.op import Implementation, Op
 from quire.ops.reference.attention import ReferenceAttention
 from quire.ops.reference.linear import ReferenceLinear, ReferenceQuantizedLinear
+from quire.ops.reference.moe import ReferenceMoe
 from quire.ops.rotary import ROPE
 from quire.ops.sampling import SAMPLE, TOKEN_LOGPROBS
 from quire.ops.target import Target
@@ -35,7 +37,7 @@ AS_DEFINED = (
 
 def op_registry() -> Registry[Op]:
     registry: Registry[Op] = Registry("op")
-    for op in (*AS_DEFINED, ATTENTION, *LINEARS):
+    for op in (*AS_DEFINED, ATTENTION, *LINEARS, MOE):
         registry.add(op.name, op)
     return registry
 
@@ -66,6 +68,16 @@ def implementations() -> list[Implementation]:
     )
     reference.append(
         Implementation(
+            op="moe",
+            backend="reference",
+            build=lambda _target: ReferenceMoe(),
+            unfit=_fits_anywhere,
+            preference=0,
+            note="expert by expert, with the reference's linear layers",
+        )
+    )
+    reference.append(
+        Implementation(
             op="attention",
             backend="reference",
             build=lambda target: ReferenceAttention(target.dtype),
@@ -74,7 +86,13 @@ def implementations() -> list[Implementation]:
             note="online softmax over gathered key tiles, scores in float32",
         )
     )
-    return [*reference, *linear.implementations(), *rows.implementations(), *sampling.implementations()]
+    return [
+        *reference,
+        *linear.implementations(),
+        *moe.implementations(),
+        *rows.implementations(),
+        *sampling.implementations(),
+    ]
 
 
 def _as_defined(op: Op) -> Implementation:

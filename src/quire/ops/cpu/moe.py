@@ -1,0 +1,52 @@
+"""The sparse feed-forward block by compiled kernels, over the packed weights of the linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.ops.cpu.library import kernels_module
+from quire.ops.cpu.linear import CpuLinear
+from quire.ops.moe import MoeWeights
+from quire.ops.op import Implementation
+from quire.ops.target import Target
+
+
+class CpuMoe:
+    """`MoeKernel` for experts of all formats, over one engine's threads. All blocks of a model share its memory."""
+
+    def __init__(self, target: Target) -> None:
+        self._backend = target.cpu
+        module: Any = kernels_module()
+        self._module = module
+        self._linear = CpuLinear(target)
+        self._memory = module.MoeMemory()
+
+    def pack(self, weights: MoeWeights) -> Any:
+        """A `MoeWeights` of the compiled module."""
+        gate, up, down = (
+            [self._linear.pack(weight) for weight in experts] for experts in (weights.gate, weights.up, weights.down)
+        )
+        router = self._linear.pack(weights.router)
+        return self._module.MoeWeights(router, gate, up, down, weights.top_k, weights.renormalize)
+
+    def __call__(self, x_te: Tensor, weights: Any) -> Tensor:
+        x = x_te if x_te.stride(1) == 1 or x_te.shape[1] == 1 else x_te.contiguous()
+        out_te = torch.empty(x.shape, dtype=x.dtype)
+        self._module.moe(self._backend, weights, self._memory, x.data_ptr(), x.stride(0), 0, out_te.data_ptr(), len(x))
+        return out_te
+
+
+def implementations() -> list[Implementation]:
+    return [
+        Implementation(
+            op="moe",
+            backend="cpu",
+            build=CpuMoe,
+            unfit=Target.unfit_for_cpu_kernels,
+            preference=100,
+            note="compiled; expert by expert, all threads on one",
+        )
+    ]
