@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": ("quire.cli.chat:chat", "Talk with a model, here in the terminal."),
     "complete": ("quire.cli.complete:complete", "Continue one prompt."),
     "plan": ("quire.cli.plan:plan", "Tell what fits in memory and how fast it can run, before reading a weight."),
+    "quantize": ("quire.cli.quantize:quantize", "Write a checkpoint with weights in 8 or 4 bits."),
     "kernels": ("quire.cli.kernels:kernels", "List which implementation serves each op on this machine, and why."),
     "doctor": ("quire.cli.doctor:doctor", "Check the installation and the machine."),
     "version": ("quire.cli.version:version", "Print the versions of quire, Python and the main libraries."),

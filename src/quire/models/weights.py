@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.core.errors import BadValue
-from quire.models.checkpoint import Checkpoint
+from quire.models.checkpoint import Checkpoint, TensorInfo
 from quire.models.parameters import Parameter
 from quire.models.quantization.assemble import assemble
 from quire.models.quantization.rounding import round_weight, scales_of
@@ -71,11 +71,11 @@ class WeightStream(Mapping[str, Weight]):
         tensor = self._source.get(parameter.tensor)
         if parameter.scheme is not None:
             weight = round_weight(tensor, parameter.scheme)
-            self._check_finite(parameter.tensor, scales_of(weight), "weights of finite scale")
+            check_finite(self._source.info(parameter.tensor), scales_of(weight), "weights of finite scale")
             return weight
         if tensor.ndim == 1:
             # Small, and one NaN in them spoils every output. The matrices are too large to read for this.
-            self._check_finite(parameter.tensor, tensor, "finite")
+            check_finite(self._source.info(parameter.tensor), tensor, "finite")
         return tensor.to(self._dtype)
 
     def _stored(self, parameter: Parameter) -> QuantizedWeight:
@@ -90,18 +90,36 @@ class WeightStream(Mapping[str, Weight]):
             raise BadValue(
                 f"{file}: layer {module[:-1]!r}: {error.message}", param="model", remedy=error.remedy
             ) from None
-        self._check_finite(parameter.stored[-1], scales_of(weight), "of finite scales")
+        check_finite(self._source.info(parameter.stored[-1]), scales_of(weight), "of finite scales")
         return weight
 
-    def _check_finite(self, name: str, tensor: Tensor, expected: str) -> None:
-        bad = (~torch.isfinite(tensor.reshape(-1))).nonzero()
-        if len(bad):
-            index = int(bad[0].item())
-            raise BadValue(
-                f"{self._source.info(name).file}: tensor {name!r} must be {expected}, found "
-                f"{tensor.reshape(-1)[index].item()} at index {index} ({len(bad)} such values, in {tensor.dtype}).",
-                param="model",
-            )
+
+def check_finite(info: TensorInfo, tensor: Tensor, expected: str) -> None:
+    """Raises BadValue for what became of the checkpoint's tensor `info` if not all of it is finite."""
+    bad = (~torch.isfinite(tensor.reshape(-1))).nonzero()
+    if len(bad):
+        index = int(bad[0].item())
+        raise BadValue(
+            f"{info.file}: tensor {info.name!r} must be {expected}, found "
+            f"{tensor.reshape(-1)[index].item()} at index {index} ({len(bad)} such values, in {tensor.dtype}).",
+            param="model",
+        )
+
+
+def held_bytes(stream: WeightStream, decoder: object, parameters: Sequence[Parameter], dtype: torch.dtype) -> int:
+    """Bytes of the parameters that are in memory of their own, in `decoder`, rather than pages of the files."""
+    held = 0
+    for parameter in parameters:
+        if not stream.is_mapped(parameter, at_path(decoder, parameter.path)):
+            held += parameter.nbytes(dtype.itemsize)
+    return held
+
+
+def at_path(tree: object, path: str) -> object:
+    """What a parameter's path leads to in a decoder."""
+    for name in path.split("."):
+        tree = tree[int(name)] if isinstance(tree, list) else getattr(tree, name)
+    return tree
 
 
 def _moved(weight: Weight, device: torch.device) -> Weight:
@@ -112,18 +130,3 @@ def _moved(weight: Weight, device: torch.device) -> Weight:
     values = {field.name: getattr(weight, field.name) for field in fields(weight)}
     moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(weight, **moved)
-
-
-def held_bytes(stream: WeightStream, decoder: object, parameters: Sequence[Parameter], dtype: torch.dtype) -> int:
-    """Bytes of the parameters that are in memory of their own, in `decoder`, rather than pages of the files."""
-    held = 0
-    for parameter in parameters:
-        if not stream.is_mapped(parameter, _at(decoder, parameter.path)):
-            held += parameter.nbytes(dtype.itemsize)
-    return held
-
-
-def _at(tree: object, path: str) -> object:
-    for name in path.split("."):
-        tree = tree[int(name)] if isinstance(tree, list) else getattr(tree, name)
-    return tree

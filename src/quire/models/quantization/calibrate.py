@@ -1,0 +1,182 @@
+"""Quantisation with calibration: each layer is rounded for the inputs that a text gives it.
+
+Decoder layers are run one after the other, each over all of the text: first as it is, to see what its linear layers are
+multiplied with, then quantised, so that the layers after it see its errors. One decoder layer is in memory at a time,
+in float32, and the residual stream of the whole text. Nothing here knows what a layer consists of: inputs are seen
+where they pass, in the kernel of `linear`.
+
+Legend: t tokens, e hidden size, k input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quire.models.decoder import Decoder, build_decoder
+from quire.models.parameters import EMBEDDING, Parameter, list_parameters
+from quire.models.quantization.gptq import gptq
+from quire.models.quantization.write import Source, rounded
+from quire.models.sequences import BLOCK_SIZE, in_batches, lay_out, num_blocks
+from quire.models.tensors import CheckpointTensors
+from quire.models.weights import WeightStream, at_path
+from quire.nn.attention import StepContext
+from quire.nn.kv import KVCache
+from quire.ops.attention import PagedRequests
+from quire.ops.kernels import Kernels, select
+from quire.ops.target import Target
+from quire.ops.weight import QuantizedWeight, Weight
+
+WINDOW = 512
+"""Tokens of a sequence."""
+_BATCH_TOKENS = 2048
+
+
+def windows(token_ids: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Sequences of `WINDOW` tokens, the last perhaps shorter."""
+    ids = list(token_ids[:max_tokens])
+    return [ids[first : first + WINDOW] for first in range(0, len(ids), WINDOW)]
+
+
+@torch.inference_mode()
+def calibrated(source: Source, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[Parameter, QuantizedWeight]]:
+    """Every parameter to be quantised: those of decoder layers by GPTQ, the others (the head) rounded to nearest."""
+    kernels = select(Target("cpu", torch.float32, isa="reference"))
+    plain = list_parameters(source.checkpoint, source.family, source.arch)
+    stream = WeightStream(source.checkpoint, plain, torch.float32, torch.device("cpu"))
+    batches = list(in_batches(sequences, _BATCH_TOKENS))
+    states = [_embed(source, batch, kernels) for batch in batches]
+    in_layers = {parameter.path for parameter in source.quantized if parameter.path.startswith("layers.")}
+    for index in range(source.arch.num_layers):
+        prefix = f"layers.{index}."
+        recorder = InputRecorder()
+        seen = _one_layer(source, stream, {}, index, replace(kernels, linear=recorder))
+        for batch, state_te in zip(batches, states, strict=True):
+            _run_layer(seen, batch, state_te)
+        done: dict[str, QuantizedWeight] = {}
+        for parameter in source.quantized:
+            if parameter.path.startswith(prefix):
+                assert parameter.scheme is not None
+                layer = at_path(seen, parameter.path.replace(prefix, "layers.0.", 1))
+                assert isinstance(layer, Recorded)
+                done[parameter.path] = gptq(layer.weight_nk, layer.energy_kk(), parameter.scheme)
+                yield parameter, done[parameter.path]
+        del seen, recorder
+        if index + 1 < source.arch.num_layers:
+            quantized = _one_layer(source, stream, done, index, kernels)
+            states = [_run_layer(quantized, batch, state_te) for batch, state_te in zip(batches, states, strict=True)]
+    yield from rounded(source, [parameter for parameter in source.quantized if parameter.path not in in_layers])
+
+
+class Recorded:
+    """A weight, and the sum of `x^T x` over the rows x that it was multiplied with."""
+
+    def __init__(self, weight_nk: Tensor) -> None:
+        self.weight_nk = weight_nk
+        self._sum_kk: Tensor | None = None
+        self._rows = 0
+        self._same_as: Recorded | None = None
+
+    def see(self, x_tk: Tensor) -> None:
+        seen_kk = x_tk.T @ x_tk
+        self._sum_kk = seen_kk if self._sum_kk is None else self._sum_kk.add_(seen_kk)
+        self._rows += len(x_tk)
+
+    def see_with(self, other: Recorded) -> None:
+        """Layers with one input, such as queries, keys and values, have one sum."""
+        self._same_as = other
+
+    def energy_kk(self) -> Tensor:
+        """The mean of `x^T x`."""
+        if self._same_as is not None:
+            return self._same_as.energy_kk()
+        assert self._sum_kk is not None
+        return self._sum_kk / self._rows
+
+
+class InputRecorder:
+    """A kernel for `linear` that remembers what each weight is multiplied with."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Recorded] | None = None
+
+    def pack(self, weight: Weight) -> Recorded:
+        assert isinstance(weight, Tensor)
+        return Recorded(weight)
+
+    def __call__(self, x_tk: Tensor, weight: Recorded, bias_n: Tensor | None) -> Tensor:
+        if self._last is not None and self._last[0] is x_tk:
+            weight.see_with(self._last[1])
+        else:
+            weight.see(x_tk)
+            self._last = (x_tk, weight)
+        return functional.linear(x_tk, weight.weight_nk, bias_n)
+
+
+class _LayerParameters(Mapping[str, Weight]):
+    """The parameters of a decoder of one layer, the index-th of a model; what stands around the layer is left empty.
+    `replaced`, by their path in the model, take the place of the model's own."""
+
+    def __init__(self, model: WeightStream, replaced: Mapping[str, Weight], index: int, hidden_size: int) -> None:
+        prefix = f"layers.{index}."
+        self._model = model
+        self._paths = {"layers.0." + path.removeprefix(prefix): path for path in model if path.startswith(prefix)}
+        zeros_1e = torch.zeros(1, hidden_size)
+        self._given: dict[str, Weight] = {EMBEDDING: zeros_1e, "norm.weight": zeros_1e[0], **replaced}
+
+    def __getitem__(self, path: str) -> Weight:
+        path = self._paths.get(path, path)
+        return self._given[path] if path in self._given else self._model[path]
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._paths or path in self._given
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _one_layer(
+    source: Source, stream: WeightStream, replaced: Mapping[str, Weight], index: int, kernels: Kernels
+) -> Decoder:
+    arch = replace(source.arch, num_layers=1, tie_word_embeddings=True)
+    parameters = _LayerParameters(stream, replaced, index, arch.hidden_size)
+    return build_decoder(arch, parameters, kernels, max_model_len=WINDOW)
+
+
+def _embed(source: Source, batch: Sequence[Sequence[int]], kernels: Kernels) -> Tensor:
+    embedding = next(parameter for parameter in source.parameters if parameter.path == EMBEDDING)
+    weight = CheckpointTensors(source.checkpoint).get(embedding.tensor)
+    return kernels.embedding(torch.tensor([token for ids in batch for token in ids]), weight).float()
+
+
+def _run_layer(decoder: Decoder, batch: Sequence[Sequence[int]], state_te: Tensor) -> Tensor:
+    """The residual stream after the one layer of `decoder`, which stood at `state_te` before it."""
+    (layer,) = decoder.layers
+    laid_out = lay_out(batch)
+    shape = layer.attention.shape
+    requests = PagedRequests(
+        query_start=laid_out.query_start,
+        context_lens=laid_out.context_lens,
+        block_table_rb=laid_out.block_table_rb,
+        block_size=BLOCK_SIZE,
+    )
+    cos, sin = decoder.rope.rows(laid_out.positions_t)
+    plan = decoder.kernels.attention.plan(shape, requests)
+    kv = KVCache(
+        num_layers=1,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_blocks=num_blocks(batch),
+        block_size=BLOCK_SIZE,
+        dtype=torch.float32,
+    )
+    step = StepContext(plan=plan, cos=cos, sin=sin, slots_t=laid_out.slots_t)
+    x_te, residual_te = layer(state_te, None, kv.layer(0), step)
+    return x_te + residual_te
