@@ -1,6 +1,7 @@
 """Write a random-weight checkpoint of a published shape, so that benchmarks run without a download.
 
     python tools/make_checkpoint.py --shape qwen3-0.6b /tmp/qwen3-0.6b
+    python tools/make_checkpoint.py --shape qwen3-30b-a3b --layers 4 /tmp/qwen3-30b-a3b-4
 
 The directory is in Hugging Face format: config.json, safetensors shards with an index, a byte-level BPE tokenizer of
 the right vocabulary size, generation_config.json. A shard is written tensor by tensor, in slices, so that memory stays
@@ -15,7 +16,7 @@ import itertools
 import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +36,11 @@ PRE_TOKENS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A decoder's published sizes. `family` is the `model_type` of its config.json."""
+    """A decoder's published sizes. `family` is the `model_type` of its config.json.
+
+    With `experts`, every layer is a mixture of that many, of which each token takes `experts_per_token`; `intermediate`
+    is then one expert's, except in config.json, which also tells `dense_intermediate` of the layers there are none of.
+    """
 
     family: str
     vocab_size: int
@@ -50,6 +55,9 @@ class Shape:
     rms_eps: float
     tied: bool
     rope_scaling: dict[str, Any] | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    dense_intermediate: int = 0
 
 
 LLAMA3_SCALING = {
@@ -76,6 +84,9 @@ SHAPES = {
                       kv_heads=8, head_dim=128, max_positions=40960, rope_theta=1e6, rms_eps=1e-6, tied=True),
     "qwen3-8b": Shape(family="qwen3", vocab_size=151936, hidden=4096, intermediate=12288, layers=36, heads=32,
                       kv_heads=8, head_dim=128, max_positions=40960, rope_theta=1e6, rms_eps=1e-6, tied=False),
+    "qwen3-30b-a3b": Shape(family="qwen3_moe", vocab_size=151936, hidden=2048, intermediate=768, layers=48, heads=32,
+                           kv_heads=4, head_dim=128, max_positions=40960, rope_theta=1e6, rms_eps=1e-6, tied=False,
+                           experts=128, experts_per_token=8, dense_intermediate=6144),
     "llama-3.2-1b": Shape(family="llama", vocab_size=128256, hidden=2048, intermediate=8192, layers=16, heads=32,
                           kv_heads=8, head_dim=64, max_positions=131072, rope_theta=5e5, rms_eps=1e-5, tied=True,
                           rope_scaling=LLAMA3_SCALING),
@@ -87,7 +98,12 @@ SHAPES = {
                           rope_scaling={**LLAMA3_SCALING, "factor": 8.0}),
 }  # fmt: skip
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 
 
@@ -95,13 +111,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
+    parser.add_argument("--layers", type=int, help="keep so many layers; all of them otherwise")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="most bytes of tensors in one file")
     arguments = parser.parse_args()
+    shape = SHAPES[arguments.shape]
+    if arguments.layers is not None:
+        if not 1 <= arguments.layers <= shape.layers:
+            parser.error(f"--layers is {arguments.layers}; {arguments.shape} has {shape.layers}")
+        shape = replace(shape, layers=arguments.layers)
     make_checkpoint(
         arguments.directory,
-        SHAPES[arguments.shape],
+        shape,
         dtype=arguments.dtype,
         seed=arguments.seed,
         shard_bytes=arguments.shard_bytes,
@@ -132,7 +154,7 @@ def config(shape: Shape, dtype: str) -> dict[str, Any]:
         "model_type": shape.family,
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
+        "intermediate_size": shape.dense_intermediate or shape.intermediate,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
@@ -149,6 +171,15 @@ def config(shape: Shape, dtype: str) -> dict[str, Any]:
     }
     if shape.rope_scaling is not None:
         content["rope_scaling"] = shape.rope_scaling
+    if shape.experts:
+        content |= {
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "moe_intermediate_size": shape.intermediate,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     return content
 
 
@@ -168,13 +199,17 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
             if shape.family == "qwen2":
                 yield f"{prefix}.self_attn.{name}_proj.bias", (out,)
         yield f"{prefix}.self_attn.o_proj.weight", (shape.hidden, outs["q"])
-        if shape.family == "qwen3":
+        if shape.family in ("qwen3", "qwen3_moe"):
             yield f"{prefix}.self_attn.q_norm.weight", (shape.head_dim,)
             yield f"{prefix}.self_attn.k_norm.weight", (shape.head_dim,)
         yield f"{prefix}.post_attention_layernorm.weight", (shape.hidden,)
-        yield f"{prefix}.mlp.gate_proj.weight", (shape.intermediate, shape.hidden)
-        yield f"{prefix}.mlp.up_proj.weight", (shape.intermediate, shape.hidden)
-        yield f"{prefix}.mlp.down_proj.weight", (shape.hidden, shape.intermediate)
+        if shape.experts:
+            yield f"{prefix}.mlp.gate.weight", (shape.experts, shape.hidden)
+        mlps = [f"experts.{expert}." for expert in range(shape.experts)] or [""]
+        for mlp in mlps:
+            yield f"{prefix}.mlp.{mlp}gate_proj.weight", (shape.intermediate, shape.hidden)
+            yield f"{prefix}.mlp.{mlp}up_proj.weight", (shape.intermediate, shape.hidden)
+            yield f"{prefix}.mlp.{mlp}down_proj.weight", (shape.hidden, shape.intermediate)
     yield "model.norm.weight", (shape.hidden,)
     if not shape.tied:
         yield "lm_head.weight", (shape.vocab_size, shape.hidden)

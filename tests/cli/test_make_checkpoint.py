@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def tool():
     del sys.modules[spec.name]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_takes_every_weight_and_wants_no_other(tool, tmp_path, family, tied):
     import torch
@@ -36,6 +37,8 @@ def test_transformers_takes_every_weight_and_wants_no_other(tool, tmp_path, fami
 
     scaling = tool.LLAMA3_SCALING if family == "llama" else None
     shape = replace(tool.SHAPES["tiny"], family=family, tied=tied, rope_scaling=scaling)
+    if family == "qwen3_moe":
+        shape = replace(shape, experts=4, experts_per_token=2, dense_intermediate=256)
     tool.make_checkpoint(tmp_path, shape, dtype="bfloat16", seed=1, shard_bytes=100_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
@@ -46,6 +49,18 @@ def test_transformers_takes_every_weight_and_wants_no_other(tool, tmp_path, fami
     logits = model(torch.tensor([[1, 2, 3]])).logits
     assert logits.shape == (1, 3, shape.vocab_size)
     assert logits.isfinite().all()
+
+
+def test_a_shape_can_be_cut_to_fewer_layers(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["make_checkpoint", str(tmp_path), "--shape", "tiny", "--layers", "1"])
+    tool.main()
+    with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        layers = {name.split(".")[2] for name in file.keys() if name.startswith("model.layers.")}  # noqa: SIM118
+    assert layers == {"0"}
+    assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 1
+    monkeypatch.setattr("sys.argv", ["make_checkpoint", str(tmp_path), "--shape", "tiny", "--layers", "3"])
+    with pytest.raises(SystemExit):
+        tool.main()
 
 
 def test_the_same_seed_gives_the_same_weights_however_they_are_sharded(tool, tmp_path):
