@@ -1,0 +1,53 @@
+"""quire, as it is installed where the harness runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.peer import Generate, Peer, Settings
+
+
+class Quire(Peer):
+    name = "quire"
+    precisions = ("bf16", "int8", "int4")
+    has_server = True
+
+    @property
+    def python(self) -> Path:
+        return Path(sys.executable)
+
+    def setup(self) -> None:
+        """Nothing: it is installed here already."""
+
+    def environment(self, settings: Settings) -> Mapping[str, str]:
+        return {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+
+    def server(self, model: Path, settings: Settings, port: int) -> list[str]:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in _config(settings).items()]
+        return [str(self.python), "-m", "quire", "serve", str(model), "--host=127.0.0.1", f"--port={port}", *flags]
+
+    def load(self, model: Path, settings: Settings) -> Generate:
+        from quire import LLM, SamplingParams
+
+        llm = LLM(model, **_config(settings))
+
+        def generate(prompts: Any, output_len: int) -> list[list[int]]:
+            params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
+            outputs = llm.generate(prompts, params, progress=False)
+            return [output.outputs[0].token_ids for output in outputs]
+
+        return generate
+
+
+def _config(settings: Settings) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "threads": settings.threads,
+        "kv_cache_memory": settings.kv_gib,
+        "max_model_len": settings.max_len,
+        "max_num_seqs": settings.max_seqs,
+    }
+    return config if settings.precision == "bf16" else {**config, "quantization": settings.precision}
