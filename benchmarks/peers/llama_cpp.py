@@ -21,6 +21,9 @@ CMAKE_FLAGS = ("CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "LLAMA_OPENSSL=OFF"
                )  # fmt: skip
 QUANTISED = {"int8": "Q8_0", "int4": "Q4_0"}
 
+# GCC believes that the intrinsic reads eight bytes and drops the stores to the rest, so the kernels trap: tell it.
+KEEP_TILE_CONFIG = ("    _tile_loadconfig(&tc);", '    __asm__ volatile("" : : "m"(tc));\n    _tile_loadconfig(&tc);')
+
 # The converter knows tokenizers by a fingerprint and refuses others. Ids are all we send, so any will do.
 CONVERT = """
 import runpy, sys
@@ -51,6 +54,8 @@ class LlamaCpp(Peer):
         path = f"{self.venv / 'bin'}:{os.environ['PATH']}"
         run([str(self.python), "-m", "pip", *download, f"llama-cpp-python=={VERSION}"], PATH=path)
         run(["tar", "-xzf", str(self.home / f"{SOURCES}.tar.gz"), "-C", str(self.home)])
+        amx = self.sources / "ggml" / "src" / "ggml-cpu" / "amx" / "mmq.cpp"
+        amx.write_text(amx.read_text().replace(*KEEP_TILE_CONFIG))
         build = str(self.home / "build")
         flags = [f"-D{flag}" for flag in CMAKE_FLAGS]
         run(["cmake", "-G", "Ninja", "-S", str(self.sources), "-B", build, *flags], PATH=path)

@@ -36,11 +36,9 @@ class Machine:
         return PROBE_BYTES / min(seconds) / 1e9
 
     def describe(self) -> dict[str, Any]:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        fields = (line.partition(": ") for line in Path("/proc/cpuinfo").read_text().splitlines())
         return {
-            "cpu": next(
-                (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
-            ),
+            "cpu": next((value for name, _, value in fields if name.strip() == "model name"), platform.machine()),
             "cores": len(os.sched_getaffinity(0)),
             "threads": self._threads,
             "memory_gib": round(psutil.virtual_memory().total / 1024**3, 1),
