@@ -23,6 +23,7 @@ ENGINE = {
     "--quantization",
     "--max-model-len",
     "--block-size",
+    "--kv-cache-dtype",
     "--kv-cache-memory",
     "--num-kv-blocks",
     "--memory-utilization",

@@ -54,7 +54,7 @@ def test_any_schedule_gives_the_bits_of_each_request_alone(model: LoadedModel, l
     pool = list(range(1, 200))
     choose.shuffle(pool)
     kv = model.new_kv_cache(200, BLOCK)
-    kv.data.fill_(3.0)
+    kv.data.fill_(3)
     lengths = [choose.choice([1, 17, 33, 100, 290, 300]) for _ in range(choose.randint(1, 5))]
     sequences = [[choose.randrange(300) for _ in range(length)] for length in lengths]
     tables = [[pool.pop() for _ in range(length // BLOCK + 1)] for length in lengths]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quire.core.errors import QuireError
 from quire.core.request import TokenLogprobs
+from quire.ops.attention import AttentionKernel
 from quire.ops.cpu.library import REFERENCE, usable_isas
 from quire.ops.kernels import select
 from quire.ops.linear import LINEARS
@@ -50,12 +51,21 @@ def as_tensor(tokens: list[TokenLogprobs | QuireError]) -> Tensor:
     return torch.tensor([row + [0.0] * (20 - len(row)) for row in rows], dtype=torch.float64)
 
 
+def written(kernel: AttentionKernel, kv_2gnsd: Tensor) -> Tensor:
+    """The kernel's own cache with these keys and values in it, all but the null block's."""
+    _, g, n, s, d = kv_2gnsd.shape
+    cache = torch.zeros(2, g, n, kernel.block_bytes(s, d), dtype=torch.uint8)
+    k_tgd, v_tgd = kv_2gnsd[:, :, 1:].flatten(2, 3).transpose(1, 2)
+    kernel.write(cache, k_tgd, v_tgd, torch.arange(s, n * s))
+    return cache
+
+
 def compute(implementation: Implementation, kernel: Any, inputs: Inputs) -> list[Tensor]:
     """All results of a call, what it wrote in place included."""
     inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     if implementation.op == "attention":
         plan = kernel.plan(inputs["shape"], inputs["requests"])
-        results = kernel(inputs["q_thd"], inputs["kv_2gnsd"], plan)
+        results = kernel(inputs["q_thd"], written(kernel, inputs["kv_2gnsd"]), plan)
     elif implementation.op == "moe":
         results = kernel(inputs["x_te"], kernel.pack(inputs["weights"]))
     elif implementation.op in {op.name for op in LINEARS}:

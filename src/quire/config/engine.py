@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+KVCacheDType = Literal["auto", "bf16", "int8", "fp8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["fcfs", "priority", "fair"]
 Quantization = Literal["int8", "int4", "fp8"]
@@ -37,6 +38,8 @@ class EngineConfig:
     """Longest prompt plus output, in tokens; the model's own limit otherwise, or less if memory holds less."""
     block_size: int = 16
     """Tokens per KV block."""
+    kv_cache_dtype: KVCacheDType = "auto"
+    """Of keys and values in the cache; auto takes dtype, int8 and fp8 keep one float32 scale per token and head."""
     kv_cache_memory: float | None = None
     """Bytes for the KV pool in GiB; otherwise a share of what memory is left, see memory_utilization."""
     num_kv_blocks: int | None = None

@@ -44,6 +44,7 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
         max_model_len=config.max_model_len,
         threads=num_threads,
         isa=config.isa,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     _tell_unexpected(model)
     ledger = size_cache(config, model)

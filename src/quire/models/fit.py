@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from quire.cache.ledger import GIB, KVLedger, activation_bytes
 from quire.config.engine import EngineConfig
 from quire.core.errors import NotEnoughMemory
+from quire.core.kv_format import resolve_kv_dtype
 from quire.models.shapes import Shapes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -25,7 +26,7 @@ class Fit:
 def build_ledger(config: EngineConfig, shapes: Shapes, *, weight_bytes: int, dtype: str, available: int) -> KVLedger:
     """The ledger of an engine with these settings and a model of these sizes. `plan` asks before the model is loaded,
     the engine afterwards; `available` is without its weights either way."""
-    bytes_per_block = shapes.kv_bytes_per_token(DTYPE_BYTES[dtype]) * config.block_size
+    bytes_per_block = shapes.kv_bytes_per_block(resolve_kv_dtype(config.kv_cache_dtype, dtype), config.block_size)
     kv_cache_memory = None if config.kv_cache_memory is None else int(config.kv_cache_memory * GIB)
     if config.num_kv_blocks is not None:
         kv_cache_memory = config.num_kv_blocks * bytes_per_block

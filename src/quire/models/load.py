@@ -46,13 +46,9 @@ class LoadedModel:
     unexpected_tensors: tuple[str, ...]
 
     def kv_bytes_per_block(self, block_size: int) -> int:
-        return KVCache.bytes_per_block(
-            num_layers=self.arch.num_layers,
-            num_kv_heads=self.arch.num_kv_heads,
-            head_dim=self.arch.head_dim,
-            block_size=block_size,
-            dtype=self.dtype,
-        )
+        """K and V of all layers."""
+        one_head = self.decoder.kernels.attention.block_bytes(block_size, self.arch.head_dim)
+        return 2 * self.arch.num_layers * self.arch.num_kv_heads * one_head
 
     def new_kv_cache(self, num_blocks: int, block_size: int, *, device: torch.device | None = None) -> KVCache:
         """A cache of this model's shape, on its device unless another is named (the host, for swapping)."""
@@ -66,10 +62,9 @@ class LoadedModel:
         return KVCache(
             num_layers=self.arch.num_layers,
             num_kv_heads=self.arch.num_kv_heads,
-            head_dim=self.arch.head_dim,
             num_blocks=num_blocks,
             block_size=block_size,
-            dtype=self.dtype,
+            block_bytes=self.decoder.kernels.attention.block_bytes(block_size, self.arch.head_dim),
             device=device or self.device,
         )
 
@@ -83,13 +78,14 @@ def load_model(
     max_model_len: int | None = None,
     threads: int | None = None,
     isa: str | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> LoadedModel:
     """The model in `directory`, its weights mapped rather than read where type and layout are right already.
 
     `quantization` rounds the linear layers of a plain checkpoint to that format; a quantised one has its own.
     `max_model_len` unset takes the model's own limit. Raises CheckpointError's children for what is wrong with the
-    checkpoint, and ConfigError for a dtype, a format or a length that the model cannot serve. `threads` and `isa` as
-    in `ops.target`.
+    checkpoint, and ConfigError for a dtype, a format or a length that the model cannot serve. `threads`, `isa`
+    and `kv_cache_dtype` as in `ops.target`.
     """
     checkpoint = Checkpoint.open(directory)
     family, arch = identify(checkpoint.config, str(directory / "config.json"))
@@ -98,7 +94,7 @@ def load_model(
     torch_device = torch.device(device)
     parameters = list_parameters(checkpoint, family, arch, quantization=quantization)
     weights = WeightStream(checkpoint, parameters, torch_dtype, torch_device)
-    target = Target(torch_device, torch_dtype, threads=threads, isa=isa)
+    target = Target(torch_device, torch_dtype, threads=threads, isa=isa, kv_cache_dtype=kv_cache_dtype)
     decoder = build_decoder(arch, weights, select(target), max_model_len=length)
     decoder.stack = stack_of(decoder)
     weights.drop_pages()

@@ -132,8 +132,8 @@ def plan_model(
         fits = weights.run_bytes < available
         fit = Fit(fits, f"The weights {'fit' if fits else 'do not fit'}; the KV cache is unknown.")
     else:
-        token_bytes = model.shapes.kv_bytes_per_token(DTYPE_BYTES[dtype])
         ledger = build_ledger(config, model.shapes, weight_bytes=weights.run_bytes, dtype=dtype, available=available)
+        token_bytes = ledger.kv_bytes_per_block // config.block_size
         fit = judge(config, ledger, dtype=dtype, runnable=model.arch is not None)
     cache = _cache(config, ledger if fit.fits else None)
     return Plan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from quire.core.kv_format import kv_block_bytes
 from quire.models.arch import Arch
 
 
@@ -21,9 +22,10 @@ class Shapes:
     vocab_size: int
     longest: int
 
-    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        """K and V of all layers, as if every layer kept all of the past."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+    def kv_bytes_per_block(self, kv_dtype: str, block_size: int) -> int:
+        """K and V of all layers, as if every layer kept all of the past; `kv_dtype` as in `core.kv_format`."""
+        one_head = kv_block_bytes(kv_dtype, block_size=block_size, head_dim=self.head_dim)
+        return 2 * self.num_layers * self.num_kv_heads * one_head
 
 
 def shapes_of(arch: Arch) -> Shapes:

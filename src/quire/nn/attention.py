@@ -52,7 +52,7 @@ class Attention:
         self.shape = shape
         self._kernels = kernels
 
-    def __call__(self, x_te: Tensor, kv_2gnsd: Tensor, step: StepContext) -> Tensor:
+    def __call__(self, x_te: Tensor, kv_layer: Tensor, step: StepContext) -> Tensor:
         t, d = x_te.shape[0], self.shape.head_dim
         q_thd = self.q(x_te).view(t, self.shape.num_heads, d)
         k_tgd = self.k(x_te).view(t, self.shape.num_kv_heads, d)
@@ -63,5 +63,5 @@ class Attention:
             k_tgd = self.k_norm(k_tgd)
         q_thd = self._kernels.rope(q_thd, step.cos, step.sin)
         k_tgd = self._kernels.rope(k_tgd, step.cos, step.sin)
-        self._kernels.kv_write(kv_2gnsd, k_tgd, v_tgd, step.slots_t)
-        return self.o(self._kernels.attention(q_thd, kv_2gnsd, step.plan).view(t, -1))
+        self._kernels.attention.write(kv_layer, k_tgd, v_tgd, step.slots_t)
+        return self.o(self._kernels.attention(q_thd, kv_layer, step.plan).view(t, -1))

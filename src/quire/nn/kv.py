@@ -1,6 +1,6 @@
 """The KV cache's memory.
 
-Legend: l layers, h KV heads, n blocks, s tokens per block, d head dim.
+Legend: l layers, h KV heads, n blocks, b bytes of a block.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _COPY_BYTES = 64 << 20
 
 
 class KVCache:
-    """Keys and values of all layers, `[l, 2, h, n, s, d]`, allocated once. Which block is whose is not known here.
+    """Keys and values of all layers, `[l, 2, h, n, b]` bytes, allocated once. Which block is whose is not known here,
+    nor what a block's bytes mean: that is the attention kernel's affair (`AttentionKernel.block_bytes`).
 
-    Heads come before blocks, so that gathering one head's blocks gives keys laid end to end. On a CPU, memory is
+    Heads come before blocks, so that a kernel finds one head's blocks side by side. On a CPU, memory is
     reserved rather than taken: a page costs nothing until a block in it is first written. Raises `NotEnoughMemory` when
     not even that much can be reserved.
     """
@@ -34,27 +35,20 @@ class KVCache:
         *,
         num_layers: int,
         num_kv_heads: int,
-        head_dim: int,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        block_bytes: int,
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         # Zeros: attention multiplies unused slots by a weight of zero, so they have to be finite.
-        shape = (num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim)
+        shape = (num_layers, 2, num_kv_heads, num_blocks, block_bytes)
         on_cpu = torch.device(device).type == "cpu"
-        self.data = _untouched_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
-
-    @staticmethod
-    def bytes_per_block(
-        *, num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
-    ) -> int:
-        return num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+        self.data = _untouched_zeros(shape) if on_cpu else torch.zeros(shape, dtype=torch.uint8, device=device)
 
     def layer(self, index: int) -> Tensor:
-        """One layer's `[2, h, n, s, d]`."""
+        """One layer's `[2, h, n, b]`."""
         return self.data[index]
 
     def swap_out(self, pairs: Pairs, host: KVCache) -> None:
@@ -66,9 +60,9 @@ class KVCache:
         _copy(host, self, pairs)
 
 
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _untouched_zeros(shape: tuple[int, ...]) -> Tensor:
     """Zeros in anonymous memory that the kernel hands out page by page, as it is written. The tensor keeps the map."""
-    num_bytes = math.prod(shape) * dtype.itemsize
+    num_bytes = math.prod(shape)
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
@@ -82,7 +76,7 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
 
 
 def _copy(source: KVCache, destination: KVCache, pairs: Pairs) -> None:

@@ -3,30 +3,43 @@
 Legend: t tokens of the step, r requests, h query heads, g KV heads, d head dim, n blocks, s tokens per block, b blocks
 of the longest request, c tokens of a context.
 
-An implementation is in two parts: `plan` is called once per step, with what all layers share, and the call itself once
-per layer. What the plan holds is the implementation's own affair.
+An implementation owns the cache's inner layout: it says how many bytes a block takes, writes keys and values, and
+attends over them. `plan` is called once per step, with what all layers of one shape share, and the call itself once per
+layer. What the plan holds is the implementation's own affair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from quire.ops.op import Inputs, Op, Tolerance, random_int, random_tensor
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """What does not change while an engine runs. `scale` multiplies the scores."""
+    """What does not change while an engine runs. `scale` multiplies the scores.
+
+    * `window`: a token sees this many tokens, itself included.
+    * `softcap`: a scaled score x becomes softcap * tanh(x / softcap).
+    * `slopes`, one per query head (ALiBi): slope * (key's position - query's position) is added after that.
+    * `sinks`, one per query head: a score that takes its share of the weight and has no value.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
+    window: int | None = None
+    softcap: float | None = None
+    slopes: tuple[float, ...] | None = None
+    sinks: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +59,28 @@ class AttentionKernel(Protocol):
         """Tokens per KV block that it can work with."""
         ...
 
+    def block_bytes(self, block_size: int, head_dim: int) -> int:
+        """What one head's keys, or its values, take in one block. A layer's cache is `[2, g, n, block_bytes]` bytes,
+        zeros at first."""
+        ...
+
+    def write(self, kv_layer: Tensor, k_tgd: Tensor, v_tgd: Tensor, slots_t: Tensor) -> None:
+        """Stores new tokens in place: slot `block * s + offset` of each. Nobody reads block 0, and its slots may repeat.
+
+        A value that is not finite is stored as zero. Attention multiplies what lies in a block's unused slots by a
+        weight of zero, and zero times NaN is NaN: a request whose values overflowed would reach the block's next owner.
+        """
+        ...
+
     def plan(self, shape: AttentionShape, requests: PagedRequests) -> Any: ...
 
-    def __call__(self, q_thd: Tensor, kv_2gnsd: Tensor, plan: Any) -> Tensor:
+    def __call__(self, q_thd: Tensor, kv_layer: Tensor, plan: Any) -> Tensor:
         """`[t, h, d]` in the dtype of `q_thd`. Keys and values of the step's own tokens are in the cache already."""
         ...
 
 
 def attention(q_thd: Tensor, kv_2gnsd: Tensor, shape: AttentionShape, requests: PagedRequests) -> Tensor:
-    """Request by request, in float64, with the whole score matrix at once."""
+    """Request by request, in float64, with the whole score matrix at once; keys and values in a plain layout."""
     out_thd = torch.empty_like(q_thd)
     group = shape.num_heads // shape.num_kv_heads
     for request, context in enumerate(requests.context_lens):
@@ -64,11 +90,25 @@ def attention(q_thd: Tensor, kv_2gnsd: Tensor, shape: AttentionShape, requests: 
         k_hcd, v_hcd = kv_2gcd.repeat_interleave(group, dim=1)
         q_hqd = q_thd[rows].double().transpose(0, 1)
         scores_hqc = q_hqd @ k_hcd.transpose(1, 2) * shape.scale
-        positions_q = torch.arange(context - q_hqd.shape[1], context)
-        hidden_qc = torch.arange(context) > positions_q[:, None]
-        weights_hqc = scores_hqc.masked_fill(hidden_qc, float("-inf")).softmax(-1)
+        distance_qc = torch.arange(context) - torch.arange(context - q_hqd.shape[1], context)[:, None]
+        if shape.softcap is not None:
+            scores_hqc = shape.softcap * (scores_hqc / shape.softcap).tanh()
+        if shape.slopes is not None:
+            scores_hqc = scores_hqc + _per_head(shape.slopes) * distance_qc
+        hidden_qc = distance_qc > 0
+        if shape.window is not None:
+            hidden_qc |= distance_qc <= -shape.window
+        scores_hqc = scores_hqc.masked_fill(hidden_qc, float("-inf"))
+        if shape.sinks is not None:
+            sinks_hq1 = _per_head(shape.sinks).expand(-1, q_hqd.shape[1], 1)
+            scores_hqc = torch.cat([scores_hqc, sinks_hq1], dim=-1)
+        weights_hqc = scores_hqc.softmax(-1)[..., :context]
         out_thd[rows] = (weights_hqc @ v_hcd).transpose(0, 1).to(q_thd.dtype)
     return out_thd
+
+
+def _per_head(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None, None]
 
 
 def _inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -92,6 +132,10 @@ def _inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             scale=head_dim**-0.5,
+            window=_sometimes(generator, lambda: random_int(1, 300, generator)),
+            softcap=_sometimes(generator, lambda: random_int(1, 20, generator) / 4),
+            slopes=_sometimes(generator, lambda: _random_floats(group * kv_heads, 0.1, generator)),
+            sinks=_sometimes(generator, lambda: _random_floats(group * kv_heads, 2.0, generator)),
         ),
         "requests": PagedRequests(
             query_start=tuple(torch.tensor([0, *query_lens]).cumsum(0).tolist()),
@@ -100,6 +144,14 @@ def _inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs
             block_size=block_size,
         ),
     }
+
+
+def _sometimes(generator: torch.Generator, make: Callable[[], T]) -> T | None:
+    return make() if random_int(0, 3, generator) == 0 else None
+
+
+def _random_floats(count: int, scale: float, generator: torch.Generator) -> tuple[float, ...]:
+    return tuple(random_tensor(count, dtype=torch.float32, generator=generator, scale=scale).tolist())
 
 
 ATTENTION = Op(

@@ -40,7 +40,6 @@ class Kernels:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     attention: AttentionKernel
     embedding: Callable[[Tensor, Tensor], Tensor]
-    kv_write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     linear: LinearKernel
     linear_fp8: LinearKernel

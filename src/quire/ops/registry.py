@@ -5,9 +5,8 @@ from __future__ import annotations
 from quire.core.registry import Registry
 from quire.ops.activation import SILU_MUL
 from quire.ops.attention import ATTENTION
-from quire.ops.cpu import linear, moe, rows, sampling
+from quire.ops.cpu import attention, linear, moe, rows, sampling
 from quire.ops.embedding import EMBEDDING
-from quire.ops.kv_write import KV_WRITE
 from quire.ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from quire.ops.linear import LINEARS
 from quire.ops.moe import MOE
@@ -24,7 +23,6 @@ AS_DEFINED = (
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
     EMBEDDING,
-    KV_WRITE,
     LAYER_NORM,
     RMS_NORM,
     ROPE,
@@ -80,7 +78,7 @@ def implementations() -> list[Implementation]:
         Implementation(
             op="attention",
             backend="reference",
-            build=lambda target: ReferenceAttention(target.dtype),
+            build=ReferenceAttention,
             unfit=_fits_anywhere,
             preference=0,
             note="online softmax over gathered key tiles, scores in float32",
@@ -88,6 +86,7 @@ def implementations() -> list[Implementation]:
     )
     return [
         *reference,
+        *attention.implementations(),
         *linear.implementations(),
         *moe.implementations(),
         *rows.implementations(),

@@ -7,17 +7,26 @@ from typing import Any
 
 import torch
 
+from quire.core.kv_format import resolve_kv_dtype
 from quire.ops.cpu.library import REFERENCE, kernels_module, open_backend
 
 
 class Target:
-    """`threads` and `isa` concern the CPU: None takes what the machine has; see `ops.cpu.library`."""
+    """`threads` and `isa` concern the CPU: None takes what the machine has; see `ops.cpu.library`. `kv_cache_dtype` is
+    `EngineConfig`'s."""
 
     def __init__(
-        self, device: torch.device | str, dtype: torch.dtype, *, threads: int | None = None, isa: str | None = None
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
+        self.kv_dtype = resolve_kv_dtype(kv_cache_dtype, str(dtype).removeprefix("torch."))
         self.threads = threads
         self.isa = isa
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.ops.cpu.attention import KV_FORMATS
 from quire.ops.cpu.library import kernels_module
 from quire.ops.stack import Stack, StackDescription, StackInputs, StackLayer, StackLinear
 from quire.ops.target import Target
@@ -21,6 +22,7 @@ class CpuStack:
         assert module is not None
         shape = description.attention
         self._description = description
+        self._kv_dtype = target.kv_dtype
         self._hidden = description.embedding.shape[1]
         self._stack: Any = module.Stack(
             target.cpu,
@@ -73,7 +75,7 @@ class CpuStack:
             layer_bytes=kv.stride(0) * kv.itemsize,
             num_blocks=kv.shape[3],
             block_size=requests.block_size,
-            kv_format=0,
+            kv_format=KV_FORMATS[self._kv_dtype],
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             out=out_se.data_ptr(),

@@ -2,7 +2,7 @@
 
 Legend: t tokens, h query heads, g KV heads, r query heads of one KV head, d head dim, n query tiles of a group, m rows
 of a query tile (its tokens times r, padded), p pairs of a query tile and a key tile, x = g * p, w keys of a key tile,
-s tokens per block.
+s tokens per block, b bytes of a block.
 
 Keys are widened to float32, so that scores and weights are float32 whatever the cache holds. The product of weights
 and values is in the cache's dtype, as in flash attention, and tiles are merged in float32. Promise P1 needs that a
@@ -26,7 +26,9 @@ from quire.ops.reference.attention_plan import (
     QueryTiling,
     plan_attention,
 )
+from quire.ops.reference.kv_layout import KVLayout
 from quire.ops.reference.tile_rows import choose_tiling
+from quire.ops.target import Target
 
 
 class ReferenceAttention:
@@ -34,31 +36,54 @@ class ReferenceAttention:
 
     block_sizes = BLOCK_SIZES
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, target: Target) -> None:
+        self._layout = KVLayout(target.kv_dtype, target.dtype)
         self._tilings: dict[tuple[int, int], QueryTiling] = {}
+
+    def block_bytes(self, block_size: int, head_dim: int) -> int:
+        return self._layout.block_bytes(block_size, head_dim)
+
+    def write(self, kv_2gnb: Tensor, k_tgd: Tensor, v_tgd: Tensor, slots_t: Tensor) -> None:
+        self._layout.write(kv_2gnb, k_tgd, v_tgd, slots_t)
 
     def plan(self, shape: AttentionShape, requests: PagedRequests) -> AttentionPlan:
         heads = (shape.num_heads // shape.num_kv_heads, shape.head_dim)
         if heads not in self._tilings:
-            self._tilings[heads] = choose_tiling(*heads, self._dtype, requests.block_table_rb.device)
+            self._tilings[heads] = choose_tiling(*heads, self._layout.read_dtype, requests.block_table_rb.device)
         return plan_attention(shape, self._tilings[heads], requests)
 
-    def __call__(self, q_thd: Tensor, kv_2gnsd: Tensor, plan: AttentionPlan) -> Tensor:
+    def __call__(self, q_thd: Tensor, kv_2gnb: Tensor, plan: AttentionPlan) -> Tensor:
         t, h, d = q_thd.shape
         # One row more than there are tokens: padding is written there.
         out_thd = q_thd.new_empty(t + 1, h, d)
         for group in plan.groups:
-            _attend(q_thd, kv_2gnsd, plan.shape, group, out_thd)
+            _attend(q_thd, _Cache(kv_2gnb, self._layout, plan), group, out_thd)
         return out_thd[:t]
 
 
-def _attend(q_thd: Tensor, kv_2gnsd: Tensor, shape: AttentionShape, group: QueryGroup, out_thd: Tensor) -> None:
+class _Cache:
+    """One layer's keys and values, with what is needed to read them."""
+
+    def __init__(self, kv_2gnb: Tensor, layout: KVLayout, plan: AttentionPlan) -> None:
+        self._kv_2gnb = kv_2gnb
+        self._layout = layout
+        self._block_size = plan.block_size
+        self.shape = plan.shape
+
+    def gather(self, which: int, run: KeyRun) -> Tensor:
+        """A run's keys (0) or values (1) `[g * p, w, d]`. Hidden keys' values are finite: see `AttentionKernel.write`."""
+        g, d = self.shape.num_kv_heads, self.shape.head_dim
+        numbers = self._layout.read(self._kv_2gnb[which], run.blocks, self._block_size, d)
+        return numbers.reshape(g * len(run.queries_p), run.width, d)
+
+
+def _attend(q_thd: Tensor, cache: _Cache, group: QueryGroup, out_thd: Tensor) -> None:
     """Attention of one group of query tiles, written to their rows of `out_thd`."""
+    shape = cache.shape
     q_gnmd = _query_tiles(q_thd, shape, group)
     sums: _Partial | None = None
     for run in group.runs:
-        partial = _attend_run(q_gnmd, kv_2gnsd, shape, group, run)
+        partial = _attend_run(q_gnmd, cache, group, run)
         first = 0
         for count in run.counts:
             tile = partial.tiles(first, first + count)
@@ -68,6 +93,8 @@ def _attend(q_thd: Tensor, kv_2gnsd: Tensor, shape: AttentionShape, group: Query
                 sums.merge(tile, count)
             first += count
     assert sums is not None
+    if shape.sinks is not None:
+        sums.add_sinks(shape)
     _store(sums.weighted_gntrd.div_(sums.total_gntr1), shape, out_thd, group)
 
 
@@ -92,6 +119,15 @@ class _Partial:
         mine.total_gntr1.mul_(decay).add_(other.total_gntr1.mul_(gain))
         mine.weighted_gntrd.mul_(decay).add_(other.weighted_gntrd.mul_(gain))
 
+    def add_sinks(self, shape: AttentionShape) -> None:
+        """Each head's sink takes its share of the weight."""
+        sinks_gr = self.top_gntr1.new_tensor(shape.sinks).view(shape.num_kv_heads, -1)
+        sinks_gntr1 = sinks_gr[:, None, None, :, None].expand_as(self.top_gntr1)
+        top = torch.maximum(self.top_gntr1, sinks_gntr1)
+        decay = (self.top_gntr1 - top).exp_()
+        self.total_gntr1.mul_(decay).add_((sinks_gntr1 - top).exp_())
+        self.weighted_gntrd.mul_(decay)
+
 
 def _query_tiles(q_thd: Tensor, shape: AttentionShape, group: QueryGroup) -> Tensor:
     """Scaled float32 queries `[g, n, m, d]`, a token's query heads side by side; padding rows are zero."""
@@ -103,21 +139,27 @@ def _query_tiles(q_thd: Tensor, shape: AttentionShape, group: QueryGroup) -> Ten
     return q.mul_(shape.scale).view(g, group.count, group.tokens * group.group_rows, d)
 
 
-def _attend_run(q_gnmd: Tensor, kv_2gnsd: Tensor, shape: AttentionShape, group: QueryGroup, run: KeyRun) -> _Partial:
+def _attend_run(q_gnmd: Tensor, cache: _Cache, group: QueryGroup, run: KeyRun) -> _Partial:
     """Each pair of the run by itself: softmax over the keys of its tile alone."""
+    shape = cache.shape
     g, _, m, d = q_gnmd.shape
     p, w, heads = len(run.queries_p), run.width, shape.num_heads // shape.num_kv_heads
     q_xmd = q_gnmd.index_select(1, run.queries_p).view(g * p, m, d)
-    scores_xmw = torch.bmm(q_xmd, _gather(kv_2gnsd[0], run).float().transpose(1, 2))
+    scores_xmw = torch.bmm(q_xmd, cache.gather(0, run).float().transpose(1, 2))
     # The products want padded rows, the rest does without them.
     padded = (g, p, group.tokens, group.group_rows, -1)
     scores_gptrw = scores_xmw.view(padded)[:, :, :, :heads].contiguous()
+    if shape.softcap is not None:
+        scores_gptrw.div_(shape.softcap).tanh_().mul_(shape.softcap)
+    if shape.slopes is not None:
+        slopes_gr = scores_gptrw.new_tensor(shape.slopes).view(g, -1)
+        scores_gptrw.add_(slopes_gr[:, None, None, :, None] * run.distance_ptw[:, :, None])
     if run.hidden_ptw is not None:
         scores_gptrw.masked_fill_(run.hidden_ptw[:, :, None], float("-inf"))
     # Finite, so that a row which sees no key of this tile gets weights of zero, and merging the tile changes nothing.
     top_gptr1 = scores_gptrw.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
     weights_gptrw = scores_gptrw.sub_(top_gptr1).exp_()
-    values_xwd = _gather(kv_2gnsd[1], run)
+    values_xwd = cache.gather(1, run)
     if heads == group.group_rows:
         weights_xmw = weights_gptrw.to(values_xwd.dtype).view(g * p, m, w)
     else:
@@ -127,12 +169,6 @@ def _attend_run(q_gnmd: Tensor, kv_2gnsd: Tensor, shape: AttentionShape, group: 
     weighted_xmd = torch.bmm(weights_xmw, values_xwd)
     weighted_gptrd = weighted_xmd.view(padded)[:, :, :, :heads].float()
     return _Partial(top_gptr1, weights_gptrw.sum(-1, keepdim=True), weighted_gptrd)
-
-
-def _gather(cache_gnsd: Tensor, run: KeyRun) -> Tensor:
-    """A run's keys or values `[g * p, w, d]`. Hidden keys' values are finite: see `kv_write`."""
-    g, _, _, d = cache_gnsd.shape
-    return cache_gnsd.index_select(1, run.blocks).view(g * len(run.queries_p), run.width, d)
 
 
 def _store(result_gntrd: Tensor, shape: AttentionShape, out_thd: Tensor, group: QueryGroup) -> None:

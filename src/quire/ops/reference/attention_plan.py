@@ -49,14 +49,16 @@ class KeyRun:
     """Key tiles of one width that are worked on together: `counts[j]` pairs of a query tile with its j-th tile here,
     for the first `counts[j]` query tiles of the group; p pairs in all, the tile of lowest position first.
 
-    `queries_p` is each pair's query tile, `blocks` the pairs' key blocks end to end. `hidden_ptw` says which keys the
-    tokens of a pair do not see; None where every token sees every key.
+    `queries_p` is each pair's query tile, `blocks` the pairs' key blocks end to end. `distance_ptw` is a key's position
+    less the token's. `hidden_ptw` says which keys the tokens of a pair do not see; None where every token sees every
+    key.
     """
 
     counts: tuple[int, ...]
     width: int
     queries_p: Tensor
     blocks: Tensor
+    distance_ptw: Tensor
     hidden_ptw: Tensor | None
 
 
@@ -79,6 +81,7 @@ class QueryGroup:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
     shape: AttentionShape
+    block_size: int
     groups: tuple[QueryGroup, ...]
 
 
@@ -117,10 +120,10 @@ def plan_attention(shape: AttentionShape, tiling: QueryTiling, requests: PagedRe
                     group_rows=group_rows,
                     rows_in=rows_in.to(table_rb.device),
                     rows_out=rows_out.to(table_rb.device),
-                    runs=_runs(members, positions_nt, table_rb, requests.block_size, pair_bytes),
+                    runs=_runs(members, positions_nt, table_rb, requests.block_size, shape.window, pair_bytes),
                 )
             )
-    return AttentionPlan(shape=shape, groups=tuple(groups))
+    return AttentionPlan(shape=shape, block_size=requests.block_size, groups=tuple(groups))
 
 
 def _cut(query_len: int, token_counts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -191,6 +194,7 @@ def _runs(
     positions_nt: Tensor,
     table_rb: Tensor,
     block_size: int,
+    window: int | None,
     pair_bytes: Callable[[int], int],
 ) -> tuple[KeyRun, ...]:
     table_nb = table_rb[torch.tensor([tile.request for tile in tiles], device=table_rb.device)]
@@ -199,7 +203,10 @@ def _runs(
         counts = tuple(count for _, count in starts_and_counts)
         queries_p = torch.cat([torch.arange(count) for count in counts])
         starts_p = torch.tensor([start for start, count in starts_and_counts for _ in range(count)])
-        hidden_ptw = (starts_p[:, None] + torch.arange(width))[:, None] > positions_nt[queries_p][:, :, None]
+        distance_ptw = (starts_p[:, None] + torch.arange(width))[:, None] - positions_nt[queries_p][:, :, None]
+        hidden_ptw = distance_ptw > 0
+        if window is not None:
+            hidden_ptw |= distance_ptw <= -window
         blocks = [
             table_nb[:count, start // block_size : (start + width) // block_size].flatten()
             for start, count in starts_and_counts
@@ -210,6 +217,7 @@ def _runs(
                 width=width,
                 queries_p=queries_p.to(table_rb.device),
                 blocks=torch.cat(blocks),
+                distance_ptw=distance_ptw.to(table_rb.device),
                 hidden_ptw=hidden_ptw.to(table_rb.device) if hidden_ptw.any() else None,
             )
         )
