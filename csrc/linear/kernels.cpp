@@ -15,9 +15,9 @@
 namespace quire::QUIRE_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 20;      // of input rows, in the second-level cache
+constexpr int64_t kBlockBytes = 1 << 19;      // of input rows, in the second-level cache
 constexpr int64_t kMaxBlockRows = 384;
-constexpr int64_t kTaskWeightBytes = 1 << 16;  // read by a task with few rows, at least
+constexpr int64_t kTaskWeightBytes = 1 << 18;  // read by a task, at most
 
 #if defined(__AMX_TILE__)
 constexpr int64_t kRowStep = 2 * kTileRows, kSpare = kAmxSpare;
@@ -61,7 +61,7 @@ struct Cut {
     task_panels = kTaskWeightBytes / panel_bytes(*products[0].weight);
     const int64_t fair = panels * row_blocks / (4 * threads);
     task_panels = task_panels < fair ? task_panels : fair;
-    task_panels = task_panels < 1 || t > kMaxTileRows ? 1 : task_panels;
+    task_panels = task_panels < 1 ? 1 : task_panels;
     for (int i = 0; i < num_products; ++i) column_tasks += (num_panels(products[i]) + task_panels - 1) / task_panels;
   }
 };

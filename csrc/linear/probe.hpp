@@ -13,12 +13,15 @@ inline constexpr int64_t kProbeSteps = 1 << 14;
 #if defined(__AMX_TILE__)
 template <bool whole>
 inline int64_t spin_tiles() {
+  // Ordinary numbers: with zeros, tiles take less power and run at a higher clock.
+  alignas(64) uint16_t numbers[kTileRows * kTileBytes / 2];
+  for (int64_t i = 0; i < kTileRows * kTileBytes / 2; ++i) numbers[i] = static_cast<uint16_t>(0x3f80 ^ (i * 40503u & 0x807f));
   configure_tiles(kTileRows, kTileRows, kTileBytes);
   zero_sums<true>();
-  _tile_zero(4);
-  _tile_zero(5);
-  _tile_zero(6);
-  _tile_zero(7);
+  _tile_loadd(4, numbers, kTileBytes);
+  _tile_loadd(5, numbers, kTileBytes);
+  _tile_loadd(6, numbers, kTileBytes);
+  _tile_loadd(7, numbers, kTileBytes);
   for (int64_t step = 0; step < kProbeSteps; ++step) dot_tiles<whole, true>();
   _tile_release();
   return kProbeSteps * 4 * kTileRows * kTileRows * kTileBytes / (whole ? 1 : 2);

@@ -25,13 +25,15 @@ inline constexpr int kMaxTileRows = 4, kTileSums = 8;
 inline constexpr int64_t kPanelRow = kPanel * 4;  // bytes of one step over a panel
 inline constexpr int64_t kPrefetch = 2048;         // bytes ahead of what is being multiplied
 
-// Some input rows, as the tiles read them.
+// Some input rows, as the tiles read them: row after row, or, where `chunked`, in chunks of 16 rows by 64 bytes.
 struct TileRows {
   const std::byte* x;    // bf16, or bytes where they were quantised
-  int64_t stride;        // bytes from row to row
-  const float* scale;    // of quantised rows: [rows][groups]
-  const int32_t* sum;
-  int64_t groups;
+  int64_t stride;        // bytes from row to row: 64 within a chunk
+  bool chunked = false;
+  int64_t row_bytes = 0;  // of a row, padded; where `chunked` only
+  const float* scale = nullptr;  // of quantised rows: [rows][groups]
+  const int32_t* sum = nullptr;
+  int64_t groups = 0;
 };
 
 // Vectors side by side for a tile of `rows`: a power of two, at most a panel.
@@ -161,8 +163,9 @@ inline void tile_int4(const TileRows& rows, const std::byte* weights, int64_t gr
   }
 }
 
+// A whole number of chunks, where there are chunks.
 inline TileRows skip_rows(TileRows rows, int64_t count) {
-  rows.x += count * rows.stride;
+  rows.x += count * (rows.chunked ? rows.row_bytes : rows.stride);
   if (rows.scale != nullptr) rows.scale += count * rows.groups;
   if (rows.sum != nullptr) rows.sum += count * rows.groups;
   return rows;

@@ -14,11 +14,22 @@
 #include "linear/tile.hpp"
 #include "simd.hpp"
 
+namespace quire::QUIRE_ISA {
+
+inline constexpr int64_t kTileRows = 16, kTileBytes = 64;
+
+// Where 64 bytes of a row go among rows in chunks, whose tiles follow each other in memory: rows that lie a power of two
+// apart would drive each other, and the weights, out of the cache.
+inline std::byte* chunk_at(std::byte* chunks, int64_t row_bytes, int64_t row, int64_t byte) {
+  return chunks + row / kTileRows * kTileRows * row_bytes + byte * kTileRows + row % kTileRows * kTileBytes;
+}
+
+}  // namespace quire::QUIRE_ISA
+
 #if defined(__AMX_TILE__)
 
 namespace quire::QUIRE_ISA {
 
-inline constexpr int64_t kTileRows = 16, kTileBytes = 64;
 inline constexpr int64_t kBlockSteps = 16;                           // of 16 panel rows each: 32 KiB
 inline constexpr int64_t kStepBytes = kTileRows * kPanelRow;         // of a panel: both weight tiles
 inline constexpr int64_t kAmxSpare = kBlockSteps * kStepBytes + 2 * 4 * 2 * kTileRows * kPanel;
@@ -64,23 +75,39 @@ inline void dot_tiles() {
   }
 }
 
-// Sums += products over `steps` tiles' width of features.
+// Weights to come, to be asked for while tiles multiply: `lines` cache lines a step.
+struct Ahead {
+  const std::byte* next;
+  int64_t lines;
+
+  void ask() {
+    for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+// `bytes` at `next` in equal parts, over `steps` steps of each of `tiles` tiles.
+inline Ahead ahead_of_tile(const std::byte* next, int64_t bytes, int64_t tile, int64_t tiles, int64_t steps) {
+  const int64_t lines = (bytes / 64 + tiles * steps - 1) / (tiles * steps);
+  return {next + tile * steps * lines * 64, lines};
+}
+
+// Sums += products over `steps` tiles' width of features, of input rows beginning at `first_byte` of each row.
 template <bool whole, bool both>
-inline void multiply_tiles(const std::byte* x, int64_t stride, const std::byte* weights, int64_t steps,
-                           int64_t ahead) {
-  const std::byte* lower = x + kTileRows * stride;
+inline void multiply_tiles(const TileRows& rows, int64_t first_byte, const std::byte* weights, int64_t steps,
+                           Ahead& ahead) {
+  const int64_t step_bytes = rows.chunked ? kTileRows * kTileBytes : kTileBytes, stride = rows.stride;
+  const std::byte* upper = rows.x + first_byte / kTileBytes * step_bytes + first_byte % kTileBytes;
+  const std::byte* lower = upper + kTileRows * (rows.chunked ? rows.row_bytes : rows.stride);
   for (int64_t step = 0; step < steps; ++step) {
-    if (ahead > 0) {
-      for (int64_t line = 0; line < kStepBytes; line += 64) __builtin_prefetch(weights + ahead + line, 0, 2);
-    }
+    ahead.ask();
     _tile_loadd(6, weights, kPanelRow);
-    _tile_loadd(4, x, stride);
+    _tile_loadd(4, upper, stride);
     _tile_loadd(7, weights + kTileBytes, kPanelRow);
     if constexpr (both) _tile_loadd(5, lower, stride);
     dot_tiles<whole, both>();
     weights += kStepBytes;
-    x += kTileBytes;
-    lower += kTileBytes;
+    upper += step_bytes;
+    lower += step_bytes;
   }
 }
 
@@ -142,27 +169,30 @@ inline void amx_sums(const PackedWeight& weight, const std::byte* weights, const
                      float* out, std::byte* spare) {
   const bool whole = weight.format == Format::int8, wide = weight.format == Format::fp8;
   const int64_t steps = weight.padded_k * (whole ? 1 : 2) / kTileBytes;
+  const int64_t tiles = (num_rows + 2 * kTileRows - 1) / (2 * kTileRows);
   // Few rows: nothing to keep in the cache but the weights that are to come.
   const int64_t most = num_rows <= 2 * kTileRows && !wide ? steps : kBlockSteps;
   for (int64_t first_step = 0; first_step < steps; first_step += most) {
     const int64_t count = steps - first_step < most ? steps - first_step : most;
     const std::byte* block = weights + first_step * kStepBytes / (wide ? 2 : 1);
+    const int64_t block_bytes = count * kStepBytes / (wide ? 2 : 1);
+    const std::byte* next = most == steps ? block + 2 * kStepBytes : block + block_bytes;
     if (wide) {
       write_out<Fp8Form>(block, count * kTileRows / 2, spare);
       block = spare;
     }
     for_amx_tiles(num_rows, kTileBytes, [&]<bool both>(int64_t first, int64_t) {
-      const std::byte* x = rows.x + first * rows.stride + first_step * kTileBytes;
+      const TileRows here = skip_rows(rows, first);
       if (first_step == 0) {
         zero_sums<both>();
       } else {
         load_sums<both>(out + first * kPanel);
       }
-      const int64_t ahead = most == steps && !wide ? 2 * kStepBytes : 0;
+      Ahead ahead = ahead_of_tile(next, block_bytes, first / (2 * kTileRows), tiles, count);
       if (whole) {
-        multiply_tiles<true, both>(x, rows.stride, block, count, ahead);
+        multiply_tiles<true, both>(here, first_step * kTileBytes, block, count, ahead);
       } else {
-        multiply_tiles<false, both>(x, rows.stride, block, count, ahead);
+        multiply_tiles<false, both>(here, first_step * kTileBytes, block, count, ahead);
       }
       store_sums<both>(out + first * kPanel);
     });
@@ -179,6 +209,7 @@ inline void amx_sums_int4(const PackedWeight& weight, int64_t panel, const std::
   const float* scale = weight.scale + panel * groups * kPanel;
   const float* zero_scale = weight.zero_scale == nullptr ? nullptr : weight.zero_scale + panel * groups * kPanel;
   auto* const whole = reinterpret_cast<int32_t*>(spare + kBlockSteps * kStepBytes);
+  const int64_t tiles = (num_rows + 2 * kTileRows - 1) / (2 * kTileRows);
   constexpr int64_t kWhole = 2 * kTileRows * kPanel;
   for (int64_t first_group = 0; first_group < groups; first_group += most) {
     const int64_t end = first_group + most < groups ? first_group + most : groups;
@@ -188,10 +219,11 @@ inline void amx_sums_int4(const PackedWeight& weight, int64_t panel, const std::
       const auto join = [&](int64_t group) {
         add_groups(here, group, count, whole + group % 2 * kWhole, scale, zero_scale, out + first * kPanel);
       };
+      Ahead ahead = ahead_of_tile(weights + end * group_bytes / 2, (end - first_group) * group_bytes / 2,
+                                  first / (2 * kTileRows), tiles, (end - first_group) * steps);
       for (int64_t group = first_group; group < end; ++group) {
         zero_sums<both>();
-        multiply_tiles<true, both>(here.x + group * group_size, here.stride,
-                                   spare + (group - first_group) * group_bytes, steps, 0);
+        multiply_tiles<true, both>(here, group * group_size, spare + (group - first_group) * group_bytes, steps, ahead);
         store_sums<both>(whole + group % 2 * kWhole);
         if (group > first_group) join(group - 1);
       }
