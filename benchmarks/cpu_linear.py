@@ -1,4 +1,4 @@
-"""Linear layers on the CPU against what the machine can do: `python benchmarks/cpu_linear.py [--isa amx] [--threads 2]`.
+"""Linear layers against what the CPU can do: `python benchmarks/cpu_linear.py [--isa amx] [--threads 2]`.
 
 For each format, shape and number of rows: the best time of several, the bytes of weights read and the operations done
 per second, and their share of the stream-read bandwidth and of the dot-product peak, which are measured first. Weights
@@ -31,10 +31,10 @@ FORMATS = ("bf16", "int8", "int4", "fp8")
 MIB = 1 << 20
 
 
-def random_weight(format: str, n: int, k: int, group_size: int = 128) -> Weight:
+def random_weight(fmt: str, n: int, k: int, group_size: int = 128) -> Weight:
     """Timing does not depend on the values."""
     values_nk = torch.randint(-127, 128, (n, k), dtype=torch.int8)
-    match format:
+    match fmt:
         case "int8":
             return Int8Weight(values_nk=values_nk, scale_n=torch.full((n,), 1e-3))
         case "fp8":
@@ -80,14 +80,14 @@ def main() -> None:
     print(f"{target.cpu.isa}, {target.cpu.threads} threads: reads {bandwidth / 1e9:.1f} GB/s; Gop/s", end=" ")
     print(", ".join(f"{kind} {peak / 1e9:.0f}" for kind, peak in peaks.items()))
     print(f"{'format':7}{'shape':7}{'rows':>5}{'ms':>10}{'GB/s':>8}{'of read':>9}{'Gop/s':>9}{'of peak':>9}")
-    for format in args.formats:
-        peak = peaks["int8" if format in ("int8", "int4") else "bf16"]
+    for fmt in args.formats:
+        peak = peaks["int8" if fmt in ("int8", "int4") else "bf16"]
         for shape in args.shapes:
             n, k = SHAPES[shape]
-            packed = linear.pack(random_weight(format, n, k, args.group_size))
+            packed = linear.pack(random_weight(fmt, n, k, args.group_size))
             nbytes = packed.nbytes
             count = max(1, args.mib * MIB // nbytes)
-            weights = [packed, *(linear.pack(random_weight(format, n, k, args.group_size)) for _ in range(count - 1))]
+            weights = [packed, *(linear.pack(random_weight(fmt, n, k, args.group_size)) for _ in range(count - 1))]
             for rows in args.rows:
                 if shape == "vocab" and rows > 32:
                     continue
@@ -96,7 +96,7 @@ def main() -> None:
                 seconds = best_seconds(linear, x_tk, some, args.seconds)
                 rate, read = 2 * rows * n * k / seconds, nbytes / seconds
                 print(
-                    f"{format:7}{shape:7}{rows:5}{seconds * 1e3:10.3f}{read / 1e9:8.1f}{read / bandwidth:9.0%}"
+                    f"{fmt:7}{shape:7}{rows:5}{seconds * 1e3:10.3f}{read / 1e9:8.1f}{read / bandwidth:9.0%}"
                     f"{rate / 1e9:9.0f}{rate / peak:9.0%}",
                     flush=True,
                 )

@@ -55,26 +55,35 @@ inline bool wants_chunks([[maybe_unused]] int64_t rows) {
 #endif
 }
 
-// Copies rows, `row_of(row)` giving each one's bytes, padded with zeros to `padded` and in chunks if there are many.
+// Up to 64 bytes of `bytes` that begin at `at`, and zeros.
+inline void copy_piece(std::byte* to, const std::byte* from, int64_t at, int64_t bytes) {
+  if (at + 64 <= bytes) {
+    std::memcpy(to, from + at, 64);
+    return;
+  }
+  const int64_t count = at < bytes ? bytes - at : 0;
+  std::memcpy(to, from + at, static_cast<std::size_t>(count));
+  std::memset(to + count, 0, static_cast<std::size_t>(64 - count));
+}
+
+// Rows of `bytes`, `row_of(row)` giving where each begins, padded with zeros to `padded`; in chunks if there are many.
 template <class RowOf>
 inline TileRows copied_rows(Pool& pool, int64_t num_rows, int64_t bytes, int64_t padded, std::byte* to,
                             const RowOf& row_of) {
-  const bool chunked = wants_chunks(num_rows);
-  for_row_blocks(pool, num_rows, [&](int64_t row) {
-    const std::byte* const from = row_of(row);
-    const int64_t piece = chunked ? kTileBytes : padded;
-    for (int64_t at = 0; at < padded; at += piece) {
-      std::byte* const piece_to = chunked ? chunk_at(to, padded, row, at) : to + row * padded;
-      const int64_t left = bytes - at, count = left < 0 ? 0 : left < piece ? left : piece;
-      if (count == kTileBytes) {
-        std::memcpy(piece_to, from + at, kTileBytes);
-      } else {
-        std::memcpy(piece_to, from + at, static_cast<std::size_t>(count));
-        std::memset(piece_to + count, 0, static_cast<std::size_t>(piece - count));
-      }
+  if (!wants_chunks(num_rows)) {
+    for_row_blocks(pool, num_rows, [&](int64_t row) {
+      for (int64_t at = 0; at < padded; at += 64) copy_piece(to + row * padded + at, row_of(row), at, bytes);
+    });
+    return {.x = to, .stride = padded};
+  }
+  parallel_for(pool, (num_rows + kTileRows - 1) / kTileRows, 0, [&](int64_t chunk, int) {
+    const int64_t first = chunk * kTileRows, left = num_rows - first, count = left < kTileRows ? left : kTileRows;
+    std::byte* piece = to + first * padded;
+    for (int64_t at = 0; at < padded; at += kTileBytes, piece += kTileRows * kTileBytes) {
+      for (int64_t row = 0; row < count; ++row) copy_piece(piece + row * kTileBytes, row_of(first + row), at, bytes);
     }
   });
-  return {.x = to, .stride = chunked ? kTileBytes : padded, .chunked = chunked, .row_bytes = padded};
+  return {.x = to, .stride = kTileBytes, .chunked = true, .row_bytes = padded};
 }
 
 inline int64_t whole_chunks(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }

@@ -11,20 +11,22 @@ namespace quire::QUIRE_ISA {
 inline constexpr int64_t kProbeSteps = 1 << 14;
 
 #if defined(__AMX_TILE__)
-template <bool whole>
+template <Weights kind>
 inline int64_t spin_tiles() {
   // Ordinary numbers: with zeros, tiles take less power and run at a higher clock.
   alignas(64) uint16_t numbers[kTileRows * kTileBytes / 2];
-  for (int64_t i = 0; i < kTileRows * kTileBytes / 2; ++i) numbers[i] = static_cast<uint16_t>(0x3f80 ^ (i * 40503u & 0x807f));
+  for (uint32_t i = 0; i < kTileRows * kTileBytes / 2; ++i) {
+    numbers[i] = static_cast<uint16_t>(0x3f80u ^ (i * 40503u & 0x807fu));
+  }
   configure_tiles(kTileRows, kTileRows, kTileBytes);
   zero_sums<true>();
   _tile_loadd(4, numbers, kTileBytes);
   _tile_loadd(5, numbers, kTileBytes);
   _tile_loadd(6, numbers, kTileBytes);
   _tile_loadd(7, numbers, kTileBytes);
-  for (int64_t step = 0; step < kProbeSteps; ++step) dot_tiles<whole, true>();
+  for (int64_t step = 0; step < kProbeSteps; ++step) dot_tiles<kind, true>();
   _tile_release();
-  return kProbeSteps * 4 * kTileRows * kTileRows * kTileBytes / (whole ? 1 : 2);
+  return kProbeSteps * 4 * kTileRows * kTileRows * kTileBytes / (kind == Weights::bf16 ? 2 : 1);
 }
 #endif
 
@@ -51,8 +53,8 @@ inline int64_t spin_vectors(int64_t products_per_lane, const Dot& dot) {
 
 inline int64_t spin(Probe kind) {
 #if defined(__AMX_TILE__)
-  if (kind == Probe::bf16) return spin_tiles<false>();
-  if (kind == Probe::int8) return spin_tiles<true>();
+  if (kind == Probe::bf16) return spin_tiles<Weights::bf16>();
+  if (kind == Probe::int8) return spin_tiles<Weights::unsigned_bytes>();
 #endif
   const I ones = set(unforeseen(0x01010101));
   const F factor = set(unforeseen(0.5f));

@@ -25,7 +25,8 @@ inline constexpr int kMaxTileRows = 4, kTileSums = 8;
 inline constexpr int64_t kPanelRow = kPanel * 4;  // bytes of one step over a panel
 inline constexpr int64_t kPrefetch = 2048;         // bytes ahead of what is being multiplied
 
-// Some input rows, as the tiles read them: row after row, or, where `chunked`, in chunks of 16 rows by 64 bytes.
+// Some input rows, as the tiles read them: row after row, or, where `chunked`, in chunks of 16 rows by 64 bytes that
+// follow each other in memory, as AMX loads them (rows a power of two apart drive each other out of the cache).
 struct TileRows {
   const std::byte* x;    // bf16, or bytes where they were quantised
   int64_t stride;        // bytes from row to row: 64 within a chunk
@@ -109,27 +110,6 @@ inline F add_group(F sum, I whole, F weight_scale, F row_scale) {
 // With zero points: a group's zeros weigh as much as the row's values in it.
 inline F subtract_zeros(F sum, F zero_scale, F row_scale, int32_t row_sum) {
   return fma(-zero_scale, row_scale * set(static_cast<float>(row_sum)), sum);
-}
-
-// One group's whole numbers, [rows][32], joined to the sums of `num_rows` rows.
-inline void add_groups(const TileRows& rows, int64_t group, int64_t num_rows, const int32_t* whole, const float* scale,
-                       const float* zero_scale, float* out) {
-  for (int64_t at = 0; at < kPanel; at += kLanes) {
-    const F weight_scale = load(scale + group * kPanel + at);
-    for (int64_t row = 0; row < num_rows; ++row) {
-      float* const to = out + row * kPanel + at;
-      const F row_scale = set(rows.scale[row * rows.groups + group]);
-      const int32_t row_sum = rows.sum[row * rows.groups + group];
-      const F before = group == 0 ? F{} : load(to);
-      const I values = load(whole + row * kPanel + at);
-      if (zero_scale == nullptr) {
-        store(to, add_group(before, values - 8 * row_sum, weight_scale, row_scale));
-      } else {
-        const F after = add_group(before, values, weight_scale, row_scale);
-        store(to, subtract_zeros(after, load(zero_scale + group * kPanel + at), row_scale, row_sum));
-      }
-    }
-  }
 }
 
 // int4: groups [first, first + count) of one panel. `scale`, `zero_scale`: the panel's.

@@ -3,7 +3,8 @@
 // is the panel, whose layout is that of weight tiles; fp8 and int4 are written out to bf16 and bytes, a block at a time.
 //
 // Four products need four tiles: with everything in the second-level cache, loading takes as long as multiplying. So the
-// panel goes in blocks that stay in the first-level cache while all row tiles pass over them; sums wait in memory.
+// panel goes in blocks that stay in the first-level cache while all row tiles pass over them, loaded so as to leave no
+// trace there; sums wait in memory.
 //
 // A tile product of bf16 adds pairs in an order of its own, which is not that of the vectors' dot product, hence bf16 and
 // fp8 use tiles for one row as for a thousand. Whole numbers are exact: few rows take the vectors (tile.hpp) instead.
@@ -17,12 +18,6 @@
 namespace quire::QUIRE_ISA {
 
 inline constexpr int64_t kTileRows = 16, kTileBytes = 64;
-
-// Where 64 bytes of a row go among rows in chunks, whose tiles follow each other in memory: rows that lie a power of two
-// apart would drive each other, and the weights, out of the cache.
-inline std::byte* chunk_at(std::byte* chunks, int64_t row_bytes, int64_t row, int64_t byte) {
-  return chunks + row / kTileRows * kTileRows * row_bytes + byte * kTileRows + row % kTileRows * kTileBytes;
-}
 
 }  // namespace quire::QUIRE_ISA
 
@@ -59,14 +54,22 @@ inline void configure_tiles(int64_t upper, int64_t lower, int64_t k_bytes) {
   _tile_loadconfig(&config);
 }
 
+// What weight tiles hold; int8's panels are unsigned, int4's values are written out with their sign.
+enum class Weights { bf16, unsigned_bytes, signed_bytes };
+
 // All products of the tiles that are loaded. Tile numbers must be literals.
-template <bool whole, bool both>
+template <Weights kind, bool both>
 inline void dot_tiles() {
-  if constexpr (whole) {
+  if constexpr (kind == Weights::unsigned_bytes) {
     _tile_dpbsud(0, 4, 6);
     _tile_dpbsud(1, 4, 7);
     if constexpr (both) _tile_dpbsud(2, 5, 6);
     if constexpr (both) _tile_dpbsud(3, 5, 7);
+  } else if constexpr (kind == Weights::signed_bytes) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    if constexpr (both) _tile_dpbssd(2, 5, 6);
+    if constexpr (both) _tile_dpbssd(3, 5, 7);
   } else {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -92,7 +95,7 @@ inline Ahead ahead_of_tile(const std::byte* next, int64_t bytes, int64_t tile, i
 }
 
 // Sums += products over `steps` tiles' width of features, of input rows beginning at `first_byte` of each row.
-template <bool whole, bool both>
+template <Weights kind, bool both>
 inline void multiply_tiles(const TileRows& rows, int64_t first_byte, const std::byte* weights, int64_t steps,
                            Ahead& ahead) {
   const int64_t step_bytes = rows.chunked ? kTileRows * kTileBytes : kTileBytes, stride = rows.stride;
@@ -101,10 +104,10 @@ inline void multiply_tiles(const TileRows& rows, int64_t first_byte, const std::
   for (int64_t step = 0; step < steps; ++step) {
     ahead.ask();
     _tile_loadd(6, weights, kPanelRow);
-    _tile_loadd(4, upper, stride);
+    _tile_stream_loadd(4, upper, stride);
     _tile_loadd(7, weights + kTileBytes, kPanelRow);
-    if constexpr (both) _tile_loadd(5, lower, stride);
-    dot_tiles<whole, both>();
+    if constexpr (both) _tile_stream_loadd(5, lower, stride);
+    dot_tiles<kind, both>();
     weights += kStepBytes;
     upper += step_bytes;
     lower += step_bytes;
@@ -149,16 +152,19 @@ inline void for_amx_tiles(int64_t rows, int64_t k_bytes, const Body& body) {
   }
 }
 
-// Panel rows, each written out as two: `Form` is fp8 or int4.
+// Panel rows, each written out as two: `Form` is fp8 or int4. `zero` is taken from each byte.
 template <class Form>
-inline void write_out(const std::byte* from, int64_t num_rows, std::byte* to) {
+inline void write_out(const std::byte* from, int64_t num_rows, std::byte* to, int8_t zero = 0) {
+  typedef int8_t B __attribute__((vector_size(64)));
   for (int64_t row = 0; row < num_rows; ++row) {
     for (int64_t at = 0; at < kPanelRow; at += 64) {
       I units[2];
       __builtin_prefetch(from + row * kPanelRow + at + kPrefetch);
       Form::expand(load_units(from + row * kPanelRow + at), units);
-      std::memcpy(to + 2 * row * kPanelRow + at, &units[0], 64);
-      std::memcpy(to + (2 * row + 1) * kPanelRow + at, &units[1], 64);
+      for (int half = 0; half < 2; ++half) {
+        const B bytes = reinterpret_cast<B>(units[half]) - zero;
+        std::memcpy(to + (2 * row + half) * kPanelRow + at, &bytes, sizeof bytes);
+      }
     }
   }
   settle();
@@ -190,12 +196,33 @@ inline void amx_sums(const PackedWeight& weight, const std::byte* weights, const
       }
       Ahead ahead = ahead_of_tile(next, block_bytes, first / (2 * kTileRows), tiles, count);
       if (whole) {
-        multiply_tiles<true, both>(here, first_step * kTileBytes, block, count, ahead);
+        multiply_tiles<Weights::unsigned_bytes, both>(here, first_step * kTileBytes, block, count, ahead);
       } else {
-        multiply_tiles<false, both>(here, first_step * kTileBytes, block, count, ahead);
+        multiply_tiles<Weights::bf16, both>(here, first_step * kTileBytes, block, count, ahead);
       }
       store_sums<both>(out + first * kPanel);
     });
+  }
+}
+
+// One group's whole numbers, [rows][32], joined to the float sums; zeros are off already where they are all 8.
+inline void add_group_sums(const TileRows& rows, int64_t group, int64_t num_rows, const int32_t* whole,
+                           const float* scale, const float* zero_scale, float* out) {
+  for (int64_t at = 0; at < kPanel; at += kLanes) {
+    const F weight_scale = load(scale + group * kPanel + at);
+    const auto join = [&](int64_t row, F before) {
+      const F row_scale = set(rows.scale[row * rows.groups + group]);
+      const F after = add_group(before, load(whole + row * kPanel + at), weight_scale, row_scale);
+      if (zero_scale == nullptr) return after;
+      return subtract_zeros(after, load(zero_scale + group * kPanel + at), row_scale,
+                            rows.sum[row * rows.groups + group]);
+    };
+    float* to = out + at;
+    if (group == 0) {
+      for (int64_t row = 0; row < num_rows; ++row, to += kPanel) store(to, join(row, F{}));
+    } else {
+      for (int64_t row = 0; row < num_rows; ++row, to += kPanel) store(to, join(row, load(to)));
+    }
   }
 }
 
@@ -213,17 +240,19 @@ inline void amx_sums_int4(const PackedWeight& weight, int64_t panel, const std::
   constexpr int64_t kWhole = 2 * kTileRows * kPanel;
   for (int64_t first_group = 0; first_group < groups; first_group += most) {
     const int64_t end = first_group + most < groups ? first_group + most : groups;
-    write_out<Int4Form>(weights + first_group * group_bytes / 2, (end - first_group) * group_size / 8, spare);
+    write_out<Int4Form>(weights + first_group * group_bytes / 2, (end - first_group) * group_size / 8, spare,
+                        zero_scale == nullptr ? 8 : 0);
     for_amx_tiles(num_rows, k_bytes, [&]<bool both>(int64_t first, int64_t count) {
       const TileRows here = skip_rows(rows, first);
       const auto join = [&](int64_t group) {
-        add_groups(here, group, count, whole + group % 2 * kWhole, scale, zero_scale, out + first * kPanel);
+        add_group_sums(here, group, count, whole + group % 2 * kWhole, scale, zero_scale, out + first * kPanel);
       };
       Ahead ahead = ahead_of_tile(weights + end * group_bytes / 2, (end - first_group) * group_bytes / 2,
                                   first / (2 * kTileRows), tiles, (end - first_group) * steps);
       for (int64_t group = first_group; group < end; ++group) {
         zero_sums<both>();
-        multiply_tiles<true, both>(here, group * group_size, spare + (group - first_group) * group_bytes, steps, ahead);
+        multiply_tiles<Weights::signed_bytes, both>(here, group * group_size,
+                                                    spare + (group - first_group) * group_bytes, steps, ahead);
         store_sums<both>(whole + group % 2 * kWhole);
         if (group > first_group) join(group - 1);
       }

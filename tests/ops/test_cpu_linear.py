@@ -14,8 +14,8 @@ from torch import Tensor
 from quire.ops.cpu.library import kernels_module, usable_isas
 from quire.ops.cpu.linear import CpuLinear
 from quire.ops.kernels import select
-from quire.ops.linear import linear_fp8, linear_int4, linear_int8, quantize_rows
 from quire.ops.linear import linear as linear_bf16
+from quire.ops.linear import linear_fp8, linear_int4, linear_int8, quantize_rows
 from quire.ops.target import Target
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight, pack_nibbles
 
@@ -25,17 +25,17 @@ BITS = {"bf16": 16, "int8": 8, "int4": 4, "fp8": 8}
 
 pytestmark = pytest.mark.skipif(not usable_isas(), reason="made without a compiler")
 each_isa = pytest.mark.parametrize("isa", usable_isas())
-each_format = pytest.mark.parametrize("format", FORMATS)
+each_format = pytest.mark.parametrize("fmt", FORMATS)
 
 
 def target(isa: str, threads: int = 2) -> Target:
     return Target("cpu", torch.bfloat16, isa=isa, threads=threads)
 
 
-def make_weight(format: str, n: int, k: int, seed: int, *, group_size: int = 32, zeros: bool = True) -> Weight:
+def make_weight(fmt: str, n: int, k: int, seed: int, *, group_size: int = 32, zeros: bool = True) -> Weight:
     generator = torch.Generator().manual_seed(seed)
     scale_n = torch.rand(n, generator=generator).add_(0.5).mul_(k**-0.5)
-    match format:
+    match fmt:
         case "int8":
             values = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
             return Int8Weight(values_nk=values, scale_n=scale_n / 64)
@@ -63,9 +63,9 @@ def run_products(target: Target, x_tk: Tensor, *products: Any) -> None:
 @each_isa
 @each_format
 @pytest.mark.parametrize(("k", "n"), [(1024, 160), (3072, 96), (576, 60), (96, 33), (4128, 20)])
-def test_rows_have_the_same_bits_from_one_to_4096_on_one_thread_or_two(isa: str, format: str, k: int, n: int) -> None:
+def test_rows_have_the_same_bits_from_one_to_4096_on_one_thread_or_two(isa: str, fmt: str, k: int, n: int) -> None:
     rows = 4096 if k == 96 else 300
-    x, weight = make_rows(rows, k, seed=k), make_weight(format, n, k, seed=n)
+    x, weight = make_rows(rows, k, seed=k), make_weight(fmt, n, k, seed=n)
     kernels = [CpuLinear(target(isa, threads)) for threads in (1, 2)]
     one, two = ((kernel, kernel.pack(weight)) for kernel in kernels)
     whole = two[0](x, two[1])
@@ -78,7 +78,7 @@ def test_rows_have_the_same_bits_from_one_to_4096_on_one_thread_or_two(isa: str,
 @each_isa
 @settings(max_examples=30, deadline=None)
 @given(
-    format=st.sampled_from(FORMATS),
+    fmt=st.sampled_from(FORMATS),
     t=st.integers(1, 70),
     k=st.integers(1, 200),
     n=st.integers(1, 100),
@@ -87,12 +87,12 @@ def test_rows_have_the_same_bits_from_one_to_4096_on_one_thread_or_two(isa: str,
     seed=st.integers(0, 2**16),
 )
 def test_any_shape_agrees_with_the_definition(
-    isa: str, format: str, t: int, k: int, n: int, group_size: int, zeros: bool, seed: int
+    isa: str, fmt: str, t: int, k: int, n: int, group_size: int, zeros: bool, seed: int
 ) -> None:
-    k = -(-k // group_size) * group_size if format == "int4" else k
-    x, weight = make_rows(t, k, seed), make_weight(format, n, k, seed, group_size=group_size, zeros=zeros)
+    k = -(-k // group_size) * group_size if fmt == "int4" else k
+    x, weight = make_rows(t, k, seed), make_weight(fmt, n, k, seed, group_size=group_size, zeros=zeros)
     kernel = CpuLinear(target(isa))
-    expected = DEFINITIONS[format](x, weight)  # type: ignore[operator]
+    expected = DEFINITIONS[fmt](x, weight)  # type: ignore[operator]
     torch.testing.assert_close(kernel(x, kernel.pack(weight)), expected, rtol=1.6e-2, atol=1e-2)
 
 
@@ -112,9 +112,9 @@ def test_every_e4m3_value_is_widened_exactly(isa: str) -> None:
 
 @each_isa
 @each_format
-def test_layouts_of_the_input(isa: str, format: str) -> None:
+def test_layouts_of_the_input(isa: str, fmt: str) -> None:
     kernel = CpuLinear(target(isa))
-    packed = kernel.pack(make_weight(format, 40, 96, seed=1))
+    packed = kernel.pack(make_weight(fmt, 40, 96, seed=1))
     wide = make_rows(30, 200, seed=2)
     expected = kernel(wide[:, 5:101].contiguous(), packed)
     assert torch.equal(kernel(wide[:, 5:101], packed), expected)
@@ -126,10 +126,10 @@ def test_layouts_of_the_input(isa: str, format: str) -> None:
 @each_isa
 @each_format
 @pytest.mark.parametrize("t", [1, 7, 33, 100])
-def test_epilogues_are_the_separate_ops_bit_for_bit(isa: str, format: str, t: int) -> None:
+def test_epilogues_are_the_separate_ops_bit_for_bit(isa: str, fmt: str, t: int) -> None:
     where, module = target(isa), kernels_module()
     kernel, n, k = CpuLinear(where), 75, 192
-    gate, up = (kernel.pack(make_weight(format, n, k, seed)) for seed in (1, 2))
+    gate, up = (kernel.pack(make_weight(fmt, n, k, seed)) for seed in (1, 2))
     x, residual, bias, up_bias = make_rows(t, k, 3), make_rows(t, n, 4), make_rows(1, n, 5)[0], make_rows(1, n, 6)[0]
     y, y_up = kernel(x, gate, bias), kernel(x, up, up_bias)
 
@@ -158,11 +158,11 @@ def test_epilogues_are_the_separate_ops_bit_for_bit(isa: str, format: str, t: in
 @each_isa
 @each_format
 @pytest.mark.parametrize("t", [1, 50])
-def test_products_of_one_call_are_what_they_are_alone(isa: str, format: str, t: int) -> None:
+def test_products_of_one_call_are_what_they_are_alone(isa: str, fmt: str, t: int) -> None:
     where, module = target(isa), kernels_module()
     kernel, k = CpuLinear(where), 160
     x = make_rows(t, k, 1)
-    packed = [kernel.pack(make_weight(format, n, k, n)) for n in (128, 64, 33)]
+    packed = [kernel.pack(make_weight(fmt, n, k, n)) for n in (128, 64, 33)]
     outs = [torch.empty(t, weight.n, dtype=torch.bfloat16) for weight in packed]
     products = [module.Product(w, out.data_ptr(), w.n) for w, out in zip(packed, outs, strict=True)]
     run_products(where, x, *products)
@@ -202,12 +202,12 @@ def test_rows_are_quantized_as_defined_bit_for_bit(
 
 @each_format
 @pytest.mark.parametrize(("n", "k"), [(1, 128), (32, 64), (33, 192), (2048, 1024)])
-def test_packed_size_is_the_padded_weight_and_its_scales(format: str, n: int, k: int) -> None:
-    packed = CpuLinear(target(usable_isas()[-1])).pack(make_weight(format, n, k, seed=0, group_size=64, zeros=False))
+def test_packed_size_is_the_padded_weight_and_its_scales(fmt: str, n: int, k: int) -> None:
+    packed = CpuLinear(target(usable_isas()[-1])).pack(make_weight(fmt, n, k, seed=0, group_size=64, zeros=False))
     padded_n = -(-n // 32) * 32
-    scales = {"bf16": 0, "int8": padded_n, "fp8": padded_n, "int4": padded_n * k // 64}[format]
-    assert (packed.n, packed.k, packed.format) == (n, k, format)
-    assert packed.nbytes == padded_n * k * BITS[format] // 8 + 4 * scales
+    scales = {"bf16": 0, "int8": padded_n, "fp8": padded_n, "int4": padded_n * k // 64}[fmt]
+    assert (packed.n, packed.k, packed.format) == (n, k, fmt)
+    assert packed.nbytes == padded_n * k * BITS[fmt] // 8 + 4 * scales
 
 
 @each_isa
