@@ -68,9 +68,9 @@ def quantize(
     if calibration is None or chosen == "rtn":
         weights = rounded(source, source.quantized)
     else:
-        from quire.models.quantization.calibrate import calibrated
+        from quire.models.quantization.calibrate import calibrated, windows
 
-        weights = calibrated(source, _sequences(calibration, directory, calibration_tokens))
+        weights = calibrated(source, windows(source, _token_ids(calibration, directory), calibration_tokens))
     from rich.console import Console
     from rich.progress import track
 
@@ -95,9 +95,8 @@ def _check(form: Quantization, group_size: int, method: Method, calibration: Pat
         )
 
 
-def _sequences(path: Path, directory: Path, max_tokens: int) -> list[list[int]]:
+def _token_ids(path: Path, directory: Path) -> list[int]:
     from quire.cli.text_file import read_text
-    from quire.models.quantization.calibrate import windows
     from quire.text.tokenizer import Tokenizer
 
     ids = Tokenizer.load(directory).encode(read_text(path, param="calibration"), add_special_tokens=False)
@@ -105,4 +104,4 @@ def _sequences(path: Path, directory: Path, max_tokens: int) -> list[list[int]]:
         raise ConfigError(
             f"{path} has {len(ids)} tokens.", param="calibration", remedy=f"Name a text of {FEWEST_TOKENS} at least."
         )
-    return windows(ids, max_tokens)
+    return ids

@@ -32,14 +32,14 @@ from quire.ops.target import Target
 from quire.ops.weight import QuantizedWeight, Weight
 
 WINDOW = 512
-"""Tokens of a sequence."""
+"""Most tokens of a sequence."""
 _BATCH_TOKENS = 2048
 
 
-def windows(token_ids: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Sequences of `WINDOW` tokens, the last perhaps shorter."""
-    ids = list(token_ids[:max_tokens])
-    return [ids[first : first + WINDOW] for first in range(0, len(ids), WINDOW)]
+def windows(source: Source, token_ids: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """A text's first tokens, as sequences that the model has positions for."""
+    ids, length = list(token_ids[:max_tokens]), _window(source)
+    return [ids[first : first + length] for first in range(0, len(ids), length)]
 
 
 @torch.inference_mode()
@@ -147,7 +147,11 @@ def _one_layer(
 ) -> Decoder:
     arch = replace(source.arch, num_layers=1, tie_word_embeddings=True)
     parameters = _LayerParameters(stream, replaced, index, arch.hidden_size)
-    return build_decoder(arch, parameters, kernels, max_model_len=WINDOW)
+    return build_decoder(arch, parameters, kernels, max_model_len=_window(source))
+
+
+def _window(source: Source) -> int:
+    return min(WINDOW, source.arch.rope.default_context)
 
 
 def _embed(source: Source, batch: Sequence[Sequence[int]], kernels: Kernels) -> Tensor:
