@@ -26,7 +26,7 @@ def matrix(n: int, k: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> to
 @given(n=st.integers(1, 40), groups=st.integers(1, 4), seed=st.integers(0, 99))
 def test_the_error_is_at_most_a_step(scheme: Scheme, n: int, groups: int, seed: int) -> None:
     """Half a step of the grid where it is even; a sixteenth of the value for 8-bit floats, with three mantissa bits.
-    The least-squares scale of int4 moves the grid after rounding, and its one-sided end costs half a step more."""
+    Of int4, one end of the range is a step nearer than the other, and both are cut off by a quarter."""
     weight_nk = matrix(n, groups * 128, seed)
     rounded = round_weight(weight_nk, scheme)
     assert weight_shape(rounded) == weight_nk.shape
