@@ -76,7 +76,6 @@ def test_an_unknown_architecture_is_named_beside_the_known_ones() -> None:
         ("hidden_act", 3),
         ("attention_bias", "yes"),
         ("tie_word_embeddings", 1),
-        ("quantization_config", {"quant_method": "awq"}),
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_used_is_named_with_its_file_and_value(field: str, value: Any) -> None:
