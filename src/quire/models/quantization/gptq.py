@@ -37,8 +37,9 @@ def gptq(weight_nk: Tensor, energy_kk: Tensor, scheme: Scheme) -> QuantizedWeigh
     scale_ng = search_scales(weight_nk, energy_kk.diagonal(), group_size, low, high)
     order_k = energy_kk.diagonal().argsort(descending=True, stable=True)
     upper_kk = _inverse_factor(energy_kk[order_k][:, order_k])
-    values_nk = _round_columns(weight_nk[:, order_k], upper_kk, scale_ng[:, order_k // group_size], low, high)
-    values_nk = torch.empty_like(values_nk).index_copy_(1, order_k, values_nk)
+    scale_kn = scale_ng.T[order_k // group_size].contiguous()
+    values_kn = _round_columns(weight_nk.T[order_k].contiguous(), upper_kk, scale_kn, low, high)
+    values_nk = torch.empty(len(weight_nk), k).index_copy_(1, order_k, values_kn.T)
     if scheme.format == "int8":
         return Int8Weight(values_nk=values_nk.to(torch.int8), scale_n=scale_ng[:, 0].contiguous())
     nibbles = pack_offset_nibbles(values_nk)
@@ -86,19 +87,18 @@ def _inverse_factor(energy_kk: Tensor) -> Tensor:
     )
 
 
-def _round_columns(weight_nk: Tensor, upper_kk: Tensor, scale_nk: Tensor, low: int, high: int) -> Tensor:
-    """Whole numbers, in float32. `weight_nk` is overwritten."""
-    k = weight_nk.shape[1]
-    values_nk = torch.empty_like(weight_nk)
-    inverse_nk = inverse(scale_nk)
+def _round_columns(weight_kn: Tensor, upper_kk: Tensor, scale_kn: Tensor, low: int, high: int) -> Tensor:
+    """Whole numbers, in float32. A column of the weight is a row here, for the cache. `weight_kn` is overwritten."""
+    k = len(weight_kn)
+    values_kn = torch.empty_like(weight_kn)
+    inverse_kn = inverse(scale_kn)
     for first in range(0, k, _BLOCK):
         last = min(first + _BLOCK, k)
-        block_nb, errors_nb = weight_nk[:, first:last], torch.empty(len(weight_nk), last - first)
+        errors_bn = torch.empty_like(weight_kn[first:last])
         for at in range(first, last):
-            column_n = weight_nk[:, at]
-            values_nk[:, at] = (column_n * inverse_nk[:, at]).round_().clamp_(low, high)
-            error_n = (column_n - values_nk[:, at] * scale_nk[:, at]) / upper_kk[at, at]
-            errors_nb[:, at - first] = error_n
-            block_nb[:, at - first + 1 :] -= torch.outer(error_n, upper_kk[at, at + 1 : last])
-        weight_nk[:, last:] -= errors_nb @ upper_kk[first:last, last:]
-    return values_nk
+            torch.mul(weight_kn[at], inverse_kn[at], out=values_kn[at]).round_().clamp_(low, high)
+            error_n = errors_bn[at - first]
+            torch.addcmul(weight_kn[at], values_kn[at], scale_kn[at], value=-1, out=error_n).div_(upper_kk[at, at])
+            weight_kn[at + 1 : last].addr_(upper_kk[at, at + 1 : last], error_n, alpha=-1)
+        weight_kn[last:].addmm_(upper_kk[first:last, last:].T, errors_bn, alpha=-1)
+    return values_kn
