@@ -18,6 +18,7 @@ struct MoeBlock {
 
   MoeBlock(const PackedWeight& router, const nb::list& gate, const nb::list& up, const nb::list& down, int64_t top_k,
            bool renormalize) {
+    if (up.size() != gate.size() || down.size() != gate.size()) throw std::invalid_argument("number of experts");
     for (std::size_t i = 0; i < gate.size(); ++i) {
       experts.push_back({&nb::cast<PackedWeight&>(gate[i]), &nb::cast<PackedWeight&>(up[i]),
                          &nb::cast<PackedWeight&>(down[i])});

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from quire.core.errors import QuireError
 from quire.core.request import TokenLogprobs
 from quire.ops.attention import AttentionKernel
 from quire.ops.cpu.library import REFERENCE, usable_isas
-from quire.ops.kernels import select
+from quire.ops.kernels import Kernels, select
 from quire.ops.linear import LINEARS
+from quire.ops.moe import MoeWeights
 from quire.ops.op import Implementation, Inputs
 from quire.ops.registry import implementations, op_registry
 from quire.ops.target import Target
@@ -60,14 +62,24 @@ def written(kernel: AttentionKernel, kv_2gnsd: Tensor) -> Tensor:
     return cache
 
 
-def compute(implementation: Implementation, kernel: Any, inputs: Inputs) -> list[Tensor]:
+def packed(kernels: Kernels, weights: MoeWeights) -> MoeWeights:
+    """By the linear kernels that serve each weight."""
+    lists = (
+        [kernels.linear_for(weight).pack(weight) for weight in each]
+        for each in (weights.gate, weights.up, weights.down)
+    )
+    gate, up, down = lists
+    return replace(weights, router=kernels.linear.pack(weights.router), gate=gate, up=up, down=down)
+
+
+def compute(implementation: Implementation, target: Target, kernel: Any, inputs: Inputs) -> list[Tensor]:
     """All results of a call, what it wrote in place included."""
     inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     if implementation.op == "attention":
         plan = kernel.plan(inputs["shape"], inputs["requests"])
         results = kernel(inputs["q_thd"], written(kernel, inputs["kv_2gnsd"]), plan)
     elif implementation.op == "moe":
-        results = kernel(inputs["x_te"], kernel.pack(inputs["weights"]))
+        results = kernel(inputs["x_te"], kernel.join(packed(select(target), inputs["weights"])))
     elif implementation.op in {op.name for op in LINEARS}:
         results = kernel(inputs["x_tk"], kernel.pack(inputs["weight"]), inputs["bias_n"])
     else:
@@ -93,7 +105,7 @@ def test_agrees_with_the_definition(implementation: Implementation, target: Targ
     if expected is None:
         expected = tuple(value for value in expected_inputs.values() if isinstance(value, Tensor))
     expected = expected if isinstance(expected, tuple) else (expected,)
-    found = compute(implementation, implementation.build(target), inputs)
+    found = compute(implementation, target, implementation.build(target), inputs)
     tolerance = op.tolerances[target.dtype]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance.relative, atol=tolerance.absolute)
@@ -109,11 +121,11 @@ def test_a_row_has_the_same_bits_in_any_batch(
     assert op is not None
     inputs = op.inputs(rows, target.dtype, torch.Generator().manual_seed(seed))
     kernel = implementation.build(target)
-    whole = compute(implementation, kernel, inputs)
+    whole = compute(implementation, target, kernel, inputs)
     start = data.draw(st.integers(0, rows - 1), label="start")
     stop = data.draw(st.integers(start + 1, rows), label="stop")
     some = {name: value[start:stop] if name in op.row_arguments else value for name, value in inputs.items()}
-    for part, all_rows in zip(compute(implementation, kernel, some), whole, strict=True):
+    for part, all_rows in zip(compute(implementation, target, kernel, some), whole, strict=True):
         assert torch.equal(part, all_rows[start:stop])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,12 @@ def kernels(isa: str, threads: int = 1) -> Kernels:
     return select(Target("cpu", BF16, isa=isa, threads=threads))
 
 
+def join(kernels: Kernels, weights: MoeWeights):
+    gate, up, down = (list(map(kernels.linear.pack, each)) for each in (weights.gate, weights.up, weights.down))
+    packed = replace(weights, router=kernels.linear.pack(weights.router), gate=gate, up=up, down=down)
+    return kernels.moe.join(packed)
+
+
 def test_routing_is_that_of_transformers():
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -64,9 +71,9 @@ def test_of_equally_likely_experts_the_first_are_taken():
 def test_it_is_near_the_definition_and_the_same_on_two_threads(isa, rows, renormalize):
     weights = block(renormalize=renormalize)
     x = random(rows, E, seed=6) * 5
-    one, two = kernels(isa, 1).moe, kernels(isa, 2).moe
-    found = one(x, one.pack(weights))
-    assert torch.equal(found, two(x, two.pack(weights)))
+    one, two = kernels(isa, 1), kernels(isa, 2)
+    found = one.moe(x, join(one, weights))
+    assert torch.equal(found, two.moe(x, join(two, weights)))
     expected = moe(x, weights)
     # A logit may round the other way and the row see another expert: rare, and no fault.
     near = torch.isclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2).all(-1)
@@ -76,8 +83,8 @@ def test_it_is_near_the_definition_and_the_same_on_two_threads(isa, rows, renorm
 @ISAS
 def test_a_row_has_the_same_bits_in_any_company(isa):
     """Enough rows for experts to see many of them and few."""
-    kernel = kernels(isa, 2).moe
-    weights = kernel.pack(block())
+    chosen = kernels(isa, 2)
+    kernel, weights = chosen.moe, join(chosen, block())
     x = random(500, E, seed=7) * 5
     whole = kernel(x, weights)
     for start, stop in ((0, 1), (7, 9), (100, 165), (3, 499), (499, 500)):
@@ -88,8 +95,8 @@ def test_a_row_has_the_same_bits_in_any_company(isa):
 
 @pytest.mark.parametrize("isa", [REFERENCE, *usable_isas()])
 def test_a_broken_row_harms_no_other(isa):
-    kernel = kernels(isa).moe
-    weights = kernel.pack(block())
+    chosen = kernels(isa)
+    kernel, weights = chosen.moe, join(chosen, block())
     x = random(9, E, seed=8)
     healthy = kernel(x, weights)
     x[4, 5] = math.nan
@@ -102,8 +109,8 @@ def test_a_broken_row_harms_no_other(isa):
 
 @ISAS
 def test_two_blocks_share_memory_and_differ_in_size(isa):
-    kernel = kernels(isa).moe
-    small, large = kernel.pack(block(2, num_experts=4)), kernel.pack(block(8))
+    chosen = kernels(isa)
+    kernel, small, large = chosen.moe, join(chosen, block(2, num_experts=4)), join(chosen, block(8))
     x = random(20, E, seed=9)
     alone = kernel(x, small)
     kernel(random(200, E, seed=10), large)
@@ -112,12 +119,10 @@ def test_two_blocks_share_memory_and_differ_in_size(isa):
 
 @ISAS
 def test_shapes_that_do_not_go_together(isa):
-    kernel = kernels(isa).moe
     plain = block()
-    wrong = MoeWeights(
-        router=plain.router, gate=plain.gate, up=plain.up, down=plain.up, top_k=plain.top_k, renormalize=True
-    )
     with pytest.raises(ValueError, match="shape"):
-        kernel.pack(wrong)
+        join(kernels(isa), replace(plain, down=plain.up))
     with pytest.raises(ValueError, match="number of experts"):
-        kernel.pack(block(N + 1))
+        join(kernels(isa), replace(plain, top_k=N + 1))
+    with pytest.raises(ValueError, match="number of experts"):
+        join(kernels(isa), replace(plain, gate=plain.gate[:-1]))

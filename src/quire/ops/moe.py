@@ -23,26 +23,28 @@ Ffn = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeWeights:
-    """Expert j is `down[j](silu(gate[j](x)) * up[j](x))`; the experts' weights are all of one format.
+    """Expert j is `down[j](silu(gate[j](x)) * up[j](x))`; its gate and up are of one format.
 
-    `router` is `[n, e]`. `renormalize`: the probabilities of a row's experts are made to add up to 1.
+    `router` is `[n, e]`, plain. For the definition, weights are as a checkpoint has them; for a kernel, as the linear
+    kernels of the same back end have packed them. `renormalize`: the probabilities of a row's experts are made to add
+    up to 1.
     """
 
-    router: Tensor
-    gate: Sequence[Weight]
-    up: Sequence[Weight]
-    down: Sequence[Weight]
+    router: Any
+    gate: Sequence[Any]
+    up: Sequence[Any]
+    down: Sequence[Any]
     top_k: int
     renormalize: bool
 
 
 class MoeKernel(Protocol):
-    def pack(self, weights: MoeWeights) -> Any:
-        """The weights in the kernel's own layout, made once at load."""
+    def join(self, weights: MoeWeights) -> Any:
+        """Weights that the linear kernels have packed, as one; none is copied."""
         ...
 
     def __call__(self, x_te: Tensor, weights: Any) -> Tensor:
-        """`[t, e]` in the dtype of `x_te`; `weights` is what `pack` gave."""
+        """`[t, e]` in the dtype of `x_te`; `weights` is what `join` gave."""
         ...
 
 

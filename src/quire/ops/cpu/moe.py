@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from quire.ops.cpu.library import kernels_module
-from quire.ops.cpu.linear import CpuLinear
 from quire.ops.moe import MoeWeights
 from quire.ops.op import Implementation
 from quire.ops.target import Target
@@ -21,16 +20,12 @@ class CpuMoe:
         self._backend = target.cpu
         module: Any = kernels_module()
         self._module = module
-        self._linear = CpuLinear(target)
         self._memory = module.MoeMemory()
 
-    def pack(self, weights: MoeWeights) -> Any:
-        """A `MoeWeights` of the compiled module."""
-        gate, up, down = (
-            [self._linear.pack(weight) for weight in experts] for experts in (weights.gate, weights.up, weights.down)
-        )
-        router = self._linear.pack(weights.router)
-        return self._module.MoeWeights(router, gate, up, down, weights.top_k, weights.renormalize)
+    def join(self, weights: MoeWeights) -> Any:
+        """A `MoeWeights` of the compiled module. Raises ValueError for shapes and formats that do not go together."""
+        lists = (list(weights.gate), list(weights.up), list(weights.down))
+        return self._module.MoeWeights(weights.router, *lists, weights.top_k, weights.renormalize)
 
     def __call__(self, x_te: Tensor, weights: Any) -> Tensor:
         x = x_te if x_te.stride(1) == 1 or x_te.shape[1] == 1 else x_te.contiguous()

@@ -11,13 +11,13 @@ from quire.ops.weight import Weight
 
 
 class ReferenceMoe:
-    """The weights stay as they lie in the checkpoint: no packing."""
+    """Over weights as the reference's linear layers have them: as they lie in the checkpoint."""
 
     def __init__(self) -> None:
         self._linear = ReferenceLinear()
         self._quantized = ReferenceQuantizedLinear()
 
-    def pack(self, weights: MoeWeights) -> MoeWeights:
+    def join(self, weights: MoeWeights) -> MoeWeights:
         return weights
 
     def __call__(self, x_te: Tensor, weights: MoeWeights) -> Tensor:
