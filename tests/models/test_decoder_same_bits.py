@@ -9,30 +9,33 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 from quire.models.load import LoadedModel, load_model
 from quire.nn.batch import ForwardBatch
 from quire.nn.kv import KVCache
 
 BLOCK = 16
-CONFIG = Qwen3Config(
-    vocab_size=300,
-    hidden_size=192,
-    intermediate_size=320,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=40,
-    max_position_embeddings=512,
-    tie_word_embeddings=True,
-)
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+DENSE = Qwen3Config(**SIZES)
+SPARSE = Qwen3MoeConfig(**SIZES, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=96)
+KINDS = [(DENSE, "float32"), (DENSE, "bfloat16"), (SPARSE, "float32"), (SPARSE, "bfloat16")]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0].model_type}-{kind[1]}")
 def model(request: pytest.FixtureRequest, save_random: Any) -> LoadedModel:
-    _, directory = save_random(CONFIG)
-    return load_model(directory, dtype=request.param)
+    config, dtype = request.param
+    return load_model(save_random(config)[1], dtype=dtype)
 
 
 def logits_of(model: LoadedModel, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The three families against `transformers`, on tiny random checkpoints of many shapes, in float32."""
+"""The families against `transformers`, on tiny random checkpoints of many shapes, in float32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from quire.models.load import load_model
 
@@ -33,6 +33,7 @@ def rope(rope_type: str, **fields: Any) -> dict[str, Any]:
 
 
 LONGROPE = {"short_factor": [1.0 + index / 9 for index in range(8)], "long_factor": [9.0] * 8}
+EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 VARIANTS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "llama-heads-of-their-own-size": LlamaConfig(**SIZES | {"head_dim": 40}),
@@ -65,6 +66,11 @@ VARIANTS: dict[str, PretrainedConfig] = {
         **SIZES | {"head_dim": 16, "attention_bias": True},
         **rope("yarn", factor=4.0, original_max_position_embeddings=64),
     ),
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True),
+    "qwen3-moe-some-dense": Qwen3MoeConfig(
+        **SIZES | {"num_hidden_layers": 4, "head_dim": 24}, **EXPERTS, mlp_only_layers=[2], decoder_sparse_step=2
+    ),
+    "qwen3-moe-all-experts": Qwen3MoeConfig(**SIZES, **EXPERTS | {"num_experts_per_tok": 6}),
 }  # fmt: skip
 
 
@@ -95,7 +101,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, save_rand
     assert known == generated
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3-moe"])
 def test_bfloat16_stays_as_close_as_transformers_own(family: str, save_random: Any, lay_out: Any) -> None:
     """Both round; ours may not be much further from float32 than theirs is."""
     theirs, directory = save_random(VARIANTS[family], dtype=torch.bfloat16)

@@ -54,7 +54,7 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
     host_blocks = int(config.swap_space * GIB) // ledger.kv_bytes_per_block
     # Small test models keep the EOS of the tokenizer they were cut from, which their vocabulary may not reach.
     eos = tuple(token_id for token_id in eos_token_ids(directory) if token_id < model.arch.vocab_size)
-    flops_per_token = 2 * model.num_parameters
+    flops_per_token = 2 * model.elements_per_row
     seconds_per_token = flops_per_token / (num_threads * ASSUMED_FLOPS_PER_CORE)
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,

@@ -14,6 +14,8 @@ class Arch:
     * `architecture`: the class name that the checkpoint gives itself.
     * `qkv_bias`, `o_bias`, `mlp_bias`: which projections have a bias.
     * `qk_norm`: queries and keys are normalised per head, before they are rotated.
+    * `num_experts`: 0 for a model without; otherwise the feed-forward blocks are sparse, but for those of
+      `dense_layers`. A row's `num_experts_per_tok` experts have probabilities that `norm_topk_prob` makes add up to 1.
     """
 
     architecture: str
@@ -31,6 +33,11 @@ class Arch:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    dense_layers: tuple[int, ...] = ()
 
     @property
     def q_size(self) -> int:
@@ -39,6 +46,10 @@ class Arch:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the feed-forward block of a layer is a choice of experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     @property
     def untied_head(self) -> bool:

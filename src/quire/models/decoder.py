@@ -15,6 +15,7 @@ from quire.nn.attention import Attention, StepContext
 from quire.nn.batch import ForwardBatch
 from quire.nn.kv import KVCache
 from quire.nn.layers import MLP, Embedding, Linear, RMSNorm
+from quire.nn.moe import SparseMLP
 from quire.nn.rope import RopeTable
 from quire.ops.attention import AttentionShape, PagedRequests
 from quire.ops.kernels import Kernels
@@ -25,7 +26,7 @@ from quire.ops.weight import Weight
 class DecoderLayer:
     """Pre-norm attention and feed-forward blocks around a residual stream."""
 
-    def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP) -> None:
+    def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP | SparseMLP) -> None:
         self.attention_norm = attention_norm
         self.attention = attention
         self.mlp_norm = mlp_norm
@@ -136,7 +137,25 @@ def build_decoder(arch: Arch, parameters: Mapping[str, Weight], kernels: Kernels
         scale=arch.head_dim**-0.5,
     )
 
-    def layer(path: str) -> DecoderLayer:
+    def mlp(path: str) -> MLP:
+        return MLP(
+            gate=linear(f"{path}.gate", arch.mlp_bias),
+            up=linear(f"{path}.up", arch.mlp_bias),
+            down=linear(f"{path}.down", arch.mlp_bias),
+            kernels=kernels,
+        )
+
+    def sparse_mlp(path: str) -> SparseMLP:
+        return SparseMLP(
+            linear(f"{path}.router", False),
+            [mlp(f"{path}.experts.{expert}") for expert in range(arch.num_experts)],
+            top_k=arch.num_experts_per_tok,
+            renormalize=arch.norm_topk_prob,
+            kernels=kernels,
+        )
+
+    def layer(index: int) -> DecoderLayer:
+        path = f"layers.{index}"
         attention = Attention(
             q=linear(f"{path}.attention.q", arch.qkv_bias),
             k=linear(f"{path}.attention.k", arch.qkv_bias),
@@ -147,18 +166,13 @@ def build_decoder(arch: Arch, parameters: Mapping[str, Weight], kernels: Kernels
             shape=shape,
             kernels=kernels,
         )
-        mlp = MLP(
-            gate=linear(f"{path}.mlp.gate", arch.mlp_bias),
-            up=linear(f"{path}.mlp.up", arch.mlp_bias),
-            down=linear(f"{path}.mlp.down", arch.mlp_bias),
-            kernels=kernels,
-        )
-        return DecoderLayer(norm(f"{path}.attention_norm"), attention, norm(f"{path}.mlp_norm"), mlp)
+        block = sparse_mlp(f"{path}.mlp") if arch.is_sparse(index) else mlp(f"{path}.mlp")
+        return DecoderLayer(norm(f"{path}.attention_norm"), attention, norm(f"{path}.mlp_norm"), block)
 
     embedding = Embedding(plain("embedding.weight"), kernels)
     return Decoder(
         embedding=embedding,
-        layers=[layer(f"layers.{index}") for index in range(arch.num_layers)],
+        layers=[layer(index) for index in range(arch.num_layers)],
         norm=norm("norm"),
         head=linear("head", False) if "head.weight" in parameters else Linear(embedding.weight, None, kernels),
         rope=RopeTable(arch.rope, max_model_len, embedding.weight.device),

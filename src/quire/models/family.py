@@ -16,14 +16,16 @@ _SILU = ("silu", "swish")
 class Weight:
     """One row of a weight table.
 
-    `parameter` is the attribute path in `Decoder`, `tensor` the name in the checkpoint; `{}` in both is the layer.
-    `shape` names fields of `Arch`. A row with `when` counts only where that field of `Arch` is true.
+    `parameter` is the attribute path in `Decoder`, `tensor` the name in the checkpoint; `{}` in both is the layer,
+    `{expert}` the expert. `shape` names fields of `Arch`. A row with `when` counts only where that field of `Arch` is
+    true, one with `sparse` only in layers whose feed-forward block is so.
     """
 
     parameter: str
     tensor: str
     shape: tuple[str, ...]
     when: str | None = None
+    sparse: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from quire.models.arch import Arch
 from quire.models.checkpoint import Checkpoint
 from quire.models.decoder import Decoder, build_decoder
 from quire.models.dtype import resolve_dtype
-from quire.models.parameters import list_parameters, unexpected_tensors
+from quire.models.parameters import elements_per_row, list_parameters, unexpected_tensors
 from quire.models.quantization.scheme import Format
 from quire.models.registry import identify
 from quire.models.stack import stack_of
@@ -33,13 +33,15 @@ _DTYPES: Mapping[str, torch.dtype] = {
 class LoadedModel:
     """`weight_bytes` counts the parameters as they run, in `dtype` or quantised, and `converted_bytes` those of them
     that were converted, quantised or packed and are in memory already, while the others are read when they are used.
-    `num_parameters` counts their values. `unexpected_tensors` are in the checkpoint, not in the model."""
+    `num_parameters` counts their values, `elements_per_row` those that a token meets. `unexpected_tensors` are in the
+    checkpoint, not in the model."""
 
     decoder: Decoder
     arch: Arch
     dtype: torch.dtype
     device: torch.device
     num_parameters: int
+    elements_per_row: int
     weight_bytes: int
     converted_bytes: int
     max_model_len: int
@@ -104,6 +106,7 @@ def load_model(
         dtype=torch_dtype,
         device=torch_device,
         num_parameters=sum(parameter.num_elements for parameter in parameters),
+        elements_per_row=elements_per_row(parameters),
         weight_bytes=sum(parameter.nbytes(torch_dtype.itemsize) for parameter in parameters),
         converted_bytes=held_bytes(weights, decoder, parameters, torch_dtype),
         max_model_len=length,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quire.core.errors import BadValue, ConfigError, MissingTensor, ShapeMismatch
@@ -30,7 +30,8 @@ class Parameter:
     """`path` in the decoder, `tensor` in the checkpoint, and the shape.
 
     `storage`: its values are stored quantised, in several tensors that are named after `tensor`. `scheme`: the format
-    that it runs in, quantised; None for one that runs in the model's dtype.
+    that it runs in, quantised; None for one that runs in the model's dtype. `share`: of a step's rows, those that meet
+    it; of an expert's parameters a few.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Parameter:
     shape: tuple[int, ...]
     storage: Storage | None = None
     scheme: Scheme | None = None
+    share: float = 1.0
 
     @property
     def num_elements(self) -> int:
@@ -84,7 +86,8 @@ def list_parameters(
             scheme = storage.scheme(shape, f"{file}: the weights of {tensor!r}") if storage is not None else None
         elif quantization is not None:
             scheme = rounded_scheme(quantization, path, shape, group_size)
-        parameter = Parameter(path=path, tensor=tensor, shape=shape, storage=storage, scheme=scheme)
+        share = arch.num_experts_per_tok / arch.num_experts if ".experts." in path else 1.0
+        parameter = Parameter(path=path, tensor=tensor, shape=shape, storage=storage, scheme=scheme, share=share)
         _check(checkpoint, parameter)
         parameters.append(parameter)
     if quantization is not None and arch.tie_word_embeddings:
@@ -108,14 +111,22 @@ def unexpected_tensors(checkpoint: Checkpoint, family: Family, parameters: Seque
     )
 
 
+def elements_per_row(parameters: Iterable[Parameter]) -> int:
+    """Values that one row is multiplied by, if it meets all these parameters that it may meet."""
+    return round(sum(parameter.num_elements * parameter.share for parameter in parameters))
+
+
 def _table(family: Family, arch: Arch) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """The family's table written out for every layer: parameter, tensor, shape."""
+    """The family's table written out for every layer and expert: parameter, tensor, shape."""
     for weight in family.weights:
         if weight.when is not None and not getattr(arch, weight.when):
             continue
         shape = tuple(int(getattr(arch, field)) for field in weight.shape)
         for layer in range(arch.num_layers) if "{}" in weight.parameter else range(1):
-            yield weight.parameter.format(layer), weight.tensor.format(layer), shape
+            if weight.sparse is not None and weight.sparse != arch.is_sparse(layer):
+                continue
+            for expert in range(arch.num_experts) if "{expert}" in weight.parameter else range(1):
+                yield weight.parameter.format(layer, expert=expert), weight.tensor.format(layer, expert=expert), shape
 
 
 def _tied_head(parameters: Sequence[Parameter], quantization: Format) -> list[Parameter]:

@@ -22,7 +22,7 @@ from quire.models.dtype import resolve_dtype
 from quire.models.fit import DTYPE_BYTES, Fit, build_ledger, format_bytes, judge
 from quire.models.json_file import shorten
 from quire.models.machine import measure_bandwidth, measure_flops
-from quire.models.parameters import EMBEDDING, HEAD, Parameter, list_parameters
+from quire.models.parameters import EMBEDDING, HEAD, Parameter, elements_per_row, list_parameters
 from quire.models.registry import identify
 from quire.models.shapes import Shapes, guess_shapes, shapes_of
 
@@ -244,7 +244,7 @@ def _weights_as_run(parameters: Sequence[Parameter], dtype: str) -> _Weights:
     return _Weights(
         run_bytes=sum(by_format.values()),
         step_bytes=sum(parameter.nbytes(dtype_bytes) for parameter in read),
-        step_elements=sum(parameter.num_elements for parameter in read),
+        step_elements=elements_per_row(read),
         by_format=by_format,
     )
 

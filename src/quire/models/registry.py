@@ -11,6 +11,7 @@ from quire.models.arch import Arch
 from quire.models.families.llama import LLAMA
 from quire.models.families.qwen2 import QWEN2
 from quire.models.families.qwen3 import QWEN3
+from quire.models.families.qwen3_moe import QWEN3_MOE
 from quire.models.family import Family
 from quire.models.model_config import ModelConfig
 
@@ -20,7 +21,7 @@ ENTRY_POINT_GROUP = "quire.models"
 def model_registry() -> Registry[Family]:
     """Families by the architecture's name in config.json."""
     registry: Registry[Family] = Registry("model architecture", ENTRY_POINT_GROUP)
-    for family in (LLAMA, QWEN2, QWEN3):
+    for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE):
         registry.add(family.architecture, family)
     return registry
 

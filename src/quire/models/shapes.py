@@ -30,13 +30,15 @@ class Shapes:
 
 def shapes_of(arch: Arch) -> Shapes:
     """The sizes of an architecture that is known."""
+    # Beside an expert's inner values, its rows are gathered and their results kept apart until they are added.
+    inside_experts = arch.moe_intermediate_size + arch.hidden_size if arch.num_experts else 0
     return Shapes(
         num_layers=arch.num_layers,
         num_heads=arch.num_heads,
         num_kv_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
         hidden_size=arch.hidden_size,
-        intermediate_size=arch.intermediate_size,
+        intermediate_size=max(arch.intermediate_size, inside_experts),
         vocab_size=arch.vocab_size,
         longest=arch.rope.default_context,
     )

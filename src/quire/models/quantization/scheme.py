@@ -34,8 +34,13 @@ class Scheme:
 
 
 def is_linear(parameter: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is a linear layer's weight: a matrix that is multiplied by, not looked up in."""
-    return len(shape) == 2 and parameter.endswith(".weight") and not parameter.startswith("embedding.")
+    """Whether a parameter is a linear layer's weight: a matrix that is multiplied by, not looked up in.
+
+    A router is none: it is small, decides between experts, and stays as it is in quantised checkpoints too.
+    """
+    if len(shape) != 2 or parameter.endswith(".router.weight"):
+        return False
+    return parameter.endswith(".weight") and not parameter.startswith("embedding.")
 
 
 def rounded_scheme(
