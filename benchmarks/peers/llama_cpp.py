@@ -63,16 +63,13 @@ class LlamaCpp(Peer):
         run([str(self.python), "-m", "pip", "install", str(self.home / SOURCES)], CMAKE_ARGS="-DLLAMA_BUILD=OFF")
 
     def prepare(self, checkpoint: Path, precision: str) -> Path:
-        bf16 = self.converted(checkpoint, "-bf16.gguf")
-        if not bf16.exists():
-            script = [str(self.python), "-c", CONVERT, str(self.sources), str(checkpoint)]
-            run([*script, "--outtype", "bf16", "--outfile", str(bf16)])
+        script = [str(self.python), "-c", CONVERT, str(self.sources), str(checkpoint), "--outtype", "bf16"]
+        bf16 = self.converted(checkpoint, "-bf16.gguf", lambda path: run([*script, "--outfile", str(path)]))
         if precision == "bf16":
             return bf16
-        quantised = self.converted(checkpoint, f"-{precision}.gguf")
-        if not quantised.exists():
-            run([str(self.binaries / "llama-quantize"), str(bf16), str(quantised), QUANTISED[precision]])
-        return quantised
+        quantise = [str(self.binaries / "llama-quantize"), str(bf16)]
+        suffix = f"-{precision}.gguf"
+        return self.converted(checkpoint, suffix, lambda path: run([*quantise, str(path), QUANTISED[precision]]))
 
     def environment(self, settings: Settings) -> Mapping[str, str]:
         return {"LLAMA_CPP_LIB_PATH": str(self.binaries)}

@@ -27,12 +27,9 @@ class OpenVino(Peer):
         run([str(self.python), "-m", "pip", "uninstall", "--yes", "torchvision"])
 
     def prepare(self, checkpoint: Path, precision: str) -> Path:
-        exported = self.converted(checkpoint, f"-{precision}")
-        if not (exported / "openvino_model.bin").exists():
-            command = [str(self.venv / "bin" / "optimum-cli"), "export", "openvino", "--model", str(checkpoint)]
-            flags = ["--task", "text-generation-with-past", "--weight-format", WEIGHTS[precision]]
-            run([*command, *flags, str(exported)], HF_HUB_OFFLINE="1")
-        return exported
+        command = [str(self.venv / "bin" / "optimum-cli"), "export", "openvino", "--model", str(checkpoint)]
+        command += ["--task", "text-generation-with-past", "--weight-format", WEIGHTS[precision]]
+        return self.converted(checkpoint, f"-{precision}", lambda path: run([*command, str(path)], HF_HUB_OFFLINE="1"))
 
     def load(self, model: Path, settings: Settings) -> Generate:
         import numpy as np

@@ -76,10 +76,15 @@ class Peer:
     def install(self, *arguments: str) -> None:
         run([str(self.python), "-m", "pip", "install", *arguments])
 
-    def converted(self, checkpoint: Path, suffix: str) -> Path:
-        """Where a conversion of the checkpoint is kept. The name is the checkpoint's directory's."""
-        (self.home / "models").mkdir(parents=True, exist_ok=True)
-        return self.home / "models" / f"{checkpoint.resolve().name}{suffix}"
+    def converted(self, checkpoint: Path, suffix: str, convert: Callable[[Path], None]) -> Path:
+        """A conversion that is made once and kept, by the name of the checkpoint's directory."""
+        path = self.home / "models" / f"{checkpoint.resolve().name}{suffix}"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f"unfinished-{path.name}")
+            convert(unfinished)
+            unfinished.rename(path)
+        return path
 
 
 def run(command: Sequence[str], **environment: str) -> None:

@@ -24,7 +24,12 @@ class Quire(Peer):
         """Nothing: it is installed here already."""
 
     def environment(self, settings: Settings) -> Mapping[str, str]:
-        return {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+        from quire.core.threads import SPIN_COUNT
+
+        return {
+            "GOMP_SPINCOUNT": SPIN_COUNT,  # as its commands set it for themselves
+            **{name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},
+        }
 
     def server(self, model: Path, settings: Settings, port: int) -> list[str]:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in _config(settings).items()]
