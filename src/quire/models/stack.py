@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quire.models.decoder import Decoder, DecoderLayer
-from quire.nn.layers import Linear, RMSNorm
+from quire.nn.layers import MLP, Linear, RMSNorm
 from quire.ops.stack import Stack, StackDescription, StackLayer, StackLinear
 
 
@@ -14,22 +14,28 @@ def stack_of(decoder: Decoder) -> Stack | None:
     build = decoder.kernels.stack
     if build is None:
         return None
-    layers = decoder.layers
+    layers = [_layer(layer) for layer in decoder.layers]
+    described = [layer for layer in layers if layer is not None]
+    if len(described) < len(layers):
+        return None
     return build(
         StackDescription(
-            layers=[_layer(layer) for layer in layers],
+            layers=described,
             embedding=decoder.embedding.weight,
             norm=decoder.norm.weight,
             cos=decoder.rope.cos,
             sin=decoder.rope.sin,
             eps=decoder.norm.eps,
-            attention=layers[0].attention.shape,
+            attention=decoder.layers[0].attention.shape,
         )
     )
 
 
-def _layer(layer: DecoderLayer) -> StackLayer:
+def _layer(layer: DecoderLayer) -> StackLayer | None:
+    """None for a feed-forward block of another build: a mixture of experts."""
     attention, mlp = layer.attention, layer.mlp
+    if not isinstance(mlp, MLP):
+        return None
     return StackLayer(
         attention_norm=layer.attention_norm.weight,
         q=_linear(attention.q),

@@ -116,6 +116,9 @@ class InputRecorder:
             self._last = (x_tk, weight)
         return functional.linear(x_tk, weight.weight_nk, bias_n)
 
+    def wide(self, x_tk: Tensor, weight: Recorded, bias_n: Tensor | None) -> Tensor:
+        return self(x_tk, weight, bias_n).float()
+
 
 class _LayerParameters(Mapping[str, Weight]):
     """The parameters of a decoder of one layer, the index-th of a model; what stands around the layer is left empty.
@@ -176,10 +179,9 @@ def _run_layer(decoder: Decoder, batch: Sequence[Sequence[int]], state_te: Tenso
     kv = KVCache(
         num_layers=1,
         num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
         num_blocks=num_blocks(batch),
         block_size=BLOCK_SIZE,
-        dtype=torch.float32,
+        block_bytes=decoder.kernels.attention.block_bytes(BLOCK_SIZE, shape.head_dim),
     )
     step = StepContext(plan=plan, cos=cos, sin=sin, slots_t=laid_out.slots_t)
     x_te, residual_te = layer(state_te, None, kv.layer(0), step)

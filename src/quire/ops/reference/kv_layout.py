@@ -59,9 +59,10 @@ class KVLayout:
     def _parts(self, cache_gnb: Tensor, s: int, d: int) -> tuple[Tensor, Tensor | None]:
         """Views: values `[g, n, s, d]`, and scales `[g, n, s]` where there are any."""
         e = d + d % 2
+        g, n, _ = cache_gnb.shape
         if self._kv_dtype not in QUANTIZED:
-            return cache_gnb.view(self.stored_dtype).unflatten(2, (s, e))[..., :d], None
-        values = cache_gnb[..., : s * e].view(self.stored_dtype).unflatten(2, (s, e))[..., :d]
+            return cache_gnb.view(self.stored_dtype).view(g, n, s, e)[..., :d], None
+        values = cache_gnb[..., : s * e].view(self.stored_dtype).unflatten(2, (s, e))[..., :d]  # type: ignore[no-untyped-call]
         return values, cache_gnb[..., s * e :].view(torch.float32)
 
     def _quantized(self, x_gtd: Tensor) -> tuple[Tensor, Tensor]:
