@@ -85,12 +85,12 @@ void fp8(Pool& pool, const bf16* weight_nk, int64_t n, int64_t k, uint8_t* value
   });
 }
 
-// The value of the largest magnitude becomes -8, the end of the range that has no counterpart: the scale has its sign.
-// For the whole numbers that this gives, the scale is then the one of the least squared error.
+// The value of the largest magnitude goes to the end of the range that reaches further, -8: the scale has its sign. A
+// quarter of a step beyond it, as the definition says.
 float int4_group(const bf16* x, int64_t size, uint8_t* nibbles) {
   typedef uint64_t Q __attribute__((vector_size(4 * kLanes)));  // two neighbours, the lower index in the lower half
   typedef uint8_t B __attribute__((vector_size(kLanes / 2)));
-  F low{}, high{}, poison{};
+  F low = load(x), high = low, poison{};
   for (int64_t i = 0; i < size; i += kLanes) {
     const F value = load(x + i);
     low = min(low, value);
@@ -98,19 +98,14 @@ float int4_group(const bf16* x, int64_t size, uint8_t* nibbles) {
     poison += value * set(0.0f);
   }
   const float lowest = -largest(-low), highest = largest(high);
-  const float factor = inverse((highest > -lowest ? highest : lowest) / -8.0f + sum(poison));
-  F squares{}, products{};
+  const float scale = round_scale((highest > -lowest ? highest : lowest) / -8.25f) + sum(poison);
+  const F factor = set(inverse(scale));
   for (int64_t i = 0; i < size; i += kLanes) {
-    const F value = load(x + i);
-    const I whole = round_to_int(clamp(value * set(factor), -8, 7));
-    const F rounded = to_float(whole);
-    squares = fma(rounded, rounded, squares);
-    products = fma(rounded, value, products);
-    const Q pairs = reinterpret_cast<Q>(whole + 8);
+    const Q pairs = reinterpret_cast<Q>(round_to_int(clamp(load(x + i) * factor, -8, 7)) + 8);
     const B bytes = __builtin_convertvector(pairs | (pairs >> 28), B);
     std::memcpy(nibbles + i / 2, &bytes, sizeof bytes);
   }
-  return round_scale(sum(products) * inverse(sum(squares))) + sum(poison);
+  return scale;
 }
 
 void int4(Pool& pool, const bf16* weight_nk, int64_t n, int64_t k, int64_t group_size, uint8_t* nibbles_nk2,

@@ -1,4 +1,4 @@
-// Round to nearest: a plain matrix into one of the quantised formats, as `ops.quantize_weight` defines them.
+// Round to nearest: a plain matrix into one of the quantised formats, as `models.quantization.rounding` defines them.
 #pragma once
 
 #include <cstdint>

@@ -95,8 +95,8 @@ def load_model(
     torch_dtype = _DTYPES[resolve_dtype(dtype, checkpoint, device)]
     torch_device = torch.device(device)
     parameters = list_parameters(checkpoint, family, arch, quantization=quantization)
-    weights = WeightStream(checkpoint, parameters, torch_dtype, torch_device)
     target = Target(torch_device, torch_dtype, threads=threads, isa=isa, kv_cache_dtype=kv_cache_dtype)
+    weights = WeightStream(checkpoint, parameters, torch_dtype, torch_device, rounding=target.rounding)
     decoder = build_decoder(arch, weights, select(target), max_model_len=length)
     decoder.stack = stack_of(decoder)
     weights.drop_pages()

@@ -15,6 +15,7 @@ from quire.models.parameters import Parameter
 from quire.models.quantization.assemble import assemble
 from quire.models.quantization.rounding import round_weight, scales_of
 from quire.models.tensors import CheckpointTensors
+from quire.ops.cpu.rounding import CpuRounding
 from quire.ops.weight import QuantizedWeight, Weight
 
 
@@ -27,12 +28,19 @@ class WeightStream(Mapping[str, Weight]):
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, parameters: Sequence[Parameter], dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        parameters: Sequence[Parameter],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        rounding: CpuRounding | None = None,
     ) -> None:
         self._source = CheckpointTensors(checkpoint)
         self._parameters = {parameter.path: parameter for parameter in parameters}
         self._dtype = dtype
         self._device = device
+        self._rounding = rounding
         self._last: Parameter | None = None
 
     def __getitem__(self, path: str) -> Weight:
@@ -70,7 +78,7 @@ class WeightStream(Mapping[str, Weight]):
             return self._stored(parameter)
         tensor = self._source.get(parameter.tensor)
         if parameter.scheme is not None:
-            weight = round_weight(tensor, parameter.scheme)
+            weight = round_weight(tensor, parameter.scheme, self._rounding)
             check_finite(self._source.info(parameter.tensor), scales_of(weight), "weights of finite scale")
             return weight
         if tensor.ndim == 1:

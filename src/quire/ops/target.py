@@ -9,6 +9,7 @@ import torch
 
 from quire.core.kv_format import resolve_kv_dtype
 from quire.ops.cpu.library import REFERENCE, kernels_module, open_backend
+from quire.ops.cpu.rounding import CpuRounding
 
 
 class Target:
@@ -34,6 +35,11 @@ class Target:
     def cpu(self) -> Any:
         """The compiled kernels' thread pool and tables, shared by all ops of this engine."""
         return open_backend(self.threads, self.isa)
+
+    @cached_property
+    def rounding(self) -> CpuRounding | None:
+        """Compiled kernels that round bfloat16 weights, if they serve here."""
+        return CpuRounding(self.cpu) if self.unfit_for_cpu_kernels() is None else None
 
     def unfit_for_cpu_kernels(self) -> str | None:
         """Why the compiled kernels cannot serve here, or None."""

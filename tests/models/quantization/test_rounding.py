@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.models.quantization.rounding import pack_offset_nibbles, round_weight, scales_of
 from quire.models.quantization.scheme import GROUP_SIZES, Scheme, rounded_scheme
+from quire.ops.cpu.library import usable_isas
+from quire.ops.target import Target
 from quire.ops.weight import Int4Weight, Int8Weight, dequantize, unpack_nibbles, weight_bytes, weight_shape
 
 SCHEMES = [
@@ -115,3 +117,16 @@ def test_int4_is_symmetric() -> None:
     assert isinstance(rounded, Int4Weight)
     assert rounded.zero_ng is None
     assert rounded.group_size == 64
+
+
+@pytest.mark.parametrize("isa", usable_isas())
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@given(n=st.integers(1, 40), groups=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_the_compiled_kernels_give_the_same_bits(scheme: Scheme, isa: str, n: int, groups: int, seed: int) -> None:
+    weight_nk = matrix(n, groups * 128, seed)
+    weight_nk[seed % n, :200] = 0.0
+    compiled = Target("cpu", torch.bfloat16, threads=2, isa=isa).rounding
+    one, other = round_weight(weight_nk, scheme, compiled), round_weight(weight_nk, scheme)
+    assert torch.equal(scales_of(one), scales_of(other))
+    assert torch.equal(dequantize(one), dequantize(other))

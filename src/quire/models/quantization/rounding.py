@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quire.models.quantization.scheme import Scheme
+from quire.ops.cpu.rounding import CpuRounding
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
 
 _SLICE_ELEMENTS = 1 << 18
@@ -27,11 +28,14 @@ bell-shaped weights, heavy-tailed or not, about the least squared error."""
 _Parts = tuple[Tensor, ...]
 
 
-def round_weight(weight_nk: Tensor, scheme: Scheme) -> QuantizedWeight:
+def round_weight(weight_nk: Tensor, scheme: Scheme, compiled: CpuRounding | None = None) -> QuantizedWeight:
     """`weight_nk` (any float type) in the format of `scheme`. A row or group of zeros has scale 0.
 
-    Values that are not finite give scales that are not; the caller looks at those.
+    Values that are not finite give scales that are not; the caller looks at those. With `compiled`, a bfloat16 matrix
+    takes a fraction of the time, and gets the same bits.
     """
+    if compiled is not None and weight_nk.dtype == torch.bfloat16 and weight_nk.is_contiguous():
+        return _round_compiled(weight_nk, scheme, compiled)
     n, k = weight_nk.shape
     match scheme.format:
         case "int8":
@@ -53,6 +57,17 @@ def round_weight(weight_nk: Tensor, scheme: Scheme) -> QuantizedWeight:
             )
             _in_slices(weight_nk, (int4.nibbles_nk2, int4.scale_ng), lambda rows_mk: _int4_rows(rows_mk, size))
             return int4
+
+
+def _round_compiled(weight_nk: Tensor, scheme: Scheme, compiled: CpuRounding) -> QuantizedWeight:
+    match scheme.format:
+        case "int8":
+            return compiled.int8(weight_nk)
+        case "fp8":
+            return compiled.fp8(weight_nk)
+        case "int4":
+            assert not scheme.zero_point, "weights are rounded to symmetric groups only"
+            return compiled.int4(weight_nk, scheme.group_size)
 
 
 def scales_of(weight: QuantizedWeight) -> Tensor:

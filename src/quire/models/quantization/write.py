@@ -29,6 +29,7 @@ from quire.models.registry import identify
 from quire.models.safetensors_writer import SafetensorsWriter
 from quire.models.tensors import CheckpointTensors
 from quire.models.weights import check_finite
+from quire.ops.target import Target
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
 
 COPIED = (
@@ -78,9 +79,10 @@ class Source:
 def rounded(source: Source, parameters: Sequence[Parameter]) -> Iterator[tuple[Parameter, QuantizedWeight]]:
     """Each of `parameters` rounded to nearest: the same bits that loading with that quantisation gives."""
     tensors = CheckpointTensors(source.checkpoint)
+    compiled = Target("cpu", torch.bfloat16).rounding
     for parameter in parameters:
         assert parameter.scheme is not None
-        weight = round_weight(tensors.get(parameter.tensor), parameter.scheme)
+        weight = round_weight(tensors.get(parameter.tensor), parameter.scheme, compiled)
         check_finite(tensors.info(parameter.tensor), scales_of(weight), "weights of finite scale")
         tensors.drop(parameter.tensor)
         yield parameter, weight
