@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from quire.cli.bench.divergence import TokenText, compare
-from quire.cli.bench.heldout import as_texts, read_questions
 from quire.cli.main import main
+from quire.engine.heldout import as_texts, read_questions
+from quire.models.divergence import TokenText, compare
 from quire.models.load import LoadedModel, load_model
 from quire.models.quantization.scheme import Format
 from quire.models.sequences import BLOCK_SIZE, lay_out, num_blocks

@@ -16,8 +16,8 @@ from quire.config.engine import EngineConfig
 from quire.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from quire.cli.bench.divergence import TokenText
-    from quire.cli.bench.heldout import Question
+    from quire.engine.heldout import Question
+    from quire.models.divergence import TokenText
     from quire.models.load import LoadedModel
 
 UNQUANTIZED = "bf16"
@@ -60,7 +60,7 @@ def quality(
     if against != UNQUANTIZED:
         compared = replace(compared, model=against)
 
-    from quire.cli.bench.heldout import as_texts, read_questions
+    from quire.engine.heldout import as_texts, read_questions
     from quire.models.source import resolve_model
 
     directory, reference_directory = resolve_model(wanted), resolve_model(compared)
@@ -92,7 +92,7 @@ def _measure(
     """`model` and `against` are each a configuration, and the directory that its model was resolved to."""
     import torch
 
-    from quire.cli.bench.divergence import compare
+    from quire.models.divergence import compare
 
     (config, directory), (compared, reference_directory) = model, against
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
@@ -133,8 +133,8 @@ def _load(directory: Path, config: EngineConfig) -> LoadedModel:
 
 
 def _windows(path: Path, directory: Path, max_tokens: int) -> list[TokenText]:
-    from quire.cli.bench.divergence import TokenText
     from quire.cli.text_file import read_text
+    from quire.models.divergence import TokenText
     from quire.text.tokenizer import Tokenizer
 
     ids = Tokenizer.load(directory).encode(read_text(path, param="text"), add_special_tokens=False)[:max_tokens]
@@ -146,8 +146,8 @@ def _windows(path: Path, directory: Path, max_tokens: int) -> list[TokenText]:
 
 
 def _accuracy(config: EngineConfig, questions: Sequence[Question]) -> dict[str, float]:
-    from quire.cli.bench.heldout import accuracy
     from quire.cli.bench.offline import load_engine
+    from quire.engine.heldout import accuracy
 
     skills = accuracy(load_engine(config), questions)
     count: dict[str, int] = {}

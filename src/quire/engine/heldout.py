@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quire.cli.bench.divergence import TokenText
 from quire.core.errors import MissingFile
 from quire.core.sampling import SamplingParams
 from quire.engine.llm import LLM
+from quire.models.divergence import TokenText
 from quire.text.template import ChatTemplate
 from quire.text.tokenizer import Tokenizer
 
