@@ -38,7 +38,7 @@ typedef int32_t I __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
 
-inline F set(float value) { return F{} + value; }
+inline F set(float value) { return value - F{}; }  // minus zero: -0 stays -0, so nothing is left to compute
 inline I set(int32_t value) { return I{} + value; }
 
 inline F load(const float* from) {

@@ -22,17 +22,17 @@ constexpr int64_t kTaskWeightBytes = 1 << 18;  // read by a task, at most
 #if defined(__AMX_TILE__)
 constexpr int64_t kRowStep = 2 * kTileRows, kSpare = kAmxSpare;
 #else
-constexpr int64_t kRowStep = kMaxTileRows, kSpare = 0;
+constexpr int64_t kRowStep = kMaxTileRows, kSpare = kWideSteps * kPanelRow;
 #endif
 
 // Whole numbers are the same bits by vectors and by tiles; few rows stream faster by vectors.
-void sums_of([[maybe_unused]] const PackedWeight& weight, int64_t panel, const TileRows& rows, int64_t num_rows,
-             float* out, [[maybe_unused]] std::byte* spare) {
+void sums_of(const PackedWeight& weight, int64_t panel, const TileRows& rows, int64_t num_rows,
+             float* out, std::byte* spare) {
 #if defined(__AMX_TILE__)
   const bool exact = weight.format == Format::int8 || weight.format == Format::int4;
   if (!exact || num_rows > kMaxTileRows) return amx_panel_sums(weight, panel, rows, num_rows, out, spare);
 #endif
-  panel_sums(weight, panel, rows, num_rows, out);
+  panel_sums(weight, panel, rows, num_rows, out, spare);
 }
 
 int64_t num_panels(const Product& product) { return product.weight->padded_n / kPanel; }

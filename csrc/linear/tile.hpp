@@ -171,8 +171,42 @@ inline void for_tiles(int64_t rows, const Body& body) {
   }
 }
 
-// [rows][32] sums of one panel: float, or whole numbers for int8.
-inline void panel_sums(const PackedWeight& weight, int64_t panel, const TileRows& rows, int64_t num_rows, float* out) {
+// Panel rows, each written out as two: `Form` is fp8 or int4. `zero` is taken from each byte.
+template <class Form>
+inline void write_out(const std::byte* from, int64_t num_rows, std::byte* to, int8_t zero = 0) {
+  typedef int8_t B __attribute__((vector_size(4 * kLanes)));
+  constexpr int64_t kVector = sizeof(I);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    for (int64_t at = 0; at < kPanelRow; at += kVector) {
+      I units[2];
+      __builtin_prefetch(from + row * kPanelRow + at + kPrefetch);
+      Form::expand(load_units(from + row * kPanelRow + at), units);
+      for (int half = 0; half < 2; ++half) {
+        const B bytes = reinterpret_cast<B>(units[half]) - zero;
+        std::memcpy(to + (2 * row + half) * kPanelRow + at, &bytes, sizeof bytes);
+      }
+    }
+  }
+}
+
+// fp8 for many rows: widened once, a block at a time, and then as bf16; the same products in the same order.
+inline constexpr int64_t kWideSteps = 256;
+inline void wide_fp8_sums(const TileRows& rows, const std::byte* weights, int64_t steps, int64_t num_rows, float* out,
+                          std::byte* spare) {
+  for (int64_t first_step = 0; first_step < 2 * steps; first_step += kWideSteps) {
+    const int64_t left = 2 * steps - first_step, count = left < kWideSteps ? left : kWideSteps;
+    write_out<Fp8Form>(weights + first_step / 2 * kPanelRow, count / 2, spare);
+    for_tiles(num_rows, [&]<int R>(int64_t first) {
+      TileRows here = skip_rows(rows, first);
+      here.x += first_step * 4;
+      tile<Bf16Form, R>(here, spare, count, first_step > 0, out + first * kPanel);
+    });
+  }
+}
+
+// [rows][32] sums of one panel, with `kWideSteps` panel rows of memory to spare: float, or whole numbers for int8.
+inline void panel_sums(const PackedWeight& weight, int64_t panel, const TileRows& rows, int64_t num_rows, float* out,
+                       std::byte* spare) {
   const int64_t panel_bytes = kPanel * weight.padded_k * bits_of(weight.format) / 8;
   const std::byte* weights = weight.data + panel * panel_bytes;
   const int64_t steps = panel_bytes / kPanelRow;
@@ -184,7 +218,9 @@ inline void panel_sums(const PackedWeight& weight, int64_t panel, const TileRows
   switch (weight.format) {
     case Format::bf16: return uniform.template operator()<Bf16Form>();
     case Format::int8: return uniform.template operator()<Int8Form>();
-    case Format::fp8: return uniform.template operator()<Fp8Form>();
+    case Format::fp8:
+      if (num_rows > kMaxTileRows) return wide_fp8_sums(rows, weights, steps, num_rows, out, spare);
+      return uniform.template operator()<Fp8Form>();
     case Format::int4: break;
   }
   const int64_t groups = weight.k / weight.group_size, at = panel * groups * kPanel;

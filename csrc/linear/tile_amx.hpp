@@ -152,24 +152,6 @@ inline void for_amx_tiles(int64_t rows, int64_t k_bytes, const Body& body) {
   }
 }
 
-// Panel rows, each written out as two: `Form` is fp8 or int4. `zero` is taken from each byte.
-template <class Form>
-inline void write_out(const std::byte* from, int64_t num_rows, std::byte* to, int8_t zero = 0) {
-  typedef int8_t B __attribute__((vector_size(64)));
-  for (int64_t row = 0; row < num_rows; ++row) {
-    for (int64_t at = 0; at < kPanelRow; at += 64) {
-      I units[2];
-      __builtin_prefetch(from + row * kPanelRow + at + kPrefetch);
-      Form::expand(load_units(from + row * kPanelRow + at), units);
-      for (int half = 0; half < 2; ++half) {
-        const B bytes = reinterpret_cast<B>(units[half]) - zero;
-        std::memcpy(to + (2 * row + half) * kPanelRow + at, &bytes, sizeof bytes);
-      }
-    }
-  }
-  settle();
-}
-
 // bf16, fp8 and int8.
 inline void amx_sums(const PackedWeight& weight, const std::byte* weights, const TileRows& rows, int64_t num_rows,
                      float* out, std::byte* spare) {
@@ -185,6 +167,7 @@ inline void amx_sums(const PackedWeight& weight, const std::byte* weights, const
     const std::byte* next = most == steps ? block + 2 * kStepBytes : block + block_bytes;
     if (wide) {
       write_out<Fp8Form>(block, count * kTileRows / 2, spare);
+      settle();
       block = spare;
     }
     for_amx_tiles(num_rows, kTileBytes, [&]<bool both>(int64_t first, int64_t) {
@@ -242,6 +225,7 @@ inline void amx_sums_int4(const PackedWeight& weight, int64_t panel, const std::
     const int64_t end = first_group + most < groups ? first_group + most : groups;
     write_out<Int4Form>(weights + first_group * group_bytes / 2, (end - first_group) * group_size / 8, spare,
                         zero_scale == nullptr ? 8 : 0);
+    settle();
     for_amx_tiles(num_rows, k_bytes, [&]<bool both>(int64_t first, int64_t count) {
       const TileRows here = skip_rows(rows, first);
       const auto join = [&](int64_t group) {
