@@ -188,8 +188,10 @@ void Problem::run_segment(const RowTile& tile, int64_t head, int64_t segment, co
   std::memset(state.weighted, 0, static_cast<std::size_t>(padded * dv_) * sizeof(float));
   const KeySource source(call_.kv, call_.requests, tile.request, head);
   const Range range = visible(tile, 0, rows);
-  const int64_t first = range.begin / kTile * kTile, end = at_most(range.end, (segment + 1) * kSegment);
-  for (int64_t start = first > segment * kSegment ? first : segment * kSegment; start < end; start += kTile) {
+  const int64_t seen = range.begin / kTile * kTile, begin = segment * kSegment;
+  const int64_t first = seen > begin ? seen : begin, end = at_most(range.end, begin + kSegment);
+  for (int64_t g = 0; g < kTile / kScoreGroup; ++g) source.prefetch(first + g * kScoreGroup);
+  for (int64_t start = first; start < end; start += kTile) {
     const int64_t num_groups = round_up(at_most(end - start, kTile), kScoreGroup) / kScoreGroup;
     const KeyTile keys = scratch.buffer.load(source, start, num_groups);
     for (int64_t row = 0; row < rows; row += kSubRows) {

@@ -125,19 +125,32 @@ struct TileBuffer {
   }
 
  private:
+  // Rows of `length` pairs, widened to bf16. `step` is in bytes, `stride` in elements.
+  static void copy_rows(KvFormat format, const std::byte* from, int64_t step, int64_t num_rows, int64_t length,
+                        bf16* to, int64_t stride) {
+    const auto each_row = [&](const auto& copy) {
+      for (int64_t row = 0; row < num_rows; ++row) copy(from + row * step, to + row * stride);
+    };
+    switch (format) {
+      case KvFormat::bf16:
+        each_row([&](const std::byte* row, bf16* wide) { std::memcpy(wide, row, static_cast<std::size_t>(length) * 4); });
+        break;
+      case KvFormat::int8:
+        each_row([&](const std::byte* row, bf16* wide) { expand_row<KvFormat::int8>(row, length, wide); });
+        break;
+      case KvFormat::fp8:
+        each_row([&](const std::byte* row, bf16* wide) { expand_row<KvFormat::fp8>(row, length, wide); });
+        break;
+    }
+  }
+
   static void stage_keys(const KeySource& source, int64_t position, bf16* to) {
     const BlockLayout& layout = source.layout;
     const int64_t tokens = at_most(layout.s, kScoreGroup), width = layout.element_bytes();
+    const int64_t step = 2 * layout.s * width, num_rows = layout.d / 2;
     for (int64_t done = 0; done < kScoreGroup; done += tokens) {
       const std::byte* from = source.keys(position + done) + 2 * ((position + done) % layout.s) * width;
-      for (int64_t p = 0; p < layout.d / 2; ++p) {
-        bf16* row = to + 2 * (p * kScoreGroup + done);
-        if (layout.format == KvFormat::bf16) {
-          std::memcpy(row, from + p * 2 * layout.s * width, static_cast<std::size_t>(tokens) * 4);
-        } else {
-          expand_run(from + p * 2 * layout.s, tokens, layout.format, row);
-        }
-      }
+      copy_rows(layout.format, from, step, num_rows, tokens, to + 2 * done, 2 * kScoreGroup);
     }
   }
 
@@ -146,14 +159,8 @@ struct TileBuffer {
     const int64_t row_bytes = 2 * layout.d * layout.element_bytes();
     for (int64_t done = 0; done < kValueGroup; done += at_most(layout.s, kValueGroup)) {
       const std::byte* from = source.values(position + done) + (position + done) % layout.s / 2 * row_bytes;
-      for (int64_t p = 0; p < at_most(layout.s, kValueGroup) / 2; ++p) {
-        bf16* row = to + (done / 2 + p) * 2 * dv;
-        if (layout.format == KvFormat::bf16) {
-          std::memcpy(row, from + p * row_bytes, static_cast<std::size_t>(row_bytes));
-        } else {
-          expand_row(from + p * row_bytes, layout.d, layout.format, row);
-        }
-      }
+      const int64_t num_rows = at_most(layout.s, kValueGroup) / 2;
+      copy_rows(layout.format, from, row_bytes, num_rows, layout.d, to + done * dv, 2 * dv);
     }
   }
 

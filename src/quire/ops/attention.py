@@ -65,7 +65,7 @@ class AttentionKernel(Protocol):
         ...
 
     def write(self, kv_layer: Tensor, k_tgd: Tensor, v_tgd: Tensor, slots_t: Tensor) -> None:
-        """Stores new tokens in place: slot `block * s + offset` of each. Nobody reads block 0, and its slots may repeat.
+        """Stores new tokens in place: slot `block * s + offset` of each. Nobody reads block 0; its slots may repeat.
 
         A value that is not finite is stored as zero. Attention multiplies what lies in a block's unused slots by a
         weight of zero, and zero times NaN is NaN: a request whose values overflowed would reach the block's next owner.

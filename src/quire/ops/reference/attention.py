@@ -71,7 +71,7 @@ class _Cache:
         self.shape = plan.shape
 
     def gather(self, which: int, run: KeyRun) -> Tensor:
-        """A run's keys (0) or values (1) `[g * p, w, d]`. Hidden keys' values are finite: see `AttentionKernel.write`."""
+        """A run's keys (0) or values (1) `[g * p, w, d]`. Hidden keys' values are finite: `AttentionKernel.write`."""
         g, d = self.shape.num_kv_heads, self.shape.head_dim
         numbers = self._layout.read(self._kv_2gnb[which], run.blocks, self._block_size, d)
         return numbers.reshape(g * len(run.queries_p), run.width, d)

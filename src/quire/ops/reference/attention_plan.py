@@ -120,7 +120,7 @@ def plan_attention(shape: AttentionShape, tiling: QueryTiling, requests: PagedRe
                     group_rows=group_rows,
                     rows_in=rows_in.to(table_rb.device),
                     rows_out=rows_out.to(table_rb.device),
-                    runs=_runs(members, positions_nt, table_rb, requests.block_size, shape.window, pair_bytes),
+                    runs=_runs(members, positions_nt, table_rb, requests.block_size, pair_bytes, window=shape.window),
                 )
             )
     return AttentionPlan(shape=shape, block_size=requests.block_size, groups=tuple(groups))
@@ -194,8 +194,9 @@ def _runs(
     positions_nt: Tensor,
     table_rb: Tensor,
     block_size: int,
-    window: int | None,
     pair_bytes: Callable[[int], int],
+    *,
+    window: int | None,
 ) -> tuple[KeyRun, ...]:
     table_nb = table_rb[torch.tensor([tile.request for tile in tiles], device=table_rb.device)]
     runs = []

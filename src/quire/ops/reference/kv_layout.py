@@ -1,4 +1,4 @@
-"""The reference back end's KV cache: a block holds its tokens one after the other, and in 8 bits their scales at its end.
+"""The reference back end's KV cache: a block holds token after token, and in 8 bits their scales at its end.
 
 Legend: t tokens, g KV heads, d head dim (e with an odd one padded), n blocks, s tokens per block, b bytes of a block.
 """
@@ -59,10 +59,10 @@ class KVLayout:
     def _parts(self, cache_gnb: Tensor, s: int, d: int) -> tuple[Tensor, Tensor | None]:
         """Views: values `[g, n, s, d]`, and scales `[g, n, s]` where there are any."""
         e = d + d % 2
-        g, n, _ = cache_gnb.shape
+        shape = (*cache_gnb.shape[:2], s, e)
         if self._kv_dtype not in QUANTIZED:
-            return cache_gnb.view(self.stored_dtype).view(g, n, s, e)[..., :d], None
-        values = cache_gnb[..., : s * e].view(self.stored_dtype).unflatten(2, (s, e))[..., :d]  # type: ignore[no-untyped-call]
+            return cache_gnb.view(self.stored_dtype).view(shape)[..., :d], None
+        values = cache_gnb[..., : s * e].view(self.stored_dtype).view(shape)[..., :d]
         return values, cache_gnb[..., s * e :].view(torch.float32)
 
     def _quantized(self, x_gtd: Tensor) -> tuple[Tensor, Tensor]:
