@@ -61,12 +61,23 @@ class Engine:
             with suppress(psutil.NoSuchProcess):
                 member.kill()
         self._popen.wait()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            if pipe is not None:
+                pipe.close()
 
     def resident_bytes(self) -> int:
         return resident_bytes(self.process)
 
-    def failure(self, what: str) -> SystemExit:
-        self.__exit__()
+    @contextmanager
+    def _starting(self) -> Iterator[None]:
+        """What fails inside, or is interrupted, leaves no process behind."""
+        try:
+            yield
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _failure(self, what: str) -> SystemExit:
         last = self.log.read_text(errors="replace")[-2000:]
         return SystemExit(f"{what}. The end of {self.log}:\n{last}")
 
@@ -89,9 +100,8 @@ class Worker(Engine):
         command = [str(peer.python), "-m", "benchmarks.peers.worker", *words]
         super().__init__(command, peer.environment(settings), log, piped=True)
         self._timeout = timeout
-        begin = time.perf_counter()
-        self._answer()
-        self.load_s = time.perf_counter() - begin
+        with self._starting():
+            self._answer()
         self.loaded_bytes = self.resident_bytes()
         self._signal(signal.SIGSTOP)
 
@@ -113,7 +123,7 @@ class Worker(Engine):
         ready, _, _ = select.select([self._popen.stdout], [], [], self._timeout)
         line = self._popen.stdout.readline() if ready else b""
         if not line:
-            raise self.failure(f"No answer in {self._timeout:.0f} s" if not ready else "The worker ended")
+            raise self._failure(f"No answer in {self._timeout:.0f} s" if not ready else "The worker ended")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -126,10 +136,11 @@ class Server(Engine):
         self.url = f"http://127.0.0.1:{port}"
         begin = time.perf_counter()
         super().__init__(peer.server(model, settings, port), peer.environment(settings), log, piped=False)
-        while not self._first_token():
-            if self._popen.poll() is not None or time.perf_counter() - begin > timeout:
-                raise self.failure("The server did not come up")
-            time.sleep(POLL_SECONDS)
+        with self._starting():
+            while not self._first_token():
+                if self._popen.poll() is not None or time.perf_counter() - begin > timeout:
+                    raise self._failure("The server did not come up")
+                time.sleep(POLL_SECONDS)
         self.first_token_s = time.perf_counter() - begin
         self.loaded_bytes = self.resident_bytes()
 
