@@ -9,6 +9,7 @@ from typing import Any
 
 import llama_cpp.llama_cpp as api
 import numpy as np
+
 from benchmarks.peers.workloads import common_prefix_len
 
 BATCH = 2048

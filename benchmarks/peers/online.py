@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 from benchmarks.peers.workloads import Workload
-
 from quire.cli.bench.serve import LoadOptions, make_load, run_load, summarise_load
 
 SHARED = "shared prefixes are for the workloads without a server"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+
 from benchmarks.peers.machine import family, resident_bytes
 from benchmarks.peers.peer import Peer, Settings, clean_environment
 from benchmarks.peers.worker import Job

@@ -1,4 +1,4 @@
-"""transformers: `generate` on a static batch, bfloat16. It has no prefix cache and no continuous batching here."""
+"""transformers: `generate` on a static batch, in bfloat16. W4 it sits out: it would compute the prefix 32 times."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from benchmarks.peers.peer import TORCH, Generate, Peer, Settings
 
 class Transformers(Peer):
     name = "transformers"
+    workloads = ("W1", "W2", "W3")
 
     def setup(self) -> None:
         self.make_venv(TORCH)

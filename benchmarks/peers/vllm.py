@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Vllm(Peer):
         return {
             "LD_PRELOAD": " ".join(self.preloads()),
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(settings.kv_gib))),
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{settings.threads - 1}",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[: settings.threads])),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",

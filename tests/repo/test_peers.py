@@ -10,6 +10,9 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from benchmarks.peers.__main__ import contestant_name
 from benchmarks.peers.measure import Contest, Contestant
 from benchmarks.peers.peer import Settings
@@ -18,8 +21,6 @@ from benchmarks.peers.registry import PEERS
 from benchmarks.peers.report import METRICS, draw, markdown, ratios, rivals, spread
 from benchmarks.peers.worker import measure
 from benchmarks.peers.workloads import OFFLINE, ONLINE, WORKLOADS, common_prefix_len
-from hypothesis import given
-from hypothesis import strategies as st
 
 positive = st.floats(min_value=1e-3, max_value=1e3)
 
