@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 from benchmarks.peers.llama_cpp import LlamaCpp
@@ -21,6 +23,8 @@ SHORT = {"num_prompts": 4, "length": 64, "output_len": 8}
 
 def main() -> None:
     arguments = parse_arguments()
+    # As an interrupt does, so that the engines are not left behind, stopped as most of them are.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     commands = {"setup": setup, "run": run, "check": check, "report": report, "llama-bench": llama_bench}
     commands[arguments.command](arguments)
 
