@@ -1,4 +1,6 @@
 #include <nanobind/nanobind.h>
+
+#include <cstring>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
@@ -20,9 +22,20 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+bool all_bf16(const float* values, int64_t count) {
+  uint32_t rest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    rest |= bits;
+  }
+  return (rest & 0xffffu) == 0;
+}
+
 PackedWeight pack_int4(Backend& backend, uintptr_t nibbles, uintptr_t scale, uintptr_t zero, int64_t n, int64_t k,
                        int64_t group_size) {
-  PackedWeight packed = make_packed(Format::int4, n, k, group_size, zero != 0);
+  const bool narrow = all_bf16(at<const float>(scale), n * (k / group_size));
+  PackedWeight packed = make_packed(Format::int4, n, k, group_size, zero != 0, narrow);
   backend.linear.pack_int4(backend.pool, at<const uint8_t>(nibbles), at<const float>(scale), at<const uint8_t>(zero),
                            packed);
   return packed;

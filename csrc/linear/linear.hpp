@@ -34,12 +34,14 @@ struct PackedWeight {
   int64_t nbytes;                  // of all that follows
   std::byte* data;                 // panels
   float* scale;                    // int8, fp8: [padded_n]; int4: [panel][k / group_size][32]; null for bf16
+  uint16_t* narrow_scale;          // int4 whose scales all are numbers of bf16: those, and `scale` is null
   float* zero_scale;               // int4 with zero points: zero * scale, laid out like scale; null where all are 8
   Memory memory;                   // owns all of the above
 };
 
 // Memory for a weight, its fields set, its contents yet to be packed. Throws std::bad_alloc.
-PackedWeight make_packed(Format format, int64_t n, int64_t k, int64_t group_size = 0, bool zero_points = false);
+PackedWeight make_packed(Format format, int64_t n, int64_t k, int64_t group_size = 0, bool zero_points = false,
+                         bool narrow_scales = false);
 
 // What happens to a finished sum `y` (bias added where there is one), besides rounding to bf16.
 enum class Epilogue : int {

@@ -81,9 +81,11 @@ inline void pack_int4(Pool& pool, const uint8_t* nibbles_nk2, const float* scale
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t to = (row / kPanel * groups + group) * kPanel + row % kPanel;
       const bool real = row < packed.n;
-      packed.scale[to] = real ? scale_ng[row * groups + group] : 0.0f;
+      const float scale = real ? scale_ng[row * groups + group] : 0.0f;
+      if (packed.narrow_scale != nullptr) packed.narrow_scale[to] = narrow(scale);
+      if (packed.scale != nullptr) packed.scale[to] = scale;
       if (packed.zero_scale == nullptr) continue;
-      packed.zero_scale[to] = real ? packed.scale[to] * static_cast<float>(zero_ng[row * groups + group]) : 0.0f;
+      packed.zero_scale[to] = real ? scale * static_cast<float>(zero_ng[row * groups + group]) : 0.0f;
     }
   }
 }

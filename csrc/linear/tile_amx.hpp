@@ -190,14 +190,14 @@ inline void amx_sums(const PackedWeight& weight, const std::byte* weights, const
 
 // One group's whole numbers, [rows][32], joined to the float sums; zeros are off already where they are all 8.
 inline void add_group_sums(const TileRows& rows, int64_t group, int64_t num_rows, const int32_t* whole,
-                           const float* scale, const float* zero_scale, float* out) {
+                           const GroupScales& scales, float* out) {
   for (int64_t at = 0; at < kPanel; at += kLanes) {
-    const F weight_scale = load(scale + group * kPanel + at);
+    const F weight_scale = scales.at(group * kPanel + at);
     const auto join = [&](int64_t row, F before) {
       const F row_scale = set(rows.scale[row * rows.groups + group]);
       const F after = add_group(before, load(whole + row * kPanel + at), weight_scale, row_scale);
-      if (zero_scale == nullptr) return after;
-      return subtract_zeros(after, load(zero_scale + group * kPanel + at), row_scale,
+      if (scales.zero == nullptr) return after;
+      return subtract_zeros(after, load(scales.zero + group * kPanel + at), row_scale,
                             rows.sum[row * rows.groups + group]);
     };
     float* to = out + at;
@@ -216,20 +216,19 @@ inline void amx_sums_int4(const PackedWeight& weight, int64_t panel, const std::
   const int64_t group_size = weight.group_size, groups = weight.k / group_size;
   const int64_t k_bytes = group_size < kTileBytes ? group_size : kTileBytes, steps = group_size / k_bytes;
   const int64_t group_bytes = group_size / 4 * kPanelRow, most = kBlockSteps * kStepBytes / group_bytes;
-  const float* scale = weight.scale + panel * groups * kPanel;
-  const float* zero_scale = weight.zero_scale == nullptr ? nullptr : weight.zero_scale + panel * groups * kPanel;
+  const GroupScales scales = group_scales(weight, panel);
   auto* const whole = reinterpret_cast<int32_t*>(spare + kBlockSteps * kStepBytes);
   const int64_t tiles = (num_rows + 2 * kTileRows - 1) / (2 * kTileRows);
   constexpr int64_t kWhole = 2 * kTileRows * kPanel;
   for (int64_t first_group = 0; first_group < groups; first_group += most) {
     const int64_t end = first_group + most < groups ? first_group + most : groups;
     write_out<Int4Form>(weights + first_group * group_bytes / 2, (end - first_group) * group_size / 8, spare,
-                        zero_scale == nullptr ? 8 : 0);
+                        scales.zero == nullptr ? 8 : 0);
     settle();
     for_amx_tiles(num_rows, k_bytes, [&]<bool both>(int64_t first, int64_t count) {
       const TileRows here = skip_rows(rows, first);
       const auto join = [&](int64_t group) {
-        add_group_sums(here, group, count, whole + group % 2 * kWhole, scale, zero_scale, out + first * kPanel);
+        add_group_sums(here, group, count, whole + group % 2 * kWhole, scales, out + first * kPanel);
       };
       Ahead ahead = ahead_of_tile(weights + end * group_bytes / 2, (end - first_group) * group_bytes / 2,
                                   first / (2 * kTileRows), tiles, (end - first_group) * steps);

@@ -28,13 +28,15 @@ Memory allocate(int64_t bytes) {
   return {static_cast<std::byte*>(memory), [](std::byte* data) { std::free(data); }};
 }
 
-PackedWeight make_packed(Format format, int64_t n, int64_t k, int64_t group_size, bool zero_points) {
+PackedWeight make_packed(Format format, int64_t n, int64_t k, int64_t group_size, bool zero_points,
+                         bool narrow_scales) {
   const int64_t padded_n = round_up(n, kPanel), padded_k = round_up(k, 64);
   const int64_t panels = padded_n * padded_k * bits_of(format) / 8;
   const int64_t scales = format == Format::bf16 ? 0 : format == Format::int4 ? padded_n * (k / group_size) : padded_n;
-  const int64_t nbytes = panels + scales * 4 * (zero_points ? 2 : 1);
+  const int64_t scale_bytes = scales * (narrow_scales ? 2 : 4);
+  const int64_t nbytes = panels + scale_bytes + (zero_points ? scales * 4 : 0);
   Memory memory = allocate(nbytes);
-  auto* const scale = reinterpret_cast<float*>(memory.get() + panels);
+  std::byte* const scale = memory.get() + panels;
   return {
       .format = format,
       .n = n,
@@ -44,8 +46,9 @@ PackedWeight make_packed(Format format, int64_t n, int64_t k, int64_t group_size
       .group_size = group_size,
       .nbytes = nbytes,
       .data = memory.get(),
-      .scale = scales == 0 ? nullptr : scale,
-      .zero_scale = zero_points ? scale + scales : nullptr,
+      .scale = scales == 0 || narrow_scales ? nullptr : reinterpret_cast<float*>(scale),
+      .narrow_scale = narrow_scales ? reinterpret_cast<uint16_t*>(scale) : nullptr,
+      .zero_scale = zero_points ? reinterpret_cast<float*>(scale + scale_bytes) : nullptr,
       .memory = std::move(memory),
   };
 }

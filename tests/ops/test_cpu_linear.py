@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,13 @@ def test_packed_size_is_the_padded_weight_and_its_scales(fmt: str, n: int, k: in
     scales = {"bf16": 0, "int8": padded_n, "fp8": padded_n, "int4": padded_n * k // 64}[fmt]
     assert (packed.n, packed.k, packed.format) == (n, k, fmt)
     assert packed.nbytes == padded_n * k * BITS[fmt] // 8 + 4 * scales
+
+
+def test_scales_that_bf16_has_take_two_bytes() -> None:
+    kernel = CpuLinear(target(usable_isas()[-1]))
+    wide = make_weight("int4", 64, 256, seed=0, group_size=64, zeros=False)
+    narrow = replace(wide, scale_ng=wide.scale_ng.bfloat16().float())
+    assert kernel.pack(wide).nbytes - kernel.pack(narrow).nbytes == 2 * 64 * 256 // 64
 
 
 @each_isa

@@ -96,9 +96,12 @@ def _int4_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> I
     groups, n = random_int(1, 5, generator), random_int(1, 300, generator)
     k = groups * group_size
     zero = torch.randint(0, 16, (n, groups), dtype=torch.uint8, generator=generator)
+    scale_ng = torch.rand(n, groups, generator=generator).add_(0.5).mul_(k**-0.5 / 4)
+    if random_int(0, 1, generator):  # as checkpoints have them most often
+        scale_ng = scale_ng.bfloat16().float()
     weight = Int4Weight(
         nibbles_nk2=pack_nibbles(torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)),
-        scale_ng=torch.rand(n, groups, generator=generator).add_(0.5).mul_(k**-0.5 / 4),
+        scale_ng=scale_ng,
         zero_ng=zero if random_int(0, 1, generator) else None,
         group_size=group_size,
     )
