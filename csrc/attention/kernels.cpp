@@ -130,7 +130,6 @@ Problem::Scratch Problem::scratch_at(std::byte* memory) const {
   scratch.segment = state_at(segment);
   scratch.sums = state_at(sums);
   scratch.buffer.clear_padding(d_);
-  std::memset(scratch.weights, 0, kSubRows * kTile * sizeof(bf16));
   return scratch;
 }
 

@@ -76,11 +76,11 @@ struct TileBuffer {
 
   // Once per task: what staging never writes.
   void clear_padding(int64_t d) const {
-    for (int64_t g = 0; g < kTile / kScoreGroup; ++g) {
+    for (int64_t g = 0; d < dk && g < kTile / kScoreGroup; ++g) {
       bf16* group = keys + g * dk * kScoreGroup;
       std::memset(group + d * kScoreGroup, 0, static_cast<std::size_t>((dk - d) * kScoreGroup) * sizeof(bf16));
     }
-    for (int64_t p = 0; p < kTile / 2; ++p) {
+    for (int64_t p = 0; d < dv && p < kTile / 2; ++p) {
       std::memset(values + (p * dv + d) * 2, 0, static_cast<std::size_t>(dv - d) * 2 * sizeof(bf16));
     }
   }
