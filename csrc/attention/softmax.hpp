@@ -14,7 +14,7 @@ inline constexpr float kLog2E = 1.44269504088896341f;
 // 2^x for x <= 0 or a little more, within 3e-6 of the result: the weights are rounded to bf16 afterwards. 2^0 is 1
 // exactly, 0 below -126.5 (so for -inf), NaN for NaN. The polynomial is a least-squares fit of relative error.
 inline F exp2(F x) {
-  const F clamped = select(x < set(-127.0f), set(-127.0f), x);
+  const F clamped = max(set(-127.0f), x);
   const F magic = set(12582912.0f + 127.0f);  // 1.5 * 2^23: the sum's last bits are the integer, plus 127
   const F shifted = clamped + magic;
   const F rest = clamped - (shifted - magic);

@@ -29,13 +29,19 @@ SIZES: dict[str, Any] = {
 }
 DENSE = Qwen3Config(**SIZES)
 SPARSE = Qwen3MoeConfig(**SIZES, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=96)
-KINDS = [(DENSE, "float32"), (DENSE, "bfloat16"), (SPARSE, "float32"), (SPARSE, "bfloat16")]
+KINDS = [
+    (DENSE, "float32", "auto"),
+    (DENSE, "bfloat16", "auto"),
+    (DENSE, "bfloat16", "int8"),
+    (SPARSE, "float32", "auto"),
+    (SPARSE, "bfloat16", "auto"),
+]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0].model_type}-{kind[1]}")
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0].model_type}-{kind[1]}-{kind[2]}")
 def model(request: pytest.FixtureRequest, save_random: Any) -> LoadedModel:
-    config, dtype = request.param
-    return load_model(save_random(config)[1], dtype=dtype)
+    config, dtype, kv_cache_dtype = request.param
+    return load_model(save_random(config)[1], dtype=dtype, kv_cache_dtype=kv_cache_dtype)
 
 
 def logits_of(model: LoadedModel, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
