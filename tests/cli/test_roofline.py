@@ -22,6 +22,8 @@ def test_figures_are_positive(capsys, monkeypatch):
     assert result["threads"] == 1
     assert set(result["memory_gb_per_s"]) == {"read", "copy"}
     assert set(result["matmul_gflop_per_s"]) == {"bf16", "fp32"}
+    assert set(result["kernels_gop_per_s"]) == ({"bf16", "int8", "fp32"} if result["isa"] else set())
+    assert all(figure > 0 for figure in (*result["kernels_gb_per_s"].values(), *result["kernels_gop_per_s"].values()))
     assert all(figure > 0 for figure in (*result["memory_gb_per_s"].values(), *result["matmul_gflop_per_s"].values()))
 
 

@@ -46,6 +46,9 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
         isa=config.isa,
         kv_cache_dtype=config.kv_cache_dtype,
     )
+    if model.decoder.stack is not None:
+        # The kernels have threads of their own; a second pool would only be in their way.
+        torch.set_num_threads(1)
     _tell_unexpected(model)
     ledger = size_cache(config, model)
     num_blocks = config.num_kv_blocks or ledger.num_blocks

@@ -1,4 +1,4 @@
-"""`quire bench roofline`: what this machine's memory and arithmetic can give, measured with torch.
+"""`quire bench roofline`: what this machine's memory and arithmetic can give, by torch and by the compiled kernels.
 
 A decode step reads all weights and the KV of its requests once, so memory bandwidth over those bytes bounds its rate;
 prefill is bounded by the matmul peak.
@@ -21,7 +21,7 @@ from quire.cli.bench.workload import require
 if TYPE_CHECKING:
     import torch
 
-GIB = 1024**3
+GIB, MIB = 1024**3, 1024**2
 CACHE_MULTIPLE = 4  # a buffer of so many last-level caches comes from memory
 LEAST_BUFFER_BYTES = 256 * 1024**2
 MOST_BUFFER_BYTES = 4 * GIB
@@ -60,6 +60,7 @@ def roofline(options: Annotated[RooflineOptions, Parameter(name="*")] = DEFAULTS
         "last_level_cache_bytes": cache,
         **measure_memory(buffer_bytes(cache), options.seconds),
         **measure_matmul(options.matmul_size, options.seconds),
+        **measure_kernels(options.threads, buffer_bytes(cache), options.seconds),
     }
     if options.json:
         print_json(result)
@@ -71,6 +72,14 @@ def roofline(options: Annotated[RooflineOptions, Parameter(name="*")] = DEFAULTS
     ]
     rows += [(f"memory {name}", f"{figure:,.1f} GB/s") for name, figure in result["memory_gb_per_s"].items()]
     rows += [(f"matmul {name}", f"{figure:,.0f} GFLOP/s") for name, figure in result["matmul_gflop_per_s"].items()]
+    rows += [
+        (f"kernels {name} ({result['isa']})", f"{figure:,.1f} GB/s")
+        for name, figure in result["kernels_gb_per_s"].items()
+    ]
+    rows += [
+        (f"kernels {name} ({result['isa']})", f"{figure:,.0f} Gop/s")
+        for name, figure in result["kernels_gop_per_s"].items()
+    ]
     print_table("Roofline (medians)", rows)
 
 
@@ -127,6 +136,23 @@ def measure_matmul(size: int, seconds: float) -> dict[str, Any]:
 
         figures[name] = 2 * size**3 / _median_seconds(multiply, seconds) / 1e9
     return {"matmul_size": size, "matmul_gflop_per_s": figures}
+
+
+def measure_kernels(threads: int | None, size: int, seconds: float) -> dict[str, Any]:
+    """Limits of the compiled kernels' instruction set, best of several: a stream read by its threads, and dot products
+    on registers alone (an addition and a multiplication are two operations). Empty where there are no such kernels."""
+    from quire.ops.cpu.library import kernels_module, open_backend
+
+    module = kernels_module()
+    if module is None:
+        return {"isa": None, "kernels_gb_per_s": {}, "kernels_gop_per_s": {}}
+    backend = open_backend(threads, None)
+    repeats = max(2, int(4 * seconds))
+    return {
+        "isa": backend.isa,
+        "kernels_gb_per_s": {"read": module.read_bandwidth(backend, size // MIB * MIB, repeats) / 1e9},
+        "kernels_gop_per_s": {kind: module.peak(backend, kind, repeats) / 1e9 for kind in ("bf16", "int8", "fp32")},
+    }
 
 
 def _median_seconds(run: Callable[[], object], seconds: float) -> float:
