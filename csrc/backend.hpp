@@ -17,6 +17,7 @@ struct Backend {
 
   Pool pool;
   Isa isa;
+  Arena arena;
   const LinearKernels& linear;
   const AttentionKernels& attention;
   const MoeKernels& moe;

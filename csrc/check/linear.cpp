@@ -11,7 +11,7 @@ struct Weight {
 Weight random_weight(Backend& backend, Random& random, Format format, int64_t n, int64_t k) {
   const auto size = static_cast<std::size_t>(n * k);
   const int64_t group = format == Format::int4 ? 32 : 0;
-  Weight weight{make_packed(format, n, k, group, group != 0), std::vector<float>(size)};
+  Weight weight{make_packed(backend.arena, format, n, k, group, group != 0), std::vector<float>(size)};
   if (format == Format::bf16) {
     const auto plain = random_bf16(random, n * k, 0.1f);
     for (std::size_t i = 0; i < size; ++i) weight.values[i] = from_bf16(plain[i]);

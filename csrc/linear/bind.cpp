@@ -35,7 +35,7 @@ bool all_bf16(const float* values, int64_t count) {
 PackedWeight pack_int4(Backend& backend, uintptr_t nibbles, uintptr_t scale, uintptr_t zero, int64_t n, int64_t k,
                        int64_t group_size) {
   const bool narrow = all_bf16(at<const float>(scale), n * (k / group_size));
-  PackedWeight packed = make_packed(Format::int4, n, k, group_size, zero != 0, narrow);
+  PackedWeight packed = make_packed(backend.arena, Format::int4, n, k, group_size, zero != 0, narrow);
   backend.linear.pack_int4(backend.pool, at<const uint8_t>(nibbles), at<const float>(scale), at<const uint8_t>(zero),
                            packed);
   return packed;
@@ -102,17 +102,17 @@ void bind_linear(nb::module_& m) {
            "residual"_a = 0, "up"_a = nb::none(), "up_bias"_a = 0, nb::keep_alive<0, 1>(), nb::keep_alive<0, 7>());
 
   m.def("pack_bf16", [](Backend& backend, uintptr_t weight, int64_t n, int64_t k) {
-    PackedWeight packed = make_packed(Format::bf16, n, k);
+    PackedWeight packed = make_packed(backend.arena, Format::bf16, n, k);
     backend.linear.pack_bf16(backend.pool, at<const uint16_t>(weight), packed);
     return packed;
   }, "backend"_a, "weight"_a, "n"_a, "k"_a, without_gil, "Of a dense [n, k] bf16 tensor.");
   m.def("pack_int8", [](Backend& backend, uintptr_t values, uintptr_t scale, int64_t n, int64_t k) {
-    PackedWeight packed = make_packed(Format::int8, n, k);
+    PackedWeight packed = make_packed(backend.arena, Format::int8, n, k);
     backend.linear.pack_int8(backend.pool, at<const int8_t>(values), at<const float>(scale), packed);
     return packed;
   }, "backend"_a, "values"_a, "scale"_a, "n"_a, "k"_a, without_gil, "Of a dense [n, k] int8 tensor and [n] scales.");
   m.def("pack_fp8", [](Backend& backend, uintptr_t values, uintptr_t scale, int64_t n, int64_t k) {
-    PackedWeight packed = make_packed(Format::fp8, n, k);
+    PackedWeight packed = make_packed(backend.arena, Format::fp8, n, k);
     backend.linear.pack_fp8(backend.pool, at<const uint8_t>(values), at<const float>(scale), packed);
     return packed;
   }, "backend"_a, "values"_a, "scale"_a, "n"_a, "k"_a, without_gil, "Of a dense [n, k] e4m3 tensor and [n] scales.");

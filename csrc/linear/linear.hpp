@@ -25,6 +25,17 @@ constexpr int bits_of(Format format) { return format == Format::bf16 ? 16 : form
 using Memory = std::unique_ptr<std::byte[], void (*)(std::byte*)>;
 Memory allocate(int64_t bytes);
 
+// Memory for many weights: laid end to end in large pieces, since a piece of its own for each would seldom be large
+// enough for a huge page. A piece lives as long as a weight in it. For one thread at a time.
+class Arena {
+ public:
+  std::shared_ptr<std::byte> take(int64_t bytes);
+
+ private:
+  std::shared_ptr<std::byte> piece_;
+  int64_t used_ = 0, size_ = 0;
+};
+
 // A weight as the kernels read it. Scales and zeros are padded like the panels.
 struct PackedWeight {
   Format format;
@@ -36,11 +47,11 @@ struct PackedWeight {
   float* scale;                    // int8, fp8: [padded_n]; int4: [panel][k / group_size][32]; null for bf16
   uint16_t* narrow_scale;          // int4 whose scales all are numbers of bf16: those, and `scale` is null
   float* zero_scale;               // int4 with zero points: zero * scale, laid out like scale; null where all are 8
-  Memory memory;                   // owns all of the above
+  std::shared_ptr<std::byte> memory;  // all of the above lie in it
 };
 
 // Memory for a weight, its fields set, its contents yet to be packed. Throws std::bad_alloc.
-PackedWeight make_packed(Format format, int64_t n, int64_t k, int64_t group_size = 0, bool zero_points = false,
+PackedWeight make_packed(Arena& arena, Format format, int64_t n, int64_t k, int64_t group_size = 0, bool zero_points = false,
                          bool narrow_scales = false);
 
 // What happens to a finished sum `y` (bias added where there is one), besides rounding to bf16.

@@ -10,7 +10,8 @@
 namespace quire {
 namespace {
 
-constexpr std::size_t kCacheLine = 64, kHugePage = std::size_t{1} << 21;
+constexpr int64_t kCacheLine = 64;
+constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -19,7 +20,7 @@ int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1
 // A stream over 4 KiB pages spends its time on addresses.
 Memory allocate(int64_t bytes) {
   const auto size = static_cast<std::size_t>(bytes);
-  const std::size_t alignment = size >= kHugePage ? kHugePage : kCacheLine;
+  const std::size_t alignment = size >= kHugePage ? kHugePage : static_cast<std::size_t>(kCacheLine);
   void* const memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
   if (memory == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
@@ -28,14 +29,32 @@ Memory allocate(int64_t bytes) {
   return {static_cast<std::byte*>(memory), [](std::byte* data) { std::free(data); }};
 }
 
-PackedWeight make_packed(Format format, int64_t n, int64_t k, int64_t group_size, bool zero_points,
+std::shared_ptr<std::byte> Arena::take(int64_t bytes) {
+  constexpr int64_t kPiece = int64_t{64} << 20;
+  const int64_t wanted = round_up(bytes, kCacheLine);
+  if (wanted > size_ - used_) {
+    const int64_t size = wanted > kPiece / 2 ? wanted : kPiece;
+    Memory memory = allocate(size);
+    auto* const release = memory.get_deleter();
+    std::shared_ptr<std::byte> piece(memory.release(), release);
+    if (size != kPiece) return piece;
+    piece_ = std::move(piece);
+    used_ = 0;
+    size_ = size;
+  }
+  std::byte* const at = piece_.get() + used_;
+  used_ += wanted;
+  return {piece_, at};
+}
+
+PackedWeight make_packed(Arena& arena, Format format, int64_t n, int64_t k, int64_t group_size, bool zero_points,
                          bool narrow_scales) {
   const int64_t padded_n = round_up(n, kPanel), padded_k = round_up(k, 64);
   const int64_t panels = padded_n * padded_k * bits_of(format) / 8;
   const int64_t scales = format == Format::bf16 ? 0 : format == Format::int4 ? padded_n * (k / group_size) : padded_n;
   const int64_t scale_bytes = scales * (narrow_scales ? 2 : 4);
   const int64_t nbytes = panels + scale_bytes + (zero_points ? scales * 4 : 0);
-  Memory memory = allocate(nbytes);
+  auto memory = arena.take(nbytes);
   std::byte* const scale = memory.get() + panels;
   return {
       .format = format,
