@@ -51,6 +51,40 @@ Pool::~Pool() {
   bell_.notify_all();
   for (auto& worker : workers_) worker.join();
   for (auto& scratch : scratch_) std::free(scratch.data);
+  for (auto& memory : unlent_) std::free(memory.data);
+}
+
+// The smallest that is large enough; if none is, the largest is exchanged for one that is.
+Scratch Pool::borrow(std::size_t bytes) {
+  Scratch memory;
+  {
+    std::lock_guard lock(lending_);
+    const auto better = [bytes](const Scratch& one, const Scratch& other) {
+      const bool fits = one.size >= bytes, other_fits = other.size >= bytes;
+      if (fits != other_fits) return fits;
+      return fits ? one.size < other.size : one.size > other.size;
+    };
+    const auto best = std::min_element(unlent_.begin(), unlent_.end(), better);
+    if (best != unlent_.end()) {
+      memory = *best;
+      unlent_.erase(best);
+    }
+  }
+  if (memory.data != nullptr && memory.size >= bytes) return memory;
+  std::free(memory.data);
+  const std::size_t size = (bytes / 4096 + 1) * 4096;
+  memory = {static_cast<std::byte*>(std::aligned_alloc(4096, size)), size};
+  if (memory.data == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+void Pool::give_back(Scratch memory) noexcept {
+  std::lock_guard lock(lending_);
+  try {
+    unlent_.push_back(memory);
+  } catch (const std::bad_alloc&) {
+    std::free(memory.data);
+  }
 }
 
 void Pool::run(int64_t num_tasks, Task task, const void* context, std::size_t scratch_bytes) {

@@ -14,6 +14,11 @@
 
 namespace quire {
 
+struct Scratch {
+  std::byte* data = nullptr;
+  std::size_t size = 0;
+};
+
 class Pool {
  public:
   using Task = void (*)(const void* context, int64_t task, int thread);
@@ -31,6 +36,11 @@ class Pool {
   // if there is not that much, before any task has run.
   void run(int64_t num_tasks, Task task, const void* context, std::size_t scratch_bytes = 0);
 
+  // Memory for one call, kept from call to call: fresh pages cost more than the work on them. Aligned to 4096, and at
+  // least `bytes`. Throws std::bad_alloc. Any thread may ask.
+  Scratch borrow(std::size_t bytes);
+  void give_back(Scratch memory) noexcept;
+
   // The running thread's memory, aligned to 4096; what an earlier task left there is still in it.
   std::byte* scratch(int thread) const { return scratch_[static_cast<std::size_t>(thread)].data; }
 
@@ -44,12 +54,8 @@ class Pool {
   bool wait_for_call(uint32_t& seen);
   void reserve(std::size_t bytes);
 
-  struct Scratch {
-    std::byte* data = nullptr;
-    std::size_t size = 0;
-  };
-
-  std::mutex turn_;
+  std::mutex turn_, lending_;
+  std::vector<Scratch> unlent_;
   std::vector<Scratch> scratch_;
   std::vector<std::thread> workers_;
   alignas(64) std::atomic<uint64_t> job_{kClosed};

@@ -68,7 +68,7 @@ struct Cut {
 
 void linear(Pool& pool, const Rows& rows, const Product* products, int num_products) {
   if (rows.t == 0 || num_products == 0) return;
-  CallMemory memory;
+  CallMemory memory(pool);
   const TileRows all = prepare(pool, rows, *products[0].weight, memory);
   const Cut cut(products, num_products, all, rows.t, pool.threads());
   const int64_t sums_bytes = cut.block_rows * kPanel * 4;

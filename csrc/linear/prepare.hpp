@@ -2,9 +2,6 @@
 // chunks for AMX tiles. Rows that are fit as they are stay where they are.
 #pragma once
 
-#include <cstdlib>
-#include <new>
-
 #include "linear/linear.hpp"
 #include "linear/quantize.hpp"
 #include "linear/tile.hpp"
@@ -13,26 +10,28 @@
 
 namespace quire::QUIRE_ISA {
 
-// Memory of one call.
+// Memory of one call, lent by the pool.
 class CallMemory {
  public:
-  CallMemory() = default;
+  explicit CallMemory(Pool& pool) : pool_(pool) {}
   CallMemory(const CallMemory&) = delete;
   CallMemory& operator=(const CallMemory&) = delete;
   ~CallMemory() {
-    for (std::byte* piece : pieces_) std::free(piece);
+    for (const Scratch& piece : pieces_) {
+      if (piece.data != nullptr) pool_.give_back(piece);
+    }
   }
 
   // At most twice.
   std::byte* take(int64_t bytes) {
-    std::byte*& piece = pieces_[pieces_[0] == nullptr ? 0 : 1];
-    piece = static_cast<std::byte*>(std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64)));
-    if (piece == nullptr) throw std::bad_alloc();
-    return piece;
+    Scratch& piece = pieces_[pieces_[0].data == nullptr ? 0 : 1];
+    piece = pool_.borrow(static_cast<std::size_t>(bytes));
+    return piece.data;
   }
 
  private:
-  std::byte* pieces_[2] = {};
+  Pool& pool_;
+  Scratch pieces_[2];
 };
 
 // Rows per task, so that waking a thread for them is worth it.

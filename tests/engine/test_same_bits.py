@@ -12,6 +12,7 @@ from quire.config.engine import EngineConfig
 from quire.core.request import EngineRequest, FinishReason
 from quire.core.sampling import SamplingParams
 from quire.engine.build import build_engine
+from quire.ops.cpu.library import usable_isas
 
 VOCAB = 384
 MAX_PROMPT = 70
@@ -96,9 +97,9 @@ def result_of(outputs):
 
 
 @cache
-def alone(directory: str, threads: int, prompt: tuple[int, ...], key: str, sampling_items: tuple):
-    """The request by itself, on as many threads, in an engine with room for everything and no cache."""
-    engine = lone_engine(directory, threads)
+def alone(directory: str, threads: int, prompt: tuple[int, ...], key: str, sampling_items: tuple, formats: tuple = ()):
+    """The request by itself, on so many threads, in an engine with room for everything and no cache."""
+    engine = lone_engine(directory, threads, formats)
     torch.set_num_threads(threads)
     job = Job(prompt, SamplingParams(**dict(sampling_items)), 0, None, key, "")
     assert engine.submit(engine_request("alone", job)) is None
@@ -109,7 +110,7 @@ def alone(directory: str, threads: int, prompt: tuple[int, ...], key: str, sampl
 
 
 @cache
-def lone_engine(directory: str, threads: int):
+def lone_engine(directory: str, threads: int, formats: tuple):
     return build_engine(
         EngineConfig(
             model=directory,
@@ -118,6 +119,7 @@ def lone_engine(directory: str, threads: int):
             enable_prefix_caching=False,
             max_model_len=128,
             threads=threads,
+            **dict(formats),
         )
     )
 
@@ -127,16 +129,35 @@ def items(sampling: SamplingParams) -> tuple:
     return tuple((name, getattr(sampling, name)) for name in (*names, "presence_penalty", "repetition_penalty"))
 
 
-@pytest.mark.parametrize("name", ["qwen3-bfloat16", "llama-float32"])
+FORMATS = [
+    ("llama-float32", {}),
+    ("qwen3-bfloat16", {}),
+    ("qwen3-bfloat16", {"isa": "reference"}),
+    *(
+        ("qwen3-bfloat16", formats)
+        for formats in (
+            {"isa": "avx2"},
+            {"quantization": "int8", "kv_cache_dtype": "int8"},
+            {"quantization": "int4", "kv_cache_dtype": "fp8"},
+            {"quantization": "fp8"},
+        )
+        if "avx2" in usable_isas()
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "formats"), FORMATS, ids=str)
 @settings(
-    max_examples=40,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
 )
 @given(work=st.lists(jobs(), min_size=2, max_size=10), schedule=schedules())
-def test_any_schedule_gives_the_bits_of_each_request_alone(checkpoints, name, work, schedule):
+def test_any_schedule_gives_the_bits_of_each_request_alone(checkpoints, name, formats, work, schedule):
     directory = str(checkpoints[name])
-    engine = build_engine(EngineConfig(model=directory, max_model_len=96, **schedule))
+    engine = build_engine(EngineConfig(model=directory, max_model_len=96, **schedule, **formats))
+    # Compiled kernels: the same bits on any number of threads.
+    threads = 1 if "quantization" in formats or formats.get("isa") == "avx2" else schedule["threads"]
     outputs = {f"r{index}": [] for index in range(len(work))}
     cancelled = set()
     for turn in range(4000):
@@ -157,7 +178,7 @@ def test_any_schedule_gives_the_bits_of_each_request_alone(checkpoints, name, wo
     engine.check_integrity()
     for index, job in enumerate(work):
         request_id = f"r{index}"
-        expected = alone(directory, schedule["threads"], job.prompt, job.salt, items(job.sampling))
+        expected = alone(directory, threads, job.prompt, job.salt, items(job.sampling), tuple(sorted(formats.items())))
         if request_id in cancelled:
             tokens = [token for output in outputs[request_id] for token in output.token_ids]
             assert tokens == expected[0][: len(tokens)]

@@ -45,6 +45,7 @@ def test_families_differ_in_flags_only() -> None:
         "LlamaForCausalLM": (True, True, True, False),
         "Qwen2ForCausalLM": (True, False, False, False),
         "Qwen3ForCausalLM": (True, True, False, True),
+        "Qwen3MoeForCausalLM": (True, True, False, True),
     }
 
 

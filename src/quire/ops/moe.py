@@ -132,7 +132,8 @@ def _inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs
 
 
 _TOLERANCES: Mapping[torch.dtype, Tolerance] = {
-    torch.float32: Tolerance(relative=1e-5, absolute=1e-5),
+    # Of quantised experts: a value between two steps of the 8-bit rows may go to either.
+    torch.float32: Tolerance(relative=1e-2, absolute=2e-3),
     torch.bfloat16: Tolerance(relative=2e-2, absolute=3e-2),
     torch.float16: Tolerance(relative=2e-3, absolute=2e-3),
 }

@@ -81,8 +81,8 @@ class EngineProcess:
         try:
             self._popen.stdin.write(json.dumps(payload).encode() + b"\n")
             self._popen.stdin.flush()  # left open: its end tells the engine that its parent is gone
-        except BrokenPipeError:
-            return  # the child is dead already, which the exit thread reports
+        except (BrokenPipeError, ValueError):
+            return  # the child is dead already (the exit thread has closed the pipe), which that thread reports
 
     def _pump_log(self) -> None:
         assert self._popen.stdout is not None
