@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "address.hpp"
 #include "backend.hpp"
 
 namespace nb = nanobind;
@@ -16,11 +17,6 @@ using namespace nb::literals;
 
 namespace quire {
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 bool all_bf16(const float* values, int64_t count) {
   uint32_t rest = 0;

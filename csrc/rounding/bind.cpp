@@ -1,19 +1,12 @@
 #include <nanobind/nanobind.h>
 
+#include "address.hpp"
 #include "backend.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace quire {
-namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 void bind_rounding(nb::module_& m) {
   using Release = nb::call_guard<nb::gil_scoped_release>;

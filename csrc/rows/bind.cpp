@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "address.hpp"
 #include "backend.hpp"
 
 namespace nb = nanobind;
@@ -9,11 +10,6 @@ using namespace nb::literals;
 
 namespace quire {
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);  // NOLINT: addresses are how tensors come in
-}
 
 void norm(Backend& backend, uintptr_t x, int64_t x_stride, uintptr_t residual, uintptr_t sum, uintptr_t weight,
           uintptr_t bias, bool centered, float eps, float weight_offset, int64_t t, int64_t n, uintptr_t out) {

@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "address.hpp"
 #include "backend.hpp"
 
 namespace nb = nanobind;
@@ -9,11 +10,6 @@ using namespace nb::literals;
 
 namespace quire {
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 SampleCall call_of(uintptr_t logits, int64_t stride, int64_t s, int64_t v, int64_t max_top, uintptr_t results,
                    uintptr_t top_ids, uintptr_t top_logprobs) {

@@ -1,6 +1,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
+#include "address.hpp"
 #include "stack/stack.hpp"
 
 namespace nb = nanobind;
@@ -8,11 +9,6 @@ using namespace nb::literals;
 
 namespace quire {
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // (weight, address of the bias or 0)
 Linear linear_of(const nb::tuple& pair) {

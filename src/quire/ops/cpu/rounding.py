@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,30 +20,25 @@ class CpuRounding:
         self._module: Any = kernels_module()
 
     def int8(self, weight_nk: Tensor) -> Int8Weight:
-        n, k = weight_nk.shape
-        weight = Int8Weight(values_nk=torch.empty(n, k, dtype=torch.int8), scale_n=torch.empty(n))
-        self._module.round_int8(
-            self._backend,
-            weight=weight_nk.data_ptr(),
-            n=n,
-            k=k,
-            values=weight.values_nk.data_ptr(),
-            scale=weight.scale_n.data_ptr(),
-        )
-        return weight
+        values_nk, scale_n = self._rows(self._module.round_int8, weight_nk, torch.int8)
+        return Int8Weight(values_nk=values_nk, scale_n=scale_n)
 
     def fp8(self, weight_nk: Tensor) -> Fp8Weight:
+        values_nk, scale_n = self._rows(self._module.round_fp8, weight_nk, torch.float8_e4m3fn)
+        return Fp8Weight(values_nk=values_nk, scale_n=scale_n)
+
+    def _rows(self, kernel: Callable[..., None], weight_nk: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         n, k = weight_nk.shape
-        weight = Fp8Weight(values_nk=torch.empty(n, k, dtype=torch.float8_e4m3fn), scale_n=torch.empty(n))
-        self._module.round_fp8(
+        values_nk, scale_n = torch.empty(n, k, dtype=dtype), torch.empty(n)
+        kernel(
             self._backend,
             weight=weight_nk.data_ptr(),
             n=n,
             k=k,
-            values=weight.values_nk.data_ptr(),
-            scale=weight.scale_n.data_ptr(),
+            values=values_nk.data_ptr(),
+            scale=scale_n.data_ptr(),
         )
-        return weight
+        return values_nk, scale_n
 
     def int4(self, weight_nk: Tensor, group_size: int) -> Int4Weight:
         """Symmetric groups; k is a multiple of `group_size`."""
