@@ -27,7 +27,8 @@ namespace quire::QUIRE_ISA {
 
 inline constexpr int64_t kBlockSteps = 16;                           // of 16 panel rows each: 32 KiB
 inline constexpr int64_t kStepBytes = kTileRows * kPanelRow;         // of a panel: both weight tiles
-inline constexpr int64_t kAmxSpare = kBlockSteps * kStepBytes + 2 * 4 * 2 * kTileRows * kPanel;
+inline constexpr int kJoined = 4;                                   // groups of int4 that join the float sums at once
+inline constexpr int64_t kAmxSpare = kBlockSteps * kStepBytes + kJoined * 4 * 2 * kTileRows * kPanel;
 
 // What lies in memory is what tiles see: the intrinsics do not tell the compiler that they read it.
 inline void settle() { asm volatile("" ::: "memory"); }
@@ -188,29 +189,33 @@ inline void amx_sums(const PackedWeight& weight, const std::byte* weights, const
   }
 }
 
-// One group's whole numbers, [rows][32], joined to the float sums; zeros are off already where they are all 8.
-inline void add_group_sums(const TileRows& rows, int64_t group, int64_t num_rows, const int32_t* whole,
+// The whole numbers of G groups, each [rows][32] and `kWhole` apart, joined to the float sums group by group; a sum goes
+// to memory once for all of them. Zeros are off already where they are all 8.
+inline constexpr int64_t kWhole = 2 * kTileRows * kPanel;
+template <int G>
+inline void add_group_sums(const TileRows& rows, int64_t first_group, int64_t num_rows, const int32_t* whole,
                            const GroupScales& scales, float* out) {
   for (int64_t at = 0; at < kPanel; at += kLanes) {
-    const F weight_scale = scales.at(group * kPanel + at);
-    const auto join = [&](int64_t row, F before) {
-      const F row_scale = set(rows.scale[row * rows.groups + group]);
-      const F after = add_group(before, load(whole + row * kPanel + at), weight_scale, row_scale);
-      if (scales.zero == nullptr) return after;
-      return subtract_zeros(after, load(scales.zero + group * kPanel + at), row_scale,
-                            rows.sum[row * rows.groups + group]);
-    };
+    F weight_scale[G];
+    for (int g = 0; g < G; ++g) weight_scale[g] = scales.at((first_group + g) * kPanel + at);
     float* to = out + at;
-    if (group == 0) {
-      for (int64_t row = 0; row < num_rows; ++row, to += kPanel) store(to, join(row, F{}));
-    } else {
-      for (int64_t row = 0; row < num_rows; ++row, to += kPanel) store(to, join(row, load(to)));
+    for (int64_t row = 0; row < num_rows; ++row, to += kPanel) {
+      const int64_t of_row = row * rows.groups + first_group;
+      F sum = first_group == 0 ? F{} : load(to);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const F row_scale = set(rows.scale[of_row + g]);
+        sum = add_group(sum, load(whole + g * kWhole + row * kPanel + at), weight_scale[g], row_scale);
+        if (scales.zero == nullptr) continue;
+        sum = subtract_zeros(sum, load(scales.zero + (first_group + g) * kPanel + at), row_scale, rows.sum[of_row + g]);
+      }
+      store(to, sum);
     }
   }
 }
 
-// int4: a block of groups is written out as bytes; each group's whole numbers join the float sums while the tiles
-// multiply the next group.
+// int4: a block of groups is written out as bytes; the tiles multiply some groups, whose whole numbers then join the
+// float sums.
 inline void amx_sums_int4(const PackedWeight& weight, int64_t panel, const std::byte* weights, const TileRows& rows,
                           int64_t num_rows, float* out, std::byte* spare) {
   const int64_t group_size = weight.group_size, groups = weight.k / group_size;
@@ -219,7 +224,6 @@ inline void amx_sums_int4(const PackedWeight& weight, int64_t panel, const std::
   const GroupScales scales = group_scales(weight, panel);
   auto* const whole = reinterpret_cast<int32_t*>(spare + kBlockSteps * kStepBytes);
   const int64_t tiles = (num_rows + 2 * kTileRows - 1) / (2 * kTileRows);
-  constexpr int64_t kWhole = 2 * kTileRows * kPanel;
   for (int64_t first_group = 0; first_group < groups; first_group += most) {
     const int64_t end = first_group + most < groups ? first_group + most : groups;
     write_out<Int4Form>(weights + first_group * group_bytes / 2, (end - first_group) * group_size / 8, spare,
@@ -227,19 +231,20 @@ inline void amx_sums_int4(const PackedWeight& weight, int64_t panel, const std::
     settle();
     for_amx_tiles(num_rows, k_bytes, [&]<bool both>(int64_t first, int64_t count) {
       const TileRows here = skip_rows(rows, first);
-      const auto join = [&](int64_t group) {
-        add_group_sums(here, group, count, whole + group % 2 * kWhole, scales, out + first * kPanel);
-      };
       Ahead ahead = ahead_of_tile(weights + end * group_bytes / 2, (end - first_group) * group_bytes / 2,
                                   first / (2 * kTileRows), tiles, (end - first_group) * steps);
-      for (int64_t group = first_group; group < end; ++group) {
-        zero_sums<both>();
-        multiply_tiles<Weights::signed_bytes, both>(here, group * group_size,
-                                                    spare + (group - first_group) * group_bytes, steps, ahead);
-        store_sums<both>(whole + group % 2 * kWhole);
-        if (group > first_group) join(group - 1);
+      for (int64_t group = first_group; group < end; group += kJoined) {
+        const int64_t joined = end - group < kJoined ? end - group : kJoined;
+        for (int64_t g = 0; g < joined; ++g) {
+          zero_sums<both>();
+          multiply_tiles<Weights::signed_bytes, both>(here, (group + g) * group_size,
+                                                      spare + (group + g - first_group) * group_bytes, steps, ahead);
+          store_sums<both>(whole + g * kWhole);
+        }
+        with_rows<kJoined>(joined, [&]<int G>() {
+          add_group_sums<G>(here, group, count, whole, scales, out + first * kPanel);
+        });
       }
-      join(end - 1);
     });
   }
 }
