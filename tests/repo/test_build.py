@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
+from quire.ops.cpu.library import usable_isas
+
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_with_a_compiler_this_installation_has_kernels() -> None:
+    """A build that fails is made again without them: that must not pass for an installation."""
+    assert "portable" in usable_isas()
 
 
 def test_without_a_compiler_the_package_builds_without_kernels(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from quire.engine.runner import Runner
 from quire.models.fit import build_ledger
 from quire.models.load import LoadedModel, load_model
 from quire.models.shapes import shapes_of
+from quire.ops.cpu.library import usable_isas
 from quire.sched.state import SchedulerLimits, SchedulerState
 from quire.text.defaults import eos_token_ids
 
@@ -49,6 +50,8 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
     if model.decoder.stack is not None:
         # The kernels have threads of their own; a second pool would only be in their way.
         torch.set_num_threads(1)
+    elif model.dtype == torch.bfloat16 and not usable_isas():
+        print("quire: there are no compiled kernels in this installation; computing with torch.", file=sys.stderr)
     _tell_unexpected(model)
     ledger = size_cache(config, model)
     num_blocks = config.num_kv_blocks or ledger.num_blocks

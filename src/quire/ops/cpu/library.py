@@ -15,7 +15,7 @@ def kernels_module() -> Any | None:
     """`_kernels`, or None if this installation was made without a compiler."""
     try:
         return importlib.import_module("quire.ops.cpu._kernels")
-    except ImportError:
+    except ModuleNotFoundError:  # one that is there but cannot be loaded is a fault, and is raised
         return None
 
 
