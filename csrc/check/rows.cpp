@@ -11,7 +11,7 @@ void check_rows(Backend& backend, Random& random) {
   std::vector<int8_t> values(static_cast<std::size_t>(t * padded));
   std::vector<float> scale(static_cast<std::size_t>(t));
   std::vector<int32_t> total(static_cast<std::size_t>(t));
-  const QuantizedRows quantized{n, values.data(), scale.data(), total.data()};
+  const QuantizedRows quantized{n, n, values.data(), scale.data(), total.data()};
   backend.rows.norm(backend.pool, {.x = x.data(), .x_stride = n, .residual = residual.data(), .sum = sum.data(),
                                    .weight = weight.data(), .bias = nullptr, .centered = false, .eps = 1e-6f,
                                    .weight_offset = 0, .t = t, .n = n, .out = out.data(), .out_stride = n,

@@ -28,12 +28,12 @@ bool all_bf16(const float* values, int64_t count) {
   return (rest & 0xffffu) == 0;
 }
 
-PackedWeight pack_int4(Backend& backend, uintptr_t nibbles, uintptr_t scale, uintptr_t zero, int64_t n, int64_t k,
-                       int64_t group_size) {
+PackedWeight pack_int4(Backend& backend, uintptr_t nibbles, uintptr_t scale, uintptr_t zero, uintptr_t multiplier,
+                       int64_t n, int64_t k, int64_t group_size, int64_t sub_size) {
   const bool narrow = all_bf16(at<const float>(scale), n * (k / group_size));
-  PackedWeight packed = make_packed(backend.arena, Format::int4, n, k, group_size, zero != 0, narrow);
+  PackedWeight packed = make_packed(backend.arena, Format::int4, n, k, group_size, sub_size, zero != 0, narrow);
   backend.linear.pack_int4(backend.pool, at<const uint8_t>(nibbles), at<const float>(scale), at<const uint8_t>(zero),
-                           packed);
+                           at<const int8_t>(multiplier), packed);
   return packed;
 }
 
@@ -89,6 +89,9 @@ void bind_linear(nb::module_& m) {
       .def_ro("n", &PackedWeight::n, "Output features.")
       .def_ro("k", &PackedWeight::k, "Input features.")
       .def_ro("nbytes", &PackedWeight::nbytes, "Memory it takes, scales included.")
+      .def_prop_ro("row_form", [](const PackedWeight& self) {
+        return nb::make_tuple(static_cast<int>(self.format), self.group_size, self.sub_size);
+      }, "Equal for weights that take the same form of a row.")
       .def_prop_ro("format", [](const PackedWeight& self) {
         constexpr const char* kNames[] = {"bf16", "int8", "int4", "fp8"};
         return kNames[static_cast<int>(self.format)];
@@ -112,8 +115,9 @@ void bind_linear(nb::module_& m) {
     backend.linear.pack_fp8(backend.pool, at<const uint8_t>(values), at<const float>(scale), packed);
     return packed;
   }, "backend"_a, "values"_a, "scale"_a, "n"_a, "k"_a, without_gil, "Of a dense [n, k] e4m3 tensor and [n] scales.");
-  m.def("pack_int4", &pack_int4, "backend"_a, "nibbles"_a, "scale"_a, "zero"_a, "n"_a, "k"_a, "group_size"_a,
-        without_gil, "Of a dense [n, k / 2] tensor of nibbles, [n, g] scales and zeros (0: all are 8).");
+  m.def("pack_int4", &pack_int4, "backend"_a, "nibbles"_a, "scale"_a, "zero"_a, "multiplier"_a, "n"_a, "k"_a,
+        "group_size"_a, "sub_size"_a, without_gil,
+        "Of a dense [n, k / 2] tensor of nibbles, [n, g] scales, zeros (0: all are 8), [n, k / sub_size] multipliers or 0.");
 
   m.def("linear", [](Backend& backend, uintptr_t x, int64_t t, int64_t k, int64_t stride, const nb::args& products) {
     constexpr std::size_t kMost = 8;
@@ -125,14 +129,14 @@ void bind_linear(nb::module_& m) {
     backend.linear.linear(backend.pool, rows, list, static_cast<int>(products.size()));
   }, "backend"_a, "x"_a, "t"_a, "k"_a, "stride"_a, "products"_a, "Products of bf16 [t, k] rows, all of one format.");
   m.def("quantize_rows", [](Backend& backend, uintptr_t x, int64_t t, int64_t k, int64_t padded_k, int64_t group_size,
-                            uintptr_t values, uintptr_t scale, uintptr_t sum) {
-    const int64_t groups = group_size >= k ? 1 : padded_k / group_size;
+                            int64_t sub_size, uintptr_t values, uintptr_t scale, uintptr_t sum) {
+    const int64_t groups = group_size >= k ? 1 : padded_k / group_size, subs = groups * (group_size / sub_size);
     for (int64_t row = 0; row < t; ++row) {
-      backend.linear.quantize_row(at<const uint16_t>(x) + row * k, k, padded_k, group_size,
+      backend.linear.quantize_row(at<const uint16_t>(x) + row * k, k, padded_k, group_size, sub_size,
                                   at<int8_t>(values) + row * padded_k, at<float>(scale) + row * groups,
-                                  at<int32_t>(sum) + row * groups);
+                                  at<int32_t>(sum) + row * subs);
     }
-  }, "backend"_a, "x"_a, "t"_a, "k"_a, "padded_k"_a, "group_size"_a, "values"_a, "scale"_a, "sum"_a, without_gil,
+  }, "backend"_a, "x"_a, "t"_a, "k"_a, "padded_k"_a, "group_size"_a, "sub_size"_a, "values"_a, "scale"_a, "sum"_a, without_gil,
      "Dense bf16 [t, k] to int8 [t, padded_k], scales and sums.");
   m.def("peak", &peak, "backend"_a, "kind"_a, "repeats"_a = 10, without_gil,
         "Operations a second (two per multiply-add) of the set's dot products in registers: bf16, int8 or fp32.");

@@ -21,6 +21,7 @@ constexpr int64_t kTaskWeightBytes = 1 << 18;  // read by a task, at most
 
 #if defined(__AMX_TILE__)
 constexpr int64_t kRowStep = 2 * kTileRows, kSpare = kAmxSpare;
+constexpr int64_t kFewRowsOfParts = 8;  // each row's parts cost vectors some multiplying of their own
 #else
 constexpr int64_t kRowStep = kMaxTileRows, kSpare = kWideSteps * kPanelRow;
 #endif
@@ -30,7 +31,8 @@ void sums_of(const PackedWeight& weight, int64_t panel, const TileRows& rows, in
              float* out, std::byte* spare) {
 #if defined(__AMX_TILE__)
   const bool exact = weight.format == Format::int8 || weight.format == Format::int4;
-  if (!exact || num_rows > kMaxTileRows) return amx_panel_sums(weight, panel, rows, num_rows, out, spare);
+  const int64_t few = weight.multiplier == nullptr ? kMaxTileRows : kFewRowsOfParts;
+  if (!exact || num_rows > few) return amx_panel_sums(weight, panel, rows, num_rows, out, spare);
 #endif
   panel_sums(weight, panel, rows, num_rows, out, spare);
 }

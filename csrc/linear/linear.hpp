@@ -41,18 +41,21 @@ struct PackedWeight {
   Format format;
   int64_t n, k;                    // as the model has them
   int64_t padded_n, padded_k;
-  int64_t group_size;              // int4: 32, 64 or 128; 0 otherwise
+  int64_t group_size;              // int4: features that share a scale, of the weight and of rows; 0 otherwise
+  int64_t sub_size;                // int4: features that share a zero or a multiplier: group_size or less; 0 otherwise
   int64_t nbytes;                  // of all that follows
   std::byte* data;                 // panels
   float* scale;                    // int8, fp8: [padded_n]; int4: [panel][k / group_size][32]; null for bf16
   uint16_t* narrow_scale;          // int4 whose scales all are numbers of bf16: those, and `scale` is null
   float* zero_scale;               // int4 with zero points: zero * scale, laid out like scale; null where all are 8
+  int8_t* multiplier;              // int4 whose scales are whole multiples of a group's step (then `scale`), -15..15:
+                                   // [panel][k / sub_size][32]; null where each sub group is a group
   std::shared_ptr<std::byte> memory;  // all of the above lie in it
 };
 
 // Memory for a weight, its fields set, its contents yet to be packed. Throws std::bad_alloc.
-PackedWeight make_packed(Arena& arena, Format format, int64_t n, int64_t k, int64_t group_size = 0, bool zero_points = false,
-                         bool narrow_scales = false);
+PackedWeight make_packed(Arena& arena, Format format, int64_t n, int64_t k, int64_t group_size = 0, int64_t sub_size = 0,
+                         bool zero_points = false, bool narrow_scales = false);
 
 // What happens to a finished sum `y` (bias added where there is one), besides rounding to bf16.
 enum class Epilogue : int {
@@ -77,9 +80,10 @@ struct Product {
 // Rows of activations: bf16 always, and the quantised form if some weight wants 8-bit rows.
 struct QuantizedRows {
   int64_t group_size;              // features per scale; k for int8 weights
+  int64_t sub_size;                // features per sum: group_size, or a divisor of it
   int8_t* values;                  // [t, padded k], zeros beyond k
   float* scale;                    // [t, groups]: 1 group if group_size is k, else padded k / group_size
-  int32_t* sum;                    // [t, groups]: sums of values
+  int32_t* sum;                    // [t, groups * group_size / sub_size]: sums of values
 };
 
 struct Rows {
@@ -96,11 +100,13 @@ struct LinearKernels {
   void (*pack_bf16)(Pool&, const uint16_t* weight_nk, PackedWeight& packed);
   void (*pack_int8)(Pool&, const int8_t* values_nk, const float* scale_n, PackedWeight& packed);
   void (*pack_fp8)(Pool&, const uint8_t* values_nk, const float* scale_n, PackedWeight& packed);
-  void (*pack_int4)(Pool&, const uint8_t* nibbles_nk2, const float* scale_ng, const uint8_t* zero_ng, PackedWeight& packed);
+  void (*pack_int4)(Pool&, const uint8_t* nibbles_nk2, const float* scale_ng, const uint8_t* zero_ng,
+                    const int8_t* multiplier_ns, PackedWeight& packed);
   // Products of one input, all of one format. P1: an output row's bits depend on its input row and the weights alone.
   void (*linear)(Pool&, const Rows& rows, const Product* products, int num_products);
   // One row at a time into values/scale/sum, as `ops.linear.quantize_rows` defines it.
-  void (*quantize_row)(const uint16_t* x_k, int64_t k, int64_t padded_k, int64_t group_size, int8_t* values, float* scale, int32_t* sum);
+  void (*quantize_row)(const uint16_t* x_k, int64_t k, int64_t padded_k, int64_t group_size, int64_t sub_size,
+                       int8_t* values, float* scale, int32_t* sum);
   // What the set's dot products give at most, and reading memory does. The first returns the multiply-adds it did.
   int64_t (*multiply_in_registers)(Pool&, Probe kind);
   void (*read_memory)(Pool&, const std::byte* data, int64_t bytes);

@@ -68,7 +68,7 @@ inline void pack_fp8(Pool& pool, const uint8_t* values_nk, const float* scale_n,
 }
 
 inline void pack_int4(Pool& pool, const uint8_t* nibbles_nk2, const float* scale_ng, const uint8_t* zero_ng,
-                      PackedWeight& packed) {
+                      const int8_t* multiplier_ns, PackedWeight& packed) {
   // Four nibbles to the lower halves of four bytes.
   const auto spread = [](uint32_t nibbles) {
     nibbles = (nibbles | (nibbles << 8)) & 0x00ff00ffu;
@@ -76,16 +76,22 @@ inline void pack_int4(Pool& pool, const uint8_t* nibbles_nk2, const float* scale
   };
   pack_panels(pool, nibbles_nk2, packed.k / 2, packed.padded_k / 2, packed,
               [&](uint32_t unit) { return spread(unit & 0xffffu) | (spread(unit >> 16) << 4); });
-  const int64_t groups = packed.k / packed.group_size;
+  const auto place = [](int64_t row, int64_t group, int64_t groups) {
+    return (row / kPanel * groups + group) * kPanel + row % kPanel;
+  };
+  const int64_t groups = packed.k / packed.group_size, subs = packed.k / packed.sub_size;
   for (int64_t row = 0; row < packed.padded_n; ++row) {
     for (int64_t group = 0; group < groups; ++group) {
-      const int64_t to = (row / kPanel * groups + group) * kPanel + row % kPanel;
+      const int64_t to = place(row, group, groups);
       const bool real = row < packed.n;
       const float scale = real ? scale_ng[row * groups + group] : 0.0f;
       if (packed.narrow_scale != nullptr) packed.narrow_scale[to] = narrow(scale);
       if (packed.scale != nullptr) packed.scale[to] = scale;
       if (packed.zero_scale == nullptr) continue;
       packed.zero_scale[to] = real ? scale * static_cast<float>(zero_ng[row * groups + group]) : 0.0f;
+    }
+    for (int64_t sub = 0; packed.multiplier != nullptr && sub < subs; ++sub) {
+      packed.multiplier[place(row, sub, subs)] = row < packed.n ? multiplier_ns[row * subs + sub] : int8_t{0};
     }
   }
 }

@@ -89,17 +89,19 @@ inline int64_t whole_chunks(int64_t rows) { return (rows + kTileRows - 1) / kTil
 
 inline TileRows quantized_rows(Pool& pool, const Rows& rows, const PackedWeight& weight, CallMemory& memory) {
   const int64_t group_size = weight.format == Format::int8 ? rows.k : weight.group_size, padded = weight.padded_k;
-  const int64_t groups = num_groups(rows.k, padded, group_size), many = whole_chunks(rows.t);
+  const int64_t sub_size = weight.format == Format::int8 ? rows.k : weight.sub_size, many = whole_chunks(rows.t);
+  const int64_t groups = num_groups(rows.k, padded, group_size), subs = groups * (group_size / sub_size);
   QuantizedRows quantized{};
-  if (rows.quantized != nullptr && rows.quantized->group_size == group_size) {
+  if (rows.quantized != nullptr && rows.quantized->group_size == group_size &&
+      rows.quantized->sub_size == sub_size) {
     quantized = *rows.quantized;
   } else {
-    quantized.values = reinterpret_cast<int8_t*>(memory.take(rows.t * (padded + groups * 8)));
+    quantized.values = reinterpret_cast<int8_t*>(memory.take(rows.t * (padded + (groups + subs) * 4)));
     quantized.scale = reinterpret_cast<float*>(quantized.values + rows.t * padded);
     quantized.sum = reinterpret_cast<int32_t*>(quantized.scale + rows.t * groups);
     for_row_blocks(pool, rows.t, [&](int64_t row) {
-      quantize_row(rows.x + row * rows.stride, rows.k, padded, group_size, quantized.values + row * padded,
-                   quantized.scale + row * groups, quantized.sum + row * groups);
+      quantize_row(rows.x + row * rows.stride, rows.k, padded, group_size, sub_size, quantized.values + row * padded,
+                   quantized.scale + row * groups, quantized.sum + row * subs);
     });
   }
   const auto* const values = reinterpret_cast<const std::byte*>(quantized.values);
@@ -111,6 +113,7 @@ inline TileRows quantized_rows(Pool& pool, const Rows& rows, const PackedWeight&
   prepared.scale = quantized.scale;
   prepared.sum = quantized.sum;
   prepared.groups = groups;
+  prepared.subs = subs;
   return prepared;
 }
 

@@ -41,35 +41,44 @@ inline I quantize_vector(F value, F inverse) {
   return rounded & (scaled == scaled);
 }
 
-// `values` has room for padded_k bytes, `scale` and `sum` for `num_groups` entries; what lies beyond k becomes zero.
-inline void quantize_row(const bf16* x_k, int64_t k, int64_t padded_k, int64_t group_size, int8_t* values,
-                         float* scale, int32_t* sum) {
+// `n` numbers in 8 bits, and their sum.
+inline int32_t quantize_run(const bf16* x, int64_t n, F inverse, int8_t* values) {
   typedef int8_t B __attribute__((vector_size(kLanes)));
+  I total{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const I rounded = quantize_vector(load(x + i), inverse);
+    total += rounded;
+    const B bytes = __builtin_convertvector(rounded, B);
+    std::memcpy(values + i, &bytes, sizeof bytes);
+  }
+  if (i < n) {
+    const I rounded = quantize_vector(load_part(x + i, n - i), inverse);
+    total += rounded;
+    const B bytes = __builtin_convertvector(rounded, B);
+    std::memcpy(values + i, &bytes, static_cast<std::size_t>(n - i));
+  }
+  int32_t lanes[kLanes], all = 0;
+  store(lanes, total);
+  for (const int32_t lane : lanes) all += lane;
+  return all;
+}
+
+// `values` has room for padded_k bytes, `scale` for `num_groups` entries, `sum` for as many for each `sub_size` of a
+// group; what lies beyond k becomes zero.
+inline void quantize_row(const bf16* x_k, int64_t k, int64_t padded_k, int64_t group_size, int64_t sub_size,
+                         int8_t* values, float* scale, int32_t* sum) {
   const int64_t groups = num_groups(k, padded_k, group_size);
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = group * group_size;
     const int64_t left = k - begin, n = left < 0 ? 0 : left < group_size ? left : group_size;
     const float most = largest_magnitude(x_k + begin, n);
     const F inverse = set(most > 0 ? 1.0f / most * 127.0f : 0.0f);  // as torch divides a number by a tensor
-    I total{};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      const I rounded = quantize_vector(load(x_k + begin + i), inverse);
-      total += rounded;
-      const B bytes = __builtin_convertvector(rounded, B);
-      std::memcpy(values + begin + i, &bytes, sizeof bytes);
+    for (int64_t sub = 0; sub < group_size; sub += sub_size) {
+      const int64_t first = begin + sub, rest = n - sub, count = rest < 0 ? 0 : rest < sub_size ? rest : sub_size;
+      *sum++ = quantize_run(x_k + first, count, inverse, values + first);
     }
-    if (i < n) {
-      const I rounded = quantize_vector(load_part(x_k + begin + i, n - i), inverse);
-      total += rounded;
-      const B bytes = __builtin_convertvector(rounded, B);
-      std::memcpy(values + begin + i, &bytes, static_cast<std::size_t>(n - i));
-    }
-    int32_t lanes[kLanes], all = 0;
-    store(lanes, total);
-    for (const int32_t lane : lanes) all += lane;
     scale[group] = most * static_cast<float>(1.0 / 127.0);
-    sum[group] = all;
   }
   if (padded_k > k) std::memset(values + k, 0, static_cast<std::size_t>(padded_k - k));
 }

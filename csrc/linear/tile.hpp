@@ -8,7 +8,8 @@
 //
 // Sums go to memory, as float [rows][32]: the next block of features goes on from there, so the order over k is one
 // sequence however the blocks are cut. Whole numbers (int8) are exact in any order; int4's are turned into floats group
-// by group, again in order.
+// by group, again in order. Where the scales of a group's parts are whole multiples of one step, the multiplying is done
+// in whole numbers too: of the parts' sums with few rows, of the weights themselves, written out as bytes, with many.
 #pragma once
 
 #include "linear/formats.hpp"
@@ -34,7 +35,8 @@ struct TileRows {
   int64_t row_bytes = 0;  // of a row, padded; where `chunked` only
   const float* scale = nullptr;  // of quantised rows: [rows][groups]
   const int32_t* sum = nullptr;
-  int64_t groups = 0;
+  int64_t groups = 0;  // scales of a row
+  int64_t subs = 0;    // sums of a row
 };
 
 // Vectors side by side for a tile of `rows`: a power of two, at most a panel.
@@ -144,7 +146,7 @@ inline void tile_int4(const TileRows& rows, const std::byte* weights, int64_t gr
         const F weight_scale = scales.at(at);
         for (int r = 0; r < R; ++r) {
           float* to = out + r * kPanel + column + v * kLanes;
-          const int32_t row_sum = rows.sum[r * rows.groups + group];
+          const int32_t row_sum = rows.sum[r * rows.subs + group];
           const F row_scale = set(rows.scale[r * rows.groups + group]);
           const F before = group == 0 ? F{} : load(to);
           if (scales.zero == nullptr) {
@@ -159,11 +161,88 @@ inline void tile_int4(const TileRows& rows, const std::byte* weights, int64_t gr
   }
 }
 
+// The parts of one panel's groups, with whole multipliers.
+struct Parts {
+  const int8_t* multiplier;  // [k / size][32]
+  int64_t size, per_group;   // features of a part; parts of a group
+};
+
+inline Parts parts_of(const PackedWeight& weight, int64_t panel) {
+  return {weight.multiplier + panel * (weight.k / weight.sub_size) * kPanel, weight.sub_size,
+          weight.group_size / weight.sub_size};
+}
+
+inline I load_multipliers(const int8_t* from) {
+  typedef int8_t B __attribute__((vector_size(kLanes)));
+  B bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, I);
+}
+
+// int4 with multipliers, few rows.
+template <int R>
+inline void tile_parts(const TileRows& rows, const std::byte* weights, int64_t groups, const Parts& parts,
+                       const GroupScales& scales, float* out) {
+  constexpr int V = vectors_for(R);
+  const int64_t steps = parts.size / 8;
+  for (int column = 0; column < kPanel; column += V * kLanes) {
+    const std::byte* from = weights + column * 4;
+    for (int64_t group = 0; group < groups; ++group) {
+      I whole[R][V] = {};
+      for (int64_t part = group * parts.per_group; part < (group + 1) * parts.per_group; ++part) {
+        I sums[R][V] = {};
+        multiply<Int4Form, R, V>(sums, rows.x + part * parts.size, rows.stride, from, steps);
+        from += steps * kPanelRow;
+        for (int v = 0; v < V; ++v) {
+          const I multiplier = load_multipliers(parts.multiplier + part * kPanel + column + v * kLanes);
+          for (int r = 0; r < R; ++r) whole[r][v] += multiplier * (sums[r][v] - 8 * rows.sum[r * rows.subs + part]);
+        }
+      }
+      for (int v = 0; v < V; ++v) {
+        const F weight_scale = scales.at(group * kPanel + column + v * kLanes);
+        for (int r = 0; r < R; ++r) {
+          float* to = out + r * kPanel + column + v * kLanes;
+          const F before = group == 0 ? F{} : load(to);
+          store(to, add_group(before, whole[r][v], weight_scale, set(rows.scale[r * rows.groups + group])));
+        }
+      }
+    }
+  }
+}
+
+// Of weights that are written out as int8's are: groups [first, first + count), `weights` beginning with the first.
+template <int R>
+inline void tile_written_groups(const TileRows& rows, const std::byte* weights, int64_t group_size, int64_t first,
+                                int64_t count, const GroupScales& scales, float* out) {
+  constexpr int V = vectors_for(R);
+  const int64_t per_group = rows.subs / rows.groups;
+  for (int column = 0; column < kPanel; column += V * kLanes) {
+    const std::byte* from = weights + column * 4;
+    for (int64_t group = first; group < first + count; ++group) {
+      I sums[R][V] = {};
+      multiply<Int8Form, R, V>(sums, rows.x + group * group_size, rows.stride, from, group_size / 4);
+      from += group_size / 4 * kPanelRow;
+      for (int r = 0; r < R; ++r) {
+        int32_t row_sum = 0;
+        const int32_t* parts = rows.sum + r * rows.subs + group * per_group;
+        for (int64_t part = 0; part < per_group; ++part) row_sum += parts[part];
+        for (int v = 0; v < V; ++v) {
+          float* to = out + r * kPanel + column + v * kLanes;
+          const F weight_scale = scales.at(group * kPanel + column + v * kLanes);
+          const F before = group == 0 ? F{} : load(to);
+          const F row_scale = set(rows.scale[r * rows.groups + group]);
+          store(to, add_group(before, sums[r][v] - 128 * row_sum, weight_scale, row_scale));
+        }
+      }
+    }
+  }
+}
+
 // A whole number of chunks, where there are chunks.
 inline TileRows skip_rows(TileRows rows, int64_t count) {
   rows.x += count * (rows.chunked ? rows.row_bytes : rows.stride);
   if (rows.scale != nullptr) rows.scale += count * rows.groups;
-  if (rows.sum != nullptr) rows.sum += count * rows.groups;
+  if (rows.sum != nullptr) rows.sum += count * rows.subs;
   return rows;
 }
 
@@ -205,6 +284,37 @@ inline void write_out(const std::byte* from, int64_t num_rows, std::byte* to, in
   }
 }
 
+// int4 times its multipliers: parts [first, first + count) as bytes, with 128 added if `offset`. A nibble times at most
+// 15 stays within its byte, so whole words are multiplied; negative multipliers turn the nibbles round.
+template <bool offset>
+inline void write_out_parts(const std::byte* from, const Parts& parts, int64_t first, int64_t count, std::byte* to) {
+  typedef uint8_t B __attribute__((vector_size(4 * kLanes)));
+  typedef uint16_t W __attribute__((vector_size(4 * kLanes)));
+  const int64_t rows = parts.size / 8;
+  for (int64_t part = first; part < first + count; ++part) {
+    for (int64_t column = 0; column < kPanel; column += kLanes) {
+      const I multiplier = load_multipliers(parts.multiplier + part * kPanel + column);
+      const I negative = multiplier >> 31, size = (multiplier ^ negative) - negative;
+      const I turn = negative & 0x0f0f0f0f;
+      const W factor = reinterpret_cast<W>(size | (size << 16));
+      const I zero = (size << 3) - (size & negative);  // 8 times, or 7 times where nibbles are turned round
+      const B zeros = reinterpret_cast<B>((offset ? zero ^ 0x80 : zero) * 0x01010101);
+      for (int64_t row = 0; row < rows; ++row) {
+        const std::byte* at = from + row * kPanelRow + column * 4;
+        __builtin_prefetch(at + kPrefetch);
+        I units[2];
+        Int4Form::expand(load_units(at), units);
+        for (int half = 0; half < 2; ++half) {
+          const B bytes = reinterpret_cast<B>(reinterpret_cast<W>(units[half] ^ turn) * factor) - zeros;
+          std::memcpy(to + (2 * row + half) * kPanelRow + column * 4, &bytes, sizeof bytes);
+        }
+      }
+    }
+    from += rows * kPanelRow;
+    to += 2 * rows * kPanelRow;
+  }
+}
+
 // fp8 for many rows: widened once, a block at a time, and then as bf16; the same products in the same order.
 inline constexpr int64_t kWideSteps = 256;
 inline void wide_fp8_sums(const TileRows& rows, const std::byte* weights, int64_t steps, int64_t num_rows, float* out,
@@ -216,6 +326,32 @@ inline void wide_fp8_sums(const TileRows& rows, const std::byte* weights, int64_
       TileRows here = skip_rows(rows, first);
       here.x += first_step * 4;
       tile<Bf16Form, R>(here, spare, count, first_step > 0, out + first * kPanel);
+    });
+  }
+}
+
+inline void int4_sums(const PackedWeight& weight, int64_t panel, const std::byte* weights, const TileRows& rows,
+                      int64_t num_rows, float* out, std::byte* spare) {
+  const int64_t size = weight.group_size, groups = weight.k / size;
+  const GroupScales scales = group_scales(weight, panel);
+  if (weight.multiplier == nullptr) {
+    for_tiles(num_rows, [&]<int R>(int64_t first) {
+      tile_int4<R>(skip_rows(rows, first), weights, size, 0, groups, scales, out + first * kPanel);
+    });
+    return;
+  }
+  const Parts parts = parts_of(weight, panel);
+  if (num_rows <= kMaxTileRows) {
+    for_tiles(num_rows, [&]<int R>(int64_t) { tile_parts<R>(rows, weights, groups, parts, scales, out); });
+    return;
+  }
+  const int64_t most = kWideSteps * 4 / size;
+  for (int64_t first_group = 0; first_group < groups; first_group += most) {
+    const int64_t count = groups - first_group < most ? groups - first_group : most;
+    write_out_parts<true>(weights + first_group * size / 8 * kPanelRow, parts, first_group * parts.per_group,
+                          count * parts.per_group, spare);
+    for_tiles(num_rows, [&]<int R>(int64_t first) {
+      tile_written_groups<R>(skip_rows(rows, first), spare, size, first_group, count, scales, out + first * kPanel);
     });
   }
 }
@@ -237,13 +373,8 @@ inline void panel_sums(const PackedWeight& weight, int64_t panel, const TileRows
     case Format::fp8:
       if (num_rows > kMaxTileRows) return wide_fp8_sums(rows, weights, steps, num_rows, out, spare);
       return uniform.template operator()<Fp8Form>();
-    case Format::int4: break;
+    case Format::int4: return int4_sums(weight, panel, weights, rows, num_rows, out, spare);
   }
-  const int64_t groups = weight.k / weight.group_size;
-  const GroupScales scales = group_scales(weight, panel);
-  for_tiles(num_rows, [&]<int R>(int64_t first) {
-    tile_int4<R>(skip_rows(rows, first), weights, weight.group_size, 0, groups, scales, out + first * kPanel);
-  });
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -226,8 +226,13 @@ inline void amx_sums_int4(const PackedWeight& weight, int64_t panel, const std::
   const int64_t tiles = (num_rows + 2 * kTileRows - 1) / (2 * kTileRows);
   for (int64_t first_group = 0; first_group < groups; first_group += most) {
     const int64_t end = first_group + most < groups ? first_group + most : groups;
-    write_out<Int4Form>(weights + first_group * group_bytes / 2, (end - first_group) * group_size / 8, spare,
-                        scales.zero == nullptr ? 8 : 0);
+    const std::byte* block = weights + first_group * group_bytes / 2;
+    if (weight.multiplier != nullptr) {
+      const Parts parts = parts_of(weight, panel);
+      write_out_parts<false>(block, parts, first_group * parts.per_group, (end - first_group) * parts.per_group, spare);
+    } else {
+      write_out<Int4Form>(block, (end - first_group) * group_size / 8, spare, scales.zero == nullptr ? 8 : 0);
+    }
     settle();
     for_amx_tiles(num_rows, k_bytes, [&]<bool both>(int64_t first, int64_t count) {
       const TileRows here = skip_rows(rows, first);

@@ -37,7 +37,8 @@ struct MoeBlock {
       if (inward->k != router.k || inward->n != first.gate->n) throw std::invalid_argument("shape of an expert");
     }
     if (expert.down->n != router.k || expert.down->k != first.gate->n) throw std::invalid_argument("shape of an expert");
-    if (expert.gate->format != expert.up->format || expert.gate->group_size != expert.up->group_size) {
+    if (expert.gate->format != expert.up->format || expert.gate->group_size != expert.up->group_size ||
+        expert.gate->sub_size != expert.up->sub_size) {
       throw std::invalid_argument("gate and up differ in format");
     }
   }

@@ -87,9 +87,7 @@ void fp8(Pool& pool, const bf16* weight_nk, int64_t n, int64_t k, uint8_t* value
 
 // The value of the largest magnitude goes to the end of the range that reaches further, -8: the scale has its sign. A
 // quarter of a step beyond it, as the definition says.
-float int4_group(const bf16* x, int64_t size, uint8_t* nibbles) {
-  typedef uint64_t Q __attribute__((vector_size(4 * kLanes)));  // two neighbours, the lower index in the lower half
-  typedef uint8_t B __attribute__((vector_size(kLanes / 2)));
+float wanted_scale(const bf16* x, int64_t size) {
   F low = load(x), high = low, poison{};
   for (int64_t i = 0; i < size; i += kLanes) {
     const F value = load(x + i);
@@ -98,23 +96,56 @@ float int4_group(const bf16* x, int64_t size, uint8_t* nibbles) {
     poison += value * set(0.0f);
   }
   const float lowest = -largest(-low), highest = largest(high);
-  const float scale = round_scale((highest > -lowest ? highest : lowest) / -8.25f) + sum(poison);
+  return (highest > -lowest ? highest : lowest) / -8.25f + sum(poison);
+}
+
+// The multiples of one step that are nearest to the scales of a span's groups, as the definition says.
+void round_scales(float* scale, int64_t count) {
+  float largest = 0, poison = 0;
+  for (int64_t group = 0; group < count; ++group) {
+    const float magnitude = __builtin_fabsf(scale[group]);
+    largest = magnitude > largest ? magnitude : largest;
+    poison += scale[group] * 0.0f;
+  }
+  largest += poison;
+  const float least = largest / 15.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &least, sizeof bits);
+  bits = (bits + 0xfffffu) & ~0xfffffu;
+  float step;
+  std::memcpy(&step, &bits, sizeof step);
+  const float factor = inverse(step);
+  for (int64_t group = 0; group < count; ++group) {
+    const float multiple = __builtin_floorf(__builtin_fabsf(scale[group]) * factor + 0.625f);
+    const float sign = scale[group] > 0.0f ? 1.0f : scale[group] < 0.0f ? -1.0f : 0.0f;
+    scale[group] = (multiple < 1.0f ? 1.0f : multiple) * sign * step;
+  }
+}
+
+void int4_values(const bf16* x, int64_t size, float scale, uint8_t* nibbles) {
+  typedef uint64_t Q __attribute__((vector_size(4 * kLanes)));  // two neighbours, the lower index in the lower half
+  typedef uint8_t B __attribute__((vector_size(kLanes / 2)));
   const F factor = set(inverse(scale));
   for (int64_t i = 0; i < size; i += kLanes) {
     const Q pairs = reinterpret_cast<Q>(round_to_int(clamp(load(x + i) * factor, -8, 7)) + 8);
     const B bytes = __builtin_convertvector(pairs | (pairs >> 28), B);
     std::memcpy(nibbles + i / 2, &bytes, sizeof bytes);
   }
-  return scale;
 }
 
-void int4(Pool& pool, const bf16* weight_nk, int64_t n, int64_t k, int64_t group_size, uint8_t* nibbles_nk2,
-          float* scale_ng) {
-  const int64_t groups = k / group_size;
+void int4(Pool& pool, const bf16* weight_nk, int64_t n, int64_t k, int64_t group_size, int64_t span,
+          uint8_t* nibbles_nk2, float* scale_ng) {
+  const int64_t groups = k / group_size, per_span = span / group_size;
   for_rows(pool, n, k, [=](int64_t row) {
+    float* const scale = scale_ng + row * groups;
+    for (int64_t group = 0; group < groups; ++group) {
+      scale[group] = wanted_scale(weight_nk + row * k + group * group_size, group_size);
+      if (span == 0) scale[group] = round_scale(scale[group]);
+    }
+    for (int64_t group = 0; span > 0 && group < groups; group += per_span) round_scales(scale + group, per_span);
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = row * k + group * group_size;
-      scale_ng[row * groups + group] = int4_group(weight_nk + first, group_size, nibbles_nk2 + first / 2);
+      int4_values(weight_nk + first, group_size, scale[group], nibbles_nk2 + first / 2);
     }
   });
 }

@@ -31,8 +31,8 @@ void norm(Backend& backend, uintptr_t x, int64_t x_stride, uintptr_t residual, u
 }
 
 void norm_quantized(Backend& backend, uintptr_t x, uintptr_t weight, float eps, int64_t t, int64_t n,
-                    int64_t group_size, uintptr_t values, uintptr_t scale, uintptr_t sum) {
-  const QuantizedRows quantized{group_size, at<int8_t>(values), at<float>(scale), at<int32_t>(sum)};
+                    int64_t group_size, int64_t sub_size, uintptr_t values, uintptr_t scale, uintptr_t sum) {
+  const QuantizedRows quantized{group_size, sub_size, at<int8_t>(values), at<float>(scale), at<int32_t>(sum)};
   NormCall call{};
   call.x = at<const uint16_t>(x);
   call.x_stride = n;
@@ -76,7 +76,7 @@ void bind_rows(nb::module_& m) {
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   m.def("norm", &norm, "backend"_a, "x"_a, "x_stride"_a, "residual"_a, "sum"_a, "weight"_a, "bias"_a, "centered"_a,
         "eps"_a, "weight_offset"_a, "t"_a, "n"_a, "out"_a, free, "RMSNorm, or LayerNorm if `centered`.");
-  m.def("norm_quantized", &norm_quantized, "backend"_a, "x"_a, "weight"_a, "eps"_a, "t"_a, "n"_a, "group_size"_a,
+  m.def("norm_quantized", &norm_quantized, "backend"_a, "x"_a, "weight"_a, "eps"_a, "t"_a, "n"_a, "group_size"_a, "sub_size"_a,
         "values"_a, "scale"_a, "sum"_a, free, "RMSNorm straight to 8 bits: `linear.hpp`, QuantizedRows.");
   m.def("rope", &rope, "backend"_a, "x"_a, "num_heads"_a, "head_dim"_a, "norm_weight"_a, "eps"_a, "cos"_a, "sin"_a,
         "half"_a, "t"_a, free, "Rotates heads in place, after their norm if there is a weight for one.");

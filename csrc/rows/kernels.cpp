@@ -79,8 +79,9 @@ void norm_row(const NormCall& call, int64_t row, bf16* scratch) {
   if (call.quantized == nullptr) return;
   const QuantizedRows& to = *call.quantized;
   const int64_t padded = (n + 63) / 64 * 64, groups = num_groups(n, padded, to.group_size);
-  quantize_row(out, n, padded, to.group_size, to.values + row * padded, to.scale + row * groups,
-               to.sum + row * groups);
+  const int64_t subs = groups * (to.group_size / to.sub_size);
+  quantize_row(out, n, padded, to.group_size, to.sub_size, to.values + row * padded, to.scale + row * groups,
+               to.sum + row * subs);
 }
 
 void norm(Pool& pool, const NormCall& call) {

@@ -6,10 +6,15 @@
 namespace quire {
 namespace {
 
-// The features per scale that a weight wants its input rows quantised by, or 0.
-int64_t wanted_group(const PackedWeight& weight) {
-  if (weight.format == Format::int8) return weight.k;
-  return weight.format == Format::int4 ? weight.group_size : 0;
+// How a weight wants its input rows quantised: features per scale and per sum; 0: not at all.
+struct Wanted {
+  int64_t group = 0, sub = 0;
+  bool operator==(const Wanted&) const = default;
+};
+
+Wanted wanted(const PackedWeight& weight) {
+  if (weight.format == Format::int8) return {weight.k, weight.k};
+  return weight.format == Format::int4 ? Wanted{weight.group_size, weight.sub_size} : Wanted{};
 }
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -23,7 +28,7 @@ Product add_to(const Linear& linear, uint16_t* residual, int64_t stride) {
 }
 
 bool same_input(const Product& one, const Product& other) {
-  return one.weight->format == other.weight->format && wanted_group(*one.weight) == wanted_group(*other.weight);
+  return one.weight->format == other.weight->format && wanted(*one.weight) == wanted(*other.weight);
 }
 
 }  // namespace
@@ -121,10 +126,10 @@ void Stack::output_and_mlp(const StackLayer& layer, int64_t t) {
 
 // The norm of the residual stream, in the form that the products' weights want, and the products of it.
 void Stack::normed_linears(const uint16_t* norm, int64_t t, const Product* products, int num_products) {
-  const int64_t group = wanted_group(*products[0].weight);
+  const auto [group, sub] = wanted(*products[0].weight);
   const bool alike = std::all_of(products, products + num_products, [&](const Product& p) { return same_input(p, products[0]); });
   const bool quantize = alike && group != 0;
-  const QuantizedRows quantized{group, quantized_.data(), quantized_scale_.data(), quantized_sum_.data()};
+  const QuantizedRows quantized{group, sub, quantized_.data(), quantized_scale_.data(), quantized_sum_.data()};
   backend_.rows.norm(backend_.pool, {.x = residual_.data(), .x_stride = shape_.hidden, .residual = nullptr,
                                      .sum = nullptr, .weight = norm, .bias = nullptr, .centered = false,
                                      .eps = shape_.eps, .weight_offset = 0, .t = t, .n = shape_.hidden,

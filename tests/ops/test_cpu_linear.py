@@ -18,11 +18,17 @@ from quire.ops.kernels import select
 from quire.ops.linear import linear as linear_bf16
 from quire.ops.linear import linear_fp8, linear_int4, linear_int8, quantize_rows
 from quire.ops.target import Target
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight, pack_nibbles
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, SplitScales, Weight, pack_nibbles, span_of, split
 
-FORMATS = ("bf16", "int8", "int4", "fp8")
-DEFINITIONS = {"bf16": linear_bf16, "int8": linear_int8, "int4": linear_int4, "fp8": linear_fp8}
-BITS = {"bf16": 16, "int8": 8, "int4": 4, "fp8": 8}
+FORMATS = ("bf16", "int8", "int4", "int4-split", "fp8")
+DEFINITIONS = {
+    "bf16": linear_bf16,
+    "int8": linear_int8,
+    "int4": linear_int4,
+    "int4-split": linear_int4,
+    "fp8": linear_fp8,
+}
+BITS = {"bf16": 16, "int8": 8, "int4": 4, "int4-split": 4, "fp8": 8}
 
 pytestmark = pytest.mark.skipif(not usable_isas(), reason="made without a compiler")
 each_isa = pytest.mark.parametrize("isa", usable_isas())
@@ -49,6 +55,16 @@ def make_weight(fmt: str, n: int, k: int, seed: int, *, group_size: int = 32, ze
             scale_ng = torch.rand(n, groups, generator=generator).add_(0.5).mul_(k**-0.5 / 4)
             zero_ng = torch.randint(0, 16, (n, groups), dtype=torch.uint8, generator=generator) if zeros else None
             return Int4Weight(nibbles_nk2=nibbles, scale_ng=scale_ng, zero_ng=zero_ng, group_size=group_size)
+        case "int4-split":
+            groups = k // group_size
+            nibbles = pack_nibbles(torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator))
+            span = span_of(k, group_size)
+            steps = torch.rand(n, k // span if span else groups, generator=generator).add_(0.5).mul_(k**-0.5 / 64)
+            multipliers = torch.randint(-15, 16, (n, groups), generator=generator)
+            scale_ng = multipliers * steps.bfloat16().float().repeat_interleave(groups // steps.shape[1], 1)
+            weight = split(Int4Weight(nibbles_nk2=nibbles, scale_ng=scale_ng, zero_ng=None, group_size=group_size))
+            assert (weight.split_scales is None) == (span == 0)
+            return weight
         case _:
             return torch.randn(n, k, generator=generator).mul_(k**-0.5).to(torch.bfloat16)
 
@@ -81,7 +97,7 @@ def test_rows_have_the_same_bits_from_one_to_4096_on_one_thread_or_two(isa: str,
 @given(
     fmt=st.sampled_from(FORMATS),
     t=st.integers(1, 70),
-    k=st.integers(1, 200),
+    k=st.integers(1, 600),
     n=st.integers(1, 100),
     group_size=st.sampled_from([32, 64, 128]),
     zeros=st.booleans(),
@@ -90,7 +106,7 @@ def test_rows_have_the_same_bits_from_one_to_4096_on_one_thread_or_two(isa: str,
 def test_any_shape_agrees_with_the_definition(
     isa: str, fmt: str, t: int, k: int, n: int, group_size: int, zeros: bool, seed: int
 ) -> None:
-    k = -(-k // group_size) * group_size if fmt == "int4" else k
+    k = -(-k // group_size) * group_size if BITS[fmt] == 4 else k
     x, weight = make_rows(t, k, seed), make_weight(fmt, n, k, seed, group_size=group_size, zeros=zeros)
     kernel = CpuLinear(target(isa))
     expected = DEFINITIONS[fmt](x, weight)  # type: ignore[operator]
@@ -176,13 +192,14 @@ def test_products_of_one_call_are_what_they_are_alone(isa: str, fmt: str, t: int
 @given(
     t=st.integers(1, 6),
     groups=st.integers(1, 5),
-    group_size=st.sampled_from([32, 64, 128, 0]),
+    group_size=st.sampled_from([32, 64, 128, 256, 0]),
+    sub_size=st.sampled_from([32, 64]),
     k=st.integers(1, 300),
     magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 1e4, 1e30]),
     seed=st.integers(0, 2**16),
 )
 def test_rows_are_quantized_as_defined_bit_for_bit(
-    isa: str, t: int, groups: int, group_size: int, k: int, magnitude: float, seed: int
+    isa: str, t: int, groups: int, group_size: int, sub_size: int, k: int, magnitude: float, seed: int
 ) -> None:
     k = groups * group_size if group_size else k
     group_size, padded = group_size or k, -(-k // 64) * 64
@@ -190,25 +207,40 @@ def test_rows_are_quantized_as_defined_bit_for_bit(
     x[0, : k // 2] = 0
     groups = 1 if group_size >= k else padded // group_size
     values = torch.full((t, padded), 99, dtype=torch.int8)
-    scale, sums = torch.empty(t, groups), torch.empty(t, groups, dtype=torch.int32)
+    scale = torch.empty(t, groups)
+    parts = group_size // sub_size if group_size % sub_size == 0 and sub_size < group_size < k else 1
+    sums = torch.empty(t, groups * parts, dtype=torch.int32)
     addresses = values.data_ptr(), scale.data_ptr(), sums.data_ptr()
-    kernels_module().quantize_rows(target(isa).cpu, x.data_ptr(), t, k, padded, group_size, *addresses)
+    kernels_module().quantize_rows(
+        target(isa).cpu, x.data_ptr(), t, k, padded, group_size, group_size // parts, *addresses
+    )
     expected, expected_scale = quantize_rows(x, group_size)
     real = expected_scale.shape[1]
     assert torch.equal(values[:, :k], expected)
     assert not values[:, k:].any()
     assert torch.equal(scale[:, :real], expected_scale)
-    assert torch.equal(sums[:, :real], expected.view(t, real, -1).sum(-1, dtype=torch.int32))
+    assert torch.equal(sums[:, : real * parts], expected.view(t, real * parts, -1).sum(-1, dtype=torch.int32))
 
 
 @each_format
 @pytest.mark.parametrize(("n", "k"), [(1, 128), (32, 64), (33, 192), (2048, 1024)])
 def test_packed_size_is_the_padded_weight_and_its_scales(fmt: str, n: int, k: int) -> None:
-    packed = CpuLinear(target(usable_isas()[-1])).pack(make_weight(fmt, n, k, seed=0, group_size=64, zeros=False))
+    weight = make_weight(fmt, n, k, seed=0, group_size=64, zeros=False)
+    packed = CpuLinear(target(usable_isas()[-1])).pack(weight)
     padded_n = -(-n // 32) * 32
-    scales = {"bf16": 0, "int8": padded_n, "fp8": padded_n, "int4": padded_n * k // 64}[fmt]
-    assert (packed.n, packed.k, packed.format) == (n, k, fmt)
-    assert packed.nbytes == padded_n * k * BITS[fmt] // 8 + 4 * scales
+    match weight:
+        case Int4Weight(split_scales=SplitScales(step_ns=step_ns, span=span)):
+            narrow = torch.equal(step_ns, step_ns.bfloat16().float())
+            scales = padded_n * (k // span * (2 if narrow else 4) + k // 64)
+        case Int4Weight(scale_ng=scale_ng):
+            narrow = torch.equal(scale_ng, scale_ng.bfloat16().float())
+            scales = padded_n * k // 64 * (2 if narrow else 4)
+        case Int8Weight() | Fp8Weight():
+            scales = padded_n * 4
+        case _:
+            scales = 0
+    assert (packed.n, packed.k, packed.format) == (n, k, fmt.removesuffix("-split"))
+    assert packed.nbytes == padded_n * k * BITS[fmt] // 8 + scales
 
 
 def test_scales_that_bf16_has_take_two_bytes() -> None:

@@ -46,6 +46,7 @@ def norm_quantized(kernels: Any, engine: Any, x: torch.Tensor, weight: torch.Ten
         t,
         n,
         group_size,
+        group_size,
         values.data_ptr(),
         scale.data_ptr(),
         sums.data_ptr(),

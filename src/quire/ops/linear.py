@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.ops.op import Inputs, Op, Tolerance, random_int, random_tensor
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight, dequantize, pack_nibbles
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight, dequantize, pack_nibbles, split
 
 
 class LinearKernel(Protocol):
@@ -44,9 +44,9 @@ def linear_int8(x_tk: Tensor, weight: Int8Weight, bias_n: Tensor | None = None) 
 
 
 def linear_int4(x_tk: Tensor, weight: Int4Weight, bias_n: Tensor | None = None) -> Tensor:
-    """W4A8: each row of x in 8 bits with one scale for each of the weight's groups."""
-    values_tk, scale_tg = quantize_rows(x_tk, weight.group_size)
-    rounded_tk = values_tk.double() * scale_tg.double().repeat_interleave(weight.group_size, dim=1)
+    """W4A8: each row of x in 8 bits with one scale for each of the weight's groups, or spans of groups."""
+    values_tk, scale_tg = quantize_rows(x_tk, weight.row_group)
+    rounded_tk = values_tk.double() * scale_tg.double().repeat_interleave(weight.row_group, dim=1)
     return _with_bias(rounded_tk @ dequantize(weight).double().T, bias_n, x_tk.dtype)
 
 
@@ -93,19 +93,22 @@ def _int8_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> I
 
 def _int4_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     group_size = 32 << random_int(0, 2, generator)
-    groups, n = random_int(1, 5, generator), random_int(1, 300, generator)
+    groups, n = random_int(1, 12, generator), random_int(1, 300, generator)
     k = groups * group_size
     zero = torch.randint(0, 16, (n, groups), dtype=torch.uint8, generator=generator)
     scale_ng = torch.rand(n, groups, generator=generator).add_(0.5).mul_(k**-0.5 / 4)
-    if random_int(0, 1, generator):  # as checkpoints have them most often
-        scale_ng = scale_ng.bfloat16().float()
-    weight = Int4Weight(
+    match random_int(0, 2, generator):
+        case 0:  # as checkpoints have them most often
+            scale_ng = scale_ng.bfloat16().float()
+        case 1:  # as quire makes them
+            scale_ng = 2.0**-8 * torch.randint(-15, 16, (n, groups), generator=generator)
+    plain = Int4Weight(
         nibbles_nk2=pack_nibbles(torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)),
         scale_ng=scale_ng,
         zero_ng=zero if random_int(0, 1, generator) else None,
         group_size=group_size,
     )
-    return {**_x_and_bias(rows, k, n, dtype, generator), "weight": weight}
+    return {**_x_and_bias(rows, k, n, dtype, generator), "weight": split(plain)}
 
 
 def _fp8_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:

@@ -5,10 +5,16 @@ Legend: n output features, k input features, g groups of input features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+SPANS = (256, 128, 64)
+LARGEST_MULTIPLIER = 15
+"""15 times -8..7 is a signed byte."""
+_SLICE_ROWS = 256
+"""Whose scales stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,18 +26,36 @@ class Int8Weight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SplitScales:
+    """Scales that are whole multiples, -15..15, of one step within each `span` of input features, so that the groups
+    of a span can be added up in whole numbers. `step_ns` float32 `[n, spans]`, `multiplier_ng` int8."""
+
+    step_ns: Tensor
+    multiplier_ng: Tensor
+    span: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Int4Weight:
     """`w = (value - zero) * scale`, with a scale and a zero point per output feature and group of input features.
 
     `nibbles_nk2` uint8 `[n, k / 2]`: two values of 0..15 to a byte, the lower k in the lower nibble (the byte order of
     compressed-tensors' "pack-quantized"). `scale_ng` float32. `zero_ng` uint8 in 0..15, or None where all are 8, which
     is the symmetric format. k is a multiple of `group_size`: 32, 64 or 128.
+
+    `split_scales` holds the same scales again, where they are such; `split` finds it.
     """
 
     nibbles_nk2: Tensor
     scale_ng: Tensor
     zero_ng: Tensor | None
     group_size: int
+    split_scales: SplitScales | None = None
+
+    @property
+    def row_group(self) -> int:
+        """Input features that share a scale of the row they come from."""
+        return self.group_size if self.split_scales is None else self.split_scales.span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +104,45 @@ def dequantize(weight: Weight) -> Tensor:
             return weight.values_nk.float() * weight.scale_n[:, None]
         case _:
             return weight
+
+
+def span_of(k: int, group_size: int) -> int:
+    """The widest span that `k` features divide into, or 0 where none is wider than a group."""
+    return next((span for span in SPANS if k % span == 0 and span > group_size), 0)
+
+
+def split(weight: Int4Weight) -> Int4Weight:
+    """The same numbers, with `split_scales` where its scales are such."""
+    span = 0 if weight.zero_ng is not None else span_of(2 * weight.nibbles_nk2.shape[1], weight.group_size)
+    if not span:
+        return weight
+    step_ns = torch.empty(len(weight.scale_ng), weight.scale_ng.shape[1] * weight.group_size // span)
+    multiplier_ng = torch.empty(weight.scale_ng.shape, dtype=torch.int8)
+    for first in range(0, len(step_ns), _SLICE_ROWS):
+        rows = slice(first, first + _SLICE_ROWS)
+        parts = _split_rows(weight.scale_ng[rows].unflatten(1, (-1, span // weight.group_size)))
+        if parts is None:
+            return weight
+        step_ns[rows], multiplier_ng[rows] = parts
+    return replace(weight, split_scales=SplitScales(step_ns=step_ns, multiplier_ng=multiplier_ng, span=span))
+
+
+def _split_rows(scale_msp: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Steps `[m, s]` and multipliers `[m, g]`: the smallest step that does for a span, or None if one has none."""
+    largest_ms = scale_msp.abs().amax(-1)
+    step_ms, found_ms = torch.zeros_like(largest_ms), largest_ms == 0
+    for most in range(LARGEST_MULTIPLIER, 0, -1):
+        tried_ms = torch.where(found_ms, step_ms, largest_ms / most)
+        fits_ms = (_multiples(scale_msp, tried_ms) * tried_ms[..., None] == scale_msp).all(-1)
+        step_ms = torch.where(fits_ms, tried_ms, step_ms)
+        found_ms |= fits_ms
+        if bool(found_ms.all()):
+            return step_ms, _multiples(scale_msp, step_ms).flatten(1).to(torch.int8)
+    return None
+
+
+def _multiples(scale_msp: Tensor, step_ms: Tensor) -> Tensor:
+    return torch.where(step_ms != 0, 1.0 / step_ms, 0.0)[..., None].mul(scale_msp).round_()
 
 
 def unpack_nibbles(nibbles_nk2: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from quire.core.errors import BadValue
 from quire.models.quantization.gptq import gptq, search_scales
 from quire.models.quantization.rounding import round_weight, scales_of
+from quire.models.quantization.rounding import int4_scales
 from quire.models.quantization.scheme import Scheme
 from quire.ops.weight import Int4Weight, Int8Weight, QuantizedWeight, dequantize, unpack_nibbles
 
@@ -50,7 +51,7 @@ def test_independent_inputs_leave_nothing_to_make_up_for(n: int, groups: int, se
     energy_k = torch.rand(k, generator=generator) + 0.1
     found = gptq(exact_nk, torch.diag(energy_k), Scheme(format="int4", group_size=64))
     assert isinstance(found, Int4Weight)
-    scale_nk = search_scales(exact_nk, energy_k, 64, -8, 7).repeat_interleave(64, 1)
+    scale_nk = int4_scales(search_scales(exact_nk, energy_k, 64, -8, 7), 64).repeat_interleave(64, 1)
     assert torch.equal(found.scale_ng.repeat_interleave(64, 1), scale_nk)
     steps = exact_nk / scale_nk
     values = unpack_nibbles(found.nibbles_nk2).float() - 8

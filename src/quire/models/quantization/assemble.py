@@ -13,7 +13,7 @@ from torch import Tensor
 from quire.core.errors import BadValue
 from quire.models.quantization.scheme import Scheme
 from quire.models.quantization.storage import Awq, Gptq, PackedBytes, PackedNibbles, Storage, WholeBytes
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight, pack_nibbles
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight, pack_nibbles, split
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where each of eight neighbours lies in a word."""
@@ -53,12 +53,13 @@ def assemble(storage: Storage, scheme: Scheme, parts: Mapping[str, Tensor]) -> Q
     if zero_ng is not None and bool((zero_ng == 8).all()):
         zero_ng = None
     repeats = 2 * nibbles_nk2.shape[1] // scheme.group_size // scale_ng.shape[1]
-    return Int4Weight(
+    weight = Int4Weight(
         nibbles_nk2=nibbles_nk2,
         scale_ng=scale_ng.repeat_interleave(repeats, dim=1).contiguous(),
         zero_ng=None if zero_ng is None else zero_ng.repeat_interleave(repeats, dim=1).contiguous(),
         group_size=scheme.group_size,
     )
+    return split(weight)
 
 
 def _unpack_words(words_rc: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from quire.core.errors import BadValue
-from quire.models.quantization.rounding import inverse, pack_offset_nibbles, round_scale
+from quire.models.quantization.rounding import int4_scales, inverse, pack_offset_nibbles, round_scale
 from quire.models.quantization.scheme import Scheme
-from quire.ops.weight import Int4Weight, Int8Weight, QuantizedWeight
+from quire.ops.weight import Int4Weight, Int8Weight, QuantizedWeight, split
 
 _BLOCK = 128
 _DAMPING = (0.01, 0.1, 1.0)
@@ -35,6 +35,8 @@ def gptq(weight_nk: Tensor, energy_kk: Tensor, scheme: Scheme) -> QuantizedWeigh
     group_size = scheme.group_size if scheme.format == "int4" else k
     weight_nk = weight_nk.float()
     scale_ng = search_scales(weight_nk, energy_kk.diagonal(), group_size, low, high)
+    if scheme.format == "int4":
+        scale_ng = int4_scales(scale_ng, group_size)
     order_k = energy_kk.diagonal().argsort(descending=True, stable=True)
     upper_kk = _inverse_factor(energy_kk[order_k][:, order_k])
     scale_kn = scale_ng.T[order_k // group_size].contiguous()
@@ -43,7 +45,7 @@ def gptq(weight_nk: Tensor, energy_kk: Tensor, scheme: Scheme) -> QuantizedWeigh
     if scheme.format == "int8":
         return Int8Weight(values_nk=values_nk.to(torch.int8), scale_n=scale_ng[:, 0].contiguous())
     nibbles = pack_offset_nibbles(values_nk)
-    return Int4Weight(nibbles_nk2=nibbles, scale_ng=scale_ng, zero_ng=None, group_size=group_size)
+    return split(Int4Weight(nibbles_nk2=nibbles, scale_ng=scale_ng, zero_ng=None, group_size=group_size))
 
 
 def search_scales(weight_nk: Tensor, energy_k: Tensor, group_size: int, low: int, high: int) -> Tensor:

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from quire.models.quantization.scheme import Scheme
 from quire.ops.cpu.rounding import CpuRounding
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
+from quire.ops.weight import LARGEST_MULTIPLIER, Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight, span_of, split
 
 _SLICE_ELEMENTS = 1 << 18
 _FP8_LARGEST = 448.0
 _INT4_REACH = 8.25
 """A quarter of a step beyond the range's end: one value is cut off by that, and all of a group have smaller steps. Of
 bell-shaped weights, heavy-tailed or not, about the least squared error."""
+_MULTIPLE_REACH = 0.625
+"""Multiples are rounded up from 3/8 on: a scale too small cuts off more than one too large makes coarse."""
 _Parts = tuple[Tensor, ...]
 
 
@@ -56,7 +58,7 @@ def round_weight(weight_nk: Tensor, scheme: Scheme, compiled: CpuRounding | None
                 group_size=size,
             )
             _in_slices(weight_nk, (int4.nibbles_nk2, int4.scale_ng), lambda rows_mk: _int4_rows(rows_mk, size))
-            return int4
+            return split(int4)
 
 
 def _round_compiled(weight_nk: Tensor, scheme: Scheme, compiled: CpuRounding) -> QuantizedWeight:
@@ -67,7 +69,7 @@ def _round_compiled(weight_nk: Tensor, scheme: Scheme, compiled: CpuRounding) ->
             return compiled.fp8(weight_nk)
         case "int4":
             assert not scheme.zero_point, "weights are rounded to symmetric groups only"
-            return compiled.int4(weight_nk, scheme.group_size)
+            return split(compiled.int4(weight_nk, scheme.group_size))
 
 
 def scales_of(weight: QuantizedWeight) -> Tensor:
@@ -113,11 +115,26 @@ def _fp8_rows(rows_mk: Tensor) -> _Parts:
     return values_mk.to(torch.float8_e4m3fn), scale_m
 
 
+def int4_scales(wanted_ng: Tensor, group_size: int) -> Tensor:
+    """Of the scales that kernels add up in whole numbers, those nearest to what is wanted, `[n, g]`: within a span of
+    groups, multiples of one step. The step has four significant bits and its multiples are at most 15, so that bfloat16
+    holds the product. Where there are no spans, just values of bfloat16."""
+    span = span_of(wanted_ng.shape[1] * group_size, group_size)
+    if not span:
+        return round_scale(wanted_ng)
+    wanted_nsp = wanted_ng.unflatten(1, (-1, span // group_size))
+    least_ns1 = wanted_nsp.abs().amax(-1, keepdim=True) / LARGEST_MULTIPLIER
+    step_ns1 = ((least_ns1.view(torch.int32) + 0xFFFFF) & ~0xFFFFF).view(torch.float32)
+    multiple_nsp = (wanted_nsp.abs() * inverse(step_ns1) + _MULTIPLE_REACH).floor_()
+    multiple_nsp = multiple_nsp.clamp_(min=1.0).mul_(wanted_nsp.sign())
+    return (multiple_nsp * step_ns1).flatten(1)
+
+
 def _int4_rows(rows_mk: Tensor, group_size: int) -> _Parts:
     """The value of the largest magnitude goes to the end of the range that reaches further, -8: the scale has its
     sign."""
-    rows_gj = rows_mk.view(-1, group_size)
-    low_g1, high_g1 = rows_gj.amin(1, keepdim=True), rows_gj.amax(1, keepdim=True)
-    scale_g1 = round_scale(torch.where(high_g1 > -low_g1, high_g1, low_g1) / -_INT4_REACH)
-    values_gj = (rows_gj * inverse(scale_g1)).round_().clamp_(-8, 7)
-    return pack_offset_nibbles(values_gj).view(len(rows_mk), -1), scale_g1.view(len(rows_mk), -1)
+    rows_mgj = rows_mk.unflatten(1, (-1, group_size))
+    low_mg, high_mg = rows_mgj.amin(-1), rows_mgj.amax(-1)
+    scale_mg = int4_scales(torch.where(high_mg > -low_mg, high_mg, low_mg) / -_INT4_REACH, group_size)
+    values_mgj = (rows_mgj * inverse(scale_mg)[..., None]).round_().clamp_(-8, 7)
+    return pack_offset_nibbles(values_mgj.flatten(1)), scale_mg

@@ -18,7 +18,7 @@ from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight, weight_s
 _NOTES = {
     "linear": "bf16 by bf16, summed in float32; weights packed in panels",
     "linear_int8": "8-bit rows by 8-bit weights, summed in whole numbers",
-    "linear_int4": "8-bit rows by 4-bit weights, summed in whole numbers within a group",
+    "linear_int4": "8-bit rows by 4-bit weights, summed in whole numbers within a group or span of groups",
     "linear_fp8": "bf16 rows by 8-bit floats, widened on the way",
 }
 
@@ -49,9 +49,18 @@ class CpuLinear:
     def _pack_int4(self, weight: Int4Weight, n: int, k: int) -> Any:
         nibbles, scale = _dense(weight.nibbles_nk2, torch.uint8), _dense(weight.scale_ng, torch.float32)
         zero = None if weight.zero_ng is None else _dense(weight.zero_ng, torch.uint8)
-        zero_address = 0 if zero is None else zero.data_ptr()
+        parts = weight.split_scales
+        scale, multiplier = (scale, None) if parts is None else (parts.step_ns, parts.multiplier_ng)
         return self._module.pack_int4(
-            self._backend, nibbles.data_ptr(), scale.data_ptr(), zero_address, n, k, weight.group_size
+            self._backend,
+            nibbles.data_ptr(),
+            scale.data_ptr(),
+            _address(zero),
+            _address(multiplier),
+            n,
+            k,
+            group_size=weight.row_group,
+            sub_size=weight.group_size,
         )
 
     def __call__(self, x_tk: Tensor, weight: Any, bias_n: Tensor | None = None) -> Tensor:
@@ -65,9 +74,7 @@ class CpuLinear:
     def _multiply(self, x_tk: Tensor, weight: Any, bias_n: Tensor | None, dtype: torch.dtype, epilogue: Any) -> Tensor:
         x, bias = _rows(x_tk), None if bias_n is None else _dense(bias_n, torch.bfloat16)
         out = torch.empty(*x_tk.shape[:-1], weight.n, dtype=dtype)
-        product = self._module.Product(
-            weight, out.data_ptr(), weight.n, epilogue=epilogue, bias=0 if bias is None else bias.data_ptr()
-        )
+        product = self._module.Product(weight, out.data_ptr(), weight.n, epilogue=epilogue, bias=_address(bias))
         self._module.linear(self._backend, x.data_ptr(), len(x), x.shape[1], x.stride(0), product)
         return out
 
@@ -79,6 +86,10 @@ def implementations() -> list[Implementation]:
         )
         for op, note in _NOTES.items()
     ]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.ops.cpu.library import kernels_module
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, span_of
 
 
 class CpuRounding:
@@ -51,6 +51,7 @@ class CpuRounding:
             n=n,
             k=k,
             group_size=group_size,
+            span=span_of(k, group_size),
             nibbles=nibbles_nk2.data_ptr(),
             scale=scale_ng.data_ptr(),
         )

@@ -84,8 +84,8 @@ class CpuStack:
 
 
 def build_stack(target: Target, description: StackDescription) -> Stack | None:
-    """None where gate and up are packed in different formats, which the fused activation cannot take."""
-    if any(layer.gate.weight.format != layer.up.weight.format for layer in description.layers):
+    """None where gate and up take different forms of a row, which the fused activation cannot."""
+    if any(layer.gate.weight.row_form != layer.up.weight.row_form for layer in description.layers):
         return None
     _check(description)
     return CpuStack(target, description)

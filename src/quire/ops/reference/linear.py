@@ -61,7 +61,7 @@ class ReferenceQuantizedLinear:
     def wide(self, x_tk: Tensor, weight: QuantizedWeight, bias_n: Tensor | None) -> Tensor:
         wide_tk = x_tk.float()
         if not isinstance(weight, Fp8Weight):
-            group_size = weight.group_size if isinstance(weight, Int4Weight) else weight_shape(weight)[1]
+            group_size = weight.row_group if isinstance(weight, Int4Weight) else weight_shape(weight)[1]
             values_tk, scale_tg = quantize_rows(x_tk, group_size)
             wide_tk = values_tk * scale_tg.repeat_interleave(group_size, dim=1)
         bias = None if bias_n is None else bias_n.float()
