@@ -120,7 +120,7 @@ def split(weight: Int4Weight) -> Int4Weight:
     multiplier_ng = torch.empty(weight.scale_ng.shape, dtype=torch.int8)
     for first in range(0, len(step_ns), _SLICE_ROWS):
         rows = slice(first, first + _SLICE_ROWS)
-        parts = _split_rows(weight.scale_ng[rows].unflatten(1, (-1, span // weight.group_size)))
+        parts = _split_rows(weight.scale_ng[rows].view(-1, step_ns.shape[1], span // weight.group_size))
         if parts is None:
             return weight
         step_ns[rows], multiplier_ng[rows] = parts

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from quire.core.errors import BadValue
 from quire.models.quantization.gptq import gptq, search_scales
-from quire.models.quantization.rounding import round_weight, scales_of
-from quire.models.quantization.rounding import int4_scales
+from quire.models.quantization.rounding import int4_scales, round_weight, scales_of
 from quire.models.quantization.scheme import Scheme
 from quire.ops.weight import Int4Weight, Int8Weight, QuantizedWeight, dequantize, unpack_nibbles
 

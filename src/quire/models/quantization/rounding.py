@@ -122,18 +122,18 @@ def int4_scales(wanted_ng: Tensor, group_size: int) -> Tensor:
     span = span_of(wanted_ng.shape[1] * group_size, group_size)
     if not span:
         return round_scale(wanted_ng)
-    wanted_nsp = wanted_ng.unflatten(1, (-1, span // group_size))
+    wanted_nsp = wanted_ng.view(len(wanted_ng), -1, span // group_size)
     least_ns1 = wanted_nsp.abs().amax(-1, keepdim=True) / LARGEST_MULTIPLIER
     step_ns1 = ((least_ns1.view(torch.int32) + 0xFFFFF) & ~0xFFFFF).view(torch.float32)
     multiple_nsp = (wanted_nsp.abs() * inverse(step_ns1) + _MULTIPLE_REACH).floor_()
     multiple_nsp = multiple_nsp.clamp_(min=1.0).mul_(wanted_nsp.sign())
-    return (multiple_nsp * step_ns1).flatten(1)
+    return multiple_nsp.mul_(step_ns1).flatten(1)
 
 
 def _int4_rows(rows_mk: Tensor, group_size: int) -> _Parts:
     """The value of the largest magnitude goes to the end of the range that reaches further, -8: the scale has its
     sign."""
-    rows_mgj = rows_mk.unflatten(1, (-1, group_size))
+    rows_mgj = rows_mk.view(len(rows_mk), -1, group_size)
     low_mg, high_mg = rows_mgj.amin(-1), rows_mgj.amax(-1)
     scale_mg = int4_scales(torch.where(high_mg > -low_mg, high_mg, low_mg) / -_INT4_REACH, group_size)
     values_mgj = (rows_mgj * inverse(scale_mg)[..., None]).round_().clamp_(-8, 7)
