@@ -7,6 +7,8 @@
 #include <new>
 #include <string>
 
+#include "memory.hpp"
+
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -73,9 +75,7 @@ Scratch Pool::borrow(std::size_t bytes) {
   if (memory.data != nullptr && memory.size >= bytes) return memory;
   std::free(memory.data);
   const std::size_t size = (bytes / 4096 + 1) * 4096;
-  memory = {static_cast<std::byte*>(std::aligned_alloc(4096, size)), size};
-  if (memory.data == nullptr) throw std::bad_alloc();
-  return memory;
+  return {allocate(static_cast<int64_t>(size)).release(), size};
 }
 
 void Pool::give_back(Scratch memory) noexcept {
@@ -148,8 +148,7 @@ void Pool::reserve(std::size_t bytes) {
     std::free(scratch.data);
     scratch = {};
     const std::size_t size = (bytes + 4095) / 4096 * 4096;
-    scratch.data = static_cast<std::byte*>(std::aligned_alloc(4096, size));
-    if (scratch.data == nullptr) throw std::bad_alloc();
+    scratch.data = allocate(static_cast<int64_t>(size)).release();
     scratch.size = size;
   }
 }

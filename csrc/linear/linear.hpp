@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "memory.hpp"
 #include "pool.hpp"
 
 namespace quire {
@@ -20,10 +21,6 @@ namespace quire {
 enum class Format : int { bf16 = 0, int8 = 1, int4 = 2, fp8 = 3 };
 inline constexpr int64_t kPanel = 32;
 constexpr int bits_of(Format format) { return format == Format::bf16 ? 16 : format == Format::int4 ? 4 : 8; }
-
-// Uninitialised; in huge pages where it is large and the system has them. Throws std::bad_alloc.
-using Memory = std::unique_ptr<std::byte[], void (*)(std::byte*)>;
-Memory allocate(int64_t bytes);
 
 // Memory for many weights: laid end to end in large pieces, since a piece of its own for each would seldom be large
 // enough for a huge page. A piece lives as long as a weight in it. For one thread at a time.

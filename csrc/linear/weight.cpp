@@ -1,33 +1,13 @@
 #include "linear/linear.hpp"
 
-#include <cstdlib>
-#include <new>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace quire {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
-constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace
-
-// A stream over 4 KiB pages spends its time on addresses.
-Memory allocate(int64_t bytes) {
-  const auto size = static_cast<std::size_t>(bytes);
-  const std::size_t alignment = size >= kHugePage ? kHugePage : static_cast<std::size_t>(kCacheLine);
-  void* const memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
-  if (memory == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-  if (alignment == kHugePage) madvise(memory, size, MADV_HUGEPAGE);
-#endif
-  return {static_cast<std::byte*>(memory), [](std::byte* data) { std::free(data); }};
-}
 
 std::shared_ptr<std::byte> Arena::take(int64_t bytes) {
   constexpr int64_t kPiece = int64_t{64} << 20;

@@ -35,19 +35,18 @@ bool same_input(const Product& one, const Product& other) {
 
 void Stack::reserve(int64_t t) {
   if (t <= reserved_) return;
-  const auto size = [t](int64_t per_token) { return static_cast<std::size_t>(t * per_token); };
   const int64_t padded = round_up(shape_.hidden, 64);
   const int64_t qkv = (shape_.num_heads + 2 * shape_.num_kv_heads) * shape_.head_dim;
-  residual_.resize(size(shape_.hidden));
-  normed_.resize(size(shape_.hidden));
-  qkv_.resize(size(qkv));
-  attended_.resize(size(shape_.num_heads * shape_.head_dim));
-  inner_.resize(size(shape_.inner));
-  step_cos_.resize(size(shape_.rope_half));
-  step_sin_.resize(size(shape_.rope_half));
-  quantized_.resize(size(padded));
-  quantized_scale_.resize(size(padded / 32));
-  quantized_sum_.resize(size(padded / 32));
+  residual_.resize(t * shape_.hidden);
+  normed_.resize(t * shape_.hidden);
+  qkv_.resize(t * qkv);
+  attended_.resize(t * shape_.num_heads * shape_.head_dim);
+  inner_.resize(t * shape_.inner);
+  step_cos_.resize(t * shape_.rope_half);
+  step_sin_.resize(t * shape_.rope_half);
+  quantized_.resize(t * padded);
+  quantized_scale_.resize(t * (padded / 32));
+  quantized_sum_.resize(t * (padded / 32));
   reserved_ = t;
 }
 
@@ -100,7 +99,7 @@ void Stack::attention_block(const StackLayer& layer, const StackStep& step, cons
 }
 
 void Stack::keep_rows(const StackStep& step) {
-  const auto gather = [&](std::vector<uint16_t>& values, int64_t width) {
+  const auto gather = [&](const Buffer<uint16_t>& values, int64_t width) {
     for (int64_t row = 0; row < step.s; ++row) {
       std::memmove(values.data() + row * width, values.data() + step.rows[row] * width,
                    static_cast<std::size_t>(width) * sizeof(uint16_t));

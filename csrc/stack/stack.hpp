@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "backend.hpp"
+#include "memory.hpp"
 
 namespace quire {
 
@@ -74,11 +75,11 @@ class Stack {
 
   // Activations, grown to the largest step seen.
   int64_t reserved_ = 0;
-  std::vector<uint16_t> residual_, normed_, qkv_, attended_, inner_;
-  std::vector<float> step_cos_, step_sin_;
-  std::vector<int8_t> quantized_;
-  std::vector<float> quantized_scale_;
-  std::vector<int32_t> quantized_sum_;
+  Buffer<uint16_t> residual_, normed_, qkv_, attended_, inner_;
+  Buffer<float> step_cos_, step_sin_;
+  Buffer<int8_t> quantized_;
+  Buffer<float> quantized_scale_;
+  Buffer<int32_t> quantized_sum_;
 };
 
 }  // namespace quire
