@@ -73,9 +73,10 @@ class RequestTimes:
     last_token: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class EngineOutput:
-    """What one step added to one request.
+    """What one step added to one request. Nobody changes it; it is not frozen, because one is made per token, and that
+    would take more than twice as long.
 
     `finish_reason` is set once, on the last output. `stop_reason` is the stop token's id if one ended it
     (None for EOS). `prompt_logprobs` comes once, before or with the first token: one entry per prompt token, None for

@@ -6,52 +6,97 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quire.nn.batch import ForwardBatch
 from quire.sched.state import ScheduledChunk
 
+Ids = NDArray[np.int64]
 
-def build_batch(chunks: Sequence[ScheduledChunk], block_size: int, device: torch.device) -> ForwardBatch:
-    """Lay the chunks' tokens end to end. Logits are asked for where a chunk samples, and for every row of a chunk that
-    needs prompt log-probabilities (`needs_prompt_logprobs`)."""
-    num_tokens = sum(chunk.num_tokens for chunk in chunks)
-    token_ids = np.empty(num_tokens, np.int64)
-    positions = np.empty(num_tokens, np.int64)
-    slots = np.empty(num_tokens, np.int64)
-    tables = np.zeros((len(chunks), max(len(chunk.state.block_ids) for chunk in chunks)), np.int64)
-    query_start = [0]
-    context_lens = []
-    logits_rows: list[int] = []
-    for index, chunk in enumerate(chunks):
-        state, first = chunk.state, query_start[-1]
-        end, last = chunk.start + chunk.num_tokens, first + chunk.num_tokens
-        blocks = state.block_ids
-        tables[index, : len(blocks)] = blocks
-        token_ids[first:last] = state.token_ids[chunk.start : end]
-        position = np.arange(chunk.start, end)
-        positions[first:last] = position
-        slots[first:last] = tables[index, position // block_size] * block_size + position % block_size
-        if chunk.first_slot_cached:
-            slots[first] = 0
-        if needs_prompt_logprobs(chunk):
-            logits_rows.extend(range(first, last))
-        elif chunk.samples:
-            logits_rows.append(last - 1)
-        query_start.append(last)
-        context_lens.append(end)
 
-    def to_device(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
+class BatchBuilder:
+    """Makes each step's `ForwardBatch`. A batch is good until the next one is made: the block tables stay in place."""
 
-    return ForwardBatch(
-        token_ids_t=to_device(token_ids),
-        positions_t=to_device(positions),
-        slots_t=to_device(slots),
-        query_start=tuple(query_start),
-        context_lens=tuple(context_lens),
-        block_table_rb=to_device(tables),
-        logits_rows_s=to_device(np.array(logits_rows, np.int64)),
-    )
+    def __init__(self, block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._tables = BlockTables()
+
+    def build(self, chunks: Sequence[ScheduledChunk]) -> ForwardBatch:
+        """Lay the chunks' tokens end to end. Logits are asked for where a chunk samples, and for every row of a chunk
+        that needs prompt log-probabilities (`needs_prompt_logprobs`)."""
+        block_size = self._block_size
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        query_start = [0]
+        context_lens: list[int] = []
+        logits_rows: list[int] = []
+        for chunk in chunks:
+            state, start, first = chunk.state, chunk.start, query_start[-1]
+            end, last, blocks = start + chunk.num_tokens, first + chunk.num_tokens, state.block_ids
+            token_ids += state.token_ids[start:end]
+            positions += range(start, end)
+            slots += [blocks[i // block_size] * block_size + i % block_size for i in range(start, end)]
+            if chunk.first_slot_cached:
+                slots[first] = 0
+            if needs_prompt_logprobs(chunk):
+                logits_rows += range(first, last)
+            elif chunk.samples:
+                logits_rows.append(last - 1)
+            query_start.append(last)
+            context_lens.append(end)
+        return ForwardBatch(
+            token_ids_t=self._tensor(token_ids),
+            positions_t=self._tensor(positions),
+            slots_t=self._tensor(slots),
+            query_start=query_start,
+            context_lens=context_lens,
+            block_table_rb=self._tensor(self._tables.of([chunk.state.block_ids for chunk in chunks])),
+            logits_rows_s=self._tensor(logits_rows),
+        )
+
+    def _tensor(self, values: list[int] | Ids) -> torch.Tensor:
+        tensor = torch.from_numpy(np.asarray(values, np.int64))
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)
+
+
+class BlockTables:
+    """The block tables of a step side by side, padded with 0.
+
+    From step to step most requests keep their row and few get a new block, so only that is written. A request's list
+    of blocks grows in place or is replaced by another list, and is known again by being the same object.
+    """
+
+    def __init__(self) -> None:
+        self._padded: Ids = np.zeros((1, 1), np.int64)
+        self._lists: list[list[int]] = []
+        """Whose row is whose."""
+        self._lengths: list[int] = []
+        """How much of each row is not padding, rows that no request has now included."""
+
+    def of(self, lists: list[list[int]]) -> Ids:
+        """`[requests, blocks of the longest]`; a view of what the next call changes."""
+        longest = max(map(len, lists))
+        self._make_room(len(lists), longest)
+        before = self._lists
+        for row, blocks in enumerate(lists):
+            length = self._lengths[row]
+            kept = length if row < len(before) and before[row] is blocks else 0
+            if kept != len(blocks):
+                self._padded[row, len(blocks) : length] = 0
+                self._padded[row, kept : len(blocks)] = blocks[kept:]
+                self._lengths[row] = len(blocks)
+        self._lists = lists
+        return self._padded[: len(lists), :longest]
+
+    def _make_room(self, num_rows: int, longest: int) -> None:
+        rows, columns = self._padded.shape
+        if num_rows > rows or longest > columns:
+            grown = np.zeros((max(rows, 2 * num_rows), max(columns, 2 * longest)), np.int64)
+            grown[:rows, :columns] = self._padded
+            self._padded = grown
+        self._lengths += [0] * (num_rows - len(self._lengths))
 
 
 def needs_prompt_logprobs(chunk: ScheduledChunk) -> bool:

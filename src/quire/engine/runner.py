@@ -11,7 +11,7 @@ from torch import Tensor
 from quire.cache.ledger import HEAD_ROWS
 from quire.core.errors import EngineError, QuireError
 from quire.core.request import TokenLogprobs
-from quire.engine.inputs import build_batch, needs_prompt_logprobs
+from quire.engine.inputs import BatchBuilder, needs_prompt_logprobs
 from quire.models.load import LoadedModel
 from quire.nn.kv import KVCache
 from quire.ops.sampling import SamplingRow
@@ -38,6 +38,7 @@ class Runner:
         self._kv = kv
         self._host_kv = host_kv
         self._eos_token_ids = eos_token_ids
+        self._batches = BatchBuilder(kv.block_size, kv.data.device)
 
     @torch.inference_mode()
     def run(self, step: Step) -> RunOutput:
@@ -47,13 +48,14 @@ class Runner:
             self._kv.swap_in(step.swap_in, self._host_kv)
         if not step.scheduled:
             return RunOutput()
-        batch = build_batch(step.scheduled, self._kv.block_size, self._kv.data.device)
+        batch = self._batches.build(step.scheduled)
         hidden_sh = self._decoder.forward(batch, self._kv)
         return self._sample(step.scheduled, hidden_sh)
 
     def _sample(self, chunks: Sequence[ScheduledChunk], hidden_sh: Tensor) -> RunOutput:
         output = RunOutput()
-        sampled: list[tuple[ScheduledChunk, int]] = []
+        sampled: list[ScheduledChunk] = []
+        rows: list[int] = []
         row = 0
         for chunk in chunks:
             if needs_prompt_logprobs(chunk):
@@ -62,16 +64,24 @@ class Runner:
             elif chunk.samples:
                 row += 1
             if chunk.samples and chunk.state.request_id not in output.failures:
-                sampled.append((chunk, row - 1))
-        for first in range(0, len(sampled), HEAD_ROWS):
-            self._sample_rows(sampled[first : first + HEAD_ROWS], hidden_sh, output)
+                sampled.append(chunk)
+                rows.append(row - 1)
+        if len(rows) != hidden_sh.shape[0]:
+            hidden_sh = hidden_sh[rows]
+        if len(rows) <= HEAD_ROWS:
+            self._sample_rows(sampled, hidden_sh, output)
+        else:
+            for first in range(0, len(rows), HEAD_ROWS):
+                piece = slice(first, first + HEAD_ROWS)
+                self._sample_rows(sampled[piece], hidden_sh[piece], output)
         return output
 
-    def _sample_rows(self, sampled: Sequence[tuple[ScheduledChunk, int]], hidden_sh: Tensor, output: RunOutput) -> None:
-        rows = torch.tensor([row for _, row in sampled], device=hidden_sh.device)
-        logits_sv = self._decoder.logits(hidden_sh[rows])
-        tokens = self._kernels.sample(logits_sv, [self._sampling_row(chunk) for chunk, _ in sampled])
-        for (chunk, _), token in zip(sampled, tokens, strict=True):
+    def _sample_rows(self, sampled: Sequence[ScheduledChunk], hidden_sh: Tensor, output: RunOutput) -> None:
+        if not sampled:
+            return
+        logits_sv = self._decoder.logits(hidden_sh)
+        tokens = self._kernels.sample(logits_sv, [self._sampling_row(chunk) for chunk in sampled])
+        for chunk, token in zip(sampled, tokens, strict=True):
             request = chunk.state.request
             if isinstance(token, QuireError):
                 output.failures[request.request_id] = token

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from quire.models.arch import Arch
@@ -67,7 +66,6 @@ class Decoder:
         self.stack: Stack | None = None
         """All layers as one call; without it the layers run op by op, to the same bits. See `models.stack`."""
 
-    @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """One step: writes K and V of all its tokens to `kv`, returns the normed hidden states `[s, e]` of
         `logits_rows_s`, for `logits`."""
@@ -100,7 +98,6 @@ class Decoder:
         normed_se, _ = self.norm.add(x_te.index_select(0, rows), residual_te.index_select(0, rows))
         return normed_se
 
-    @torch.inference_mode()
     def logits(self, hidden_se: Tensor) -> Tensor:
         """The head: float32 logits `[s, v]`. Apart from `forward`, so that the caller can bound how many rows of a
         large vocabulary are in memory at one time."""

@@ -5,6 +5,7 @@ Legend: t tokens of this step, r requests in it, s rows that need logits, b bloc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 class ForwardBatch:
     """Tokens of several requests laid end to end; request i owns rows `query_start[i]:query_start[i + 1]`.
 
-    Every field is written by `engine.inputs.build_batch` and by nobody else.
+    Every field is written by `engine.inputs.BatchBuilder` and by nobody else.
 
     * `token_ids_t`, `positions_t`: int64.
     * `slots_t`: int64, where each token's K and V go: `block_id * block_size + offset`. Block 0 is the null block: a
@@ -29,7 +30,7 @@ class ForwardBatch:
     token_ids_t: Tensor
     positions_t: Tensor
     slots_t: Tensor
-    query_start: tuple[int, ...]
-    context_lens: tuple[int, ...]
+    query_start: Sequence[int]
+    context_lens: Sequence[int]
     block_table_rb: Tensor
     logits_rows_s: Tensor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from quire.core.errors import QuireError
 from quire.core.prefix import extend_hashes
@@ -15,8 +16,7 @@ RATE_WEIGHT = 0.1
 """Weight of the latest step in the moving average of tokens per second."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True):
     """What the forward pass gave one request.
 
     * `token_ids`, and `logprobs` beside them if asked for: empty unless the chunk samples; several if guesses held.
@@ -104,7 +104,6 @@ def _append(
 ) -> tuple[list[int], FinishReason | None, int | None]:
     """Add tokens until one ends the request: what was added, why it ended, and at which stop token."""
     sampling, limits = item.request.sampling, state.limits
-    longest = min(limits.max_model_len, state.token_capacity + 1)
     for count, token_id in enumerate(token_ids, start=1):
         item.token_ids.append(token_id)
         if item.num_generated >= sampling.min_tokens:
@@ -114,8 +113,7 @@ def _append(
                 return list(token_ids[:count]), FinishReason.STOP, token_id
         if sampling.max_tokens is not None and item.num_generated >= sampling.max_tokens:
             return list(token_ids[:count]), FinishReason.LENGTH, None
-        # The last token needs no KV; with one more, this request alone would outgrow the whole cache.
-        if len(item.token_ids) >= longest:
+        if len(item.token_ids) >= state.longest:
             return list(token_ids[:count]), FinishReason.LENGTH, None
     return list(token_ids), None, None
 

@@ -73,7 +73,8 @@ class RequestState:
 
     * `number`: running number of admission; breaks ties of arrival.
     * `token_ids`: prompt and generated tokens. KV is in the cache for the first `num_computed_tokens` of them, in the
-      blocks of `block_ids`, in order (while it is swapped out: in `host_block_ids`).
+      blocks of `block_ids`, in order (while it is swapped out: in `host_block_ids`). The list of blocks grows in place,
+      or is replaced by a new one.
     * `block_hashes`: the chain over all full blocks of `token_ids`, computed or not; empty without prefix caching.
     * `num_published`: blocks of `block_ids` whose content the pool knows under its hash.
     * `num_cached_tokens`: prompt tokens that came from the prefix cache when the request was first scheduled.
@@ -195,6 +196,9 @@ class SchedulerState:
         self.service = Service()
         self.totals = Totals()
         self.num_admitted = 0
+        self.longest = min(limits.max_model_len, self.token_capacity + 1)
+        """Tokens at which a request ends. The last one needs no KV; with one more, a request alone would outgrow the
+        whole cache."""
         self.tokens_per_second = 0.0
 
     @property

@@ -73,9 +73,10 @@ class CpuLinear:
 
     def _multiply(self, x_tk: Tensor, weight: Any, bias_n: Tensor | None, dtype: torch.dtype, epilogue: Any) -> Tensor:
         x, bias = _rows(x_tk), None if bias_n is None else _dense(bias_n, torch.bfloat16)
+        t, k = x.shape
         out = torch.empty(*x_tk.shape[:-1], weight.n, dtype=dtype)
         product = self._module.Product(weight, out.data_ptr(), weight.n, epilogue=epilogue, bias=_address(bias))
-        self._module.linear(self._backend, x.data_ptr(), len(x), x.shape[1], x.stride(0), product)
+        self._module.linear(self._backend, x.data_ptr(), t, k, x.stride(0), product)
         return out
 
 
@@ -98,7 +99,7 @@ def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """bf16 `[t, k]` whose rows are dense; a copy only where x is not so laid out already."""
-    rows = x.to(torch.bfloat16)
+    rows = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
     if rows.dim() != 2:
         rows = rows.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

@@ -22,29 +22,34 @@ from quire.ops.target import Target
 # `SampleRow` in csrc/sampling/sampling.hpp, field by field.
 _ROW = struct.Struct("=7d15q")
 _UNCHANGED = (0, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0)
+_PLAIN_GREEDY = _ROW.pack(0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0, 0, 0, -1, *_UNCHANGED)
 _RESULT = np.dtype([("token_id", "i8"), ("status", "i8"), ("rank", "i8"), ("logprob", "f8")])
 _SAMPLED, _NOT_FINITE = 0, 1
 
 
 class _Output:
-    """Where a call writes, and how that is read."""
+    """Where calls write, and how that is read. Kept from call to call, and as large as the largest has needed."""
 
-    def __init__(self, rows: int, max_top: int, vocab: int) -> None:
-        self.results = np.empty(rows, dtype=_RESULT)
-        self.max_top = min(max_top, vocab)
-        self.top_ids = np.empty((rows, self.max_top), dtype=np.int64)
-        self.top_logprobs = np.empty((rows, self.max_top), dtype=np.float32)
+    def __init__(self) -> None:
+        self.results = np.empty(0, dtype=_RESULT)
+        self.top_ids = np.empty(0, dtype=np.int64)
+        self.top_logprobs = np.empty(0, dtype=np.float32)
+        self.max_top = 0
+        self.addresses = (0, 0, 0)
 
-    def addresses(self) -> tuple[int, int, int]:
-        return self.results.ctypes.data, self.top_ids.ctypes.data, self.top_logprobs.ctypes.data
+    def make_room(self, rows: int, max_top: int) -> None:
+        """For a call with that many rows, and alternatives per row at most."""
+        self.max_top = max_top
+        if rows > len(self.results) or rows * max_top > len(self.top_ids):
+            self.results = np.empty(rows, dtype=_RESULT)
+            self.top_ids = np.empty(rows * max_top, dtype=np.int64)
+            self.top_logprobs = np.empty(rows * max_top, dtype=np.float32)
+            self.addresses = (self.results.ctypes.data, self.top_ids.ctypes.data, self.top_logprobs.ctypes.data)
 
     def token(self, row: int, token_id: int, rank: int, logprob: float, num_top: int) -> TokenLogprobs:
+        top = slice(row * self.max_top, row * self.max_top + min(num_top, self.max_top))
         return TokenLogprobs(
-            token_id,
-            logprob,
-            rank,
-            tuple(self.top_ids[row, :num_top].tolist()),
-            tuple(self.top_logprobs[row, :num_top].tolist()),
+            token_id, logprob, rank, tuple(self.top_ids[top].tolist()), tuple(self.top_logprobs[top].tolist())
         )
 
 
@@ -54,26 +59,29 @@ class CpuSampling:
     def __init__(self, target: Target) -> None:
         self._backend = target.cpu
         self._module: Any = kernels_module()
+        self._output = _Output()
 
     def sample(self, logits_sv: Tensor, rows: Sequence[SamplingRow]) -> list[TokenLogprobs | QuireError]:
-        assert logits_sv.shape[0] == len(rows), (logits_sv.shape, len(rows))
+        num_rows, vocab = logits_sv.shape
+        assert num_rows == len(rows), (num_rows, len(rows))
         ids, biases = array("q"), array("d")
         packed = b"".join([_pack(row, ids, biases) for row in rows])
-        output = _Output(len(rows), max((row.sampling.logprobs or 0 for row in rows), default=0), logits_sv.shape[1])
-        logits = _dense(logits_sv)
+        logits, output = _dense(logits_sv), self._output
+        output.make_room(num_rows, min(vocab, max((row.sampling.logprobs or 0 for row in rows), default=0)))
         self._module.sample(
             self._backend,
             logits.data_ptr(),
             logits.stride(0),
-            *logits.shape,
+            num_rows,
+            vocab,
             packed,
             ids.buffer_info()[0],
             biases.buffer_info()[0],
             output.max_top,
-            *output.addresses(),
+            *output.addresses,
         )
         tokens: list[TokenLogprobs | QuireError] = []
-        for row, (token_id, status, rank, logprob) in zip(rows, output.results.tolist(), strict=True):
+        for row, (token_id, status, rank, logprob) in zip(rows, output.results[:num_rows].tolist(), strict=True):
             if status != _SAMPLED:
                 tokens.append(not_finite(row.position) if status == _NOT_FINITE else nothing_left(row))
             elif rank == 0:
@@ -83,20 +91,22 @@ class CpuSampling:
         return tokens
 
     def token_logprobs(self, logits_sv: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-        assert logits_sv.shape[0] == len(token_ids), (logits_sv.shape, len(token_ids))
-        output = _Output(len(token_ids), num_top, logits_sv.shape[1])
-        logits, targets = _dense(logits_sv), array("q", token_ids)
+        num_rows, vocab = logits_sv.shape
+        assert num_rows == len(token_ids), (num_rows, len(token_ids))
+        logits, targets, output = _dense(logits_sv), array("q", token_ids), self._output
+        output.make_room(num_rows, min(vocab, num_top))
         self._module.token_logprobs(
             self._backend,
             logits.data_ptr(),
             logits.stride(0),
-            *logits.shape,
+            num_rows,
+            vocab,
             targets.buffer_info()[0],
             output.max_top,
-            *output.addresses(),
+            *output.addresses,
         )
         tokens = []
-        for row, (token_id, status, rank, logprob) in enumerate(output.results.tolist()):
+        for row, (token_id, status, rank, logprob) in enumerate(output.results[:num_rows].tolist()):
             if status != _SAMPLED:
                 raise not_finite(row)
             tokens.append(output.token(row, token_id, rank, logprob, num_top))
@@ -107,6 +117,9 @@ def _pack(row: SamplingRow, ids: array[int], biases: array[float]) -> bytes:
     """A row's parameters in the kernel's layout; the token ids that they need go to the end of `ids`."""
     sampling = row.sampling
     greedy = sampling.greedy
+    changes = changes_logits(sampling, len(row.token_ids) - row.num_prompt_tokens)
+    if greedy and not changes and sampling.logprobs is None:
+        return _PLAIN_GREEDY
     assert greedy or sampling.seed is not None, "the front end sets the seed"
     return _ROW.pack(
         sampling.temperature,
@@ -120,11 +133,7 @@ def _pack(row: SamplingRow, ids: array[int], biases: array[float]) -> bytes:
         sampling.seed or 0,
         row.position,
         -1 if sampling.logprobs is None else sampling.logprobs,
-        *(
-            _changes(row, ids, biases)
-            if changes_logits(sampling, len(row.token_ids) - row.num_prompt_tokens)
-            else _UNCHANGED
-        ),
+        *(_changes(row, ids, biases) if changes else _UNCHANGED),
     )
 
 

@@ -1,0 +1,84 @@
+"""A step's tensors, against what they mean written out token by token, over steps whose requests come, grow and go."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.core.request import EngineRequest
+from quire.core.sampling import SamplingParams
+from quire.engine.inputs import BatchBuilder
+from quire.sched.state import RequestState, ScheduledChunk
+
+BLOCK = 4
+
+
+def state(number: int, num_tokens: int, prompt_logprobs: int | None = None) -> RequestState:
+    tokens = [100 * number + position for position in range(num_tokens)]
+    sampling = SamplingParams(prompt_logprobs=prompt_logprobs)
+    request = EngineRequest(request_id=str(number), prompt_token_ids=tokens, sampling=sampling, arrival_time=0.0)
+    return RequestState(request=request, number=number, token_ids=list(tokens), num_prompt_tokens=num_tokens)
+
+
+def chunk_of(item: RequestState, start: int, num_tokens: int, *, cached: bool = False) -> ScheduledChunk:
+    samples = start + num_tokens == len(item.token_ids)
+    return ScheduledChunk(item, start, num_tokens, samples, cached)
+
+
+def check(builder: BatchBuilder, chunks: list[ScheduledChunk]) -> None:
+    batch = builder.build(chunks)
+    ids, positions, slots, rows, starts = [], [], [], [], [0]
+    for chunk in chunks:
+        item, end = chunk.state, chunk.start + chunk.num_tokens
+        for position in range(chunk.start, end):
+            told = item.request.sampling.prompt_logprobs is not None
+            if told or (chunk.samples and position == end - 1):
+                rows.append(len(ids))
+            ids.append(item.token_ids[position])
+            positions.append(position)
+            block = item.block_ids[position // BLOCK]
+            slots.append(0 if chunk.first_slot_cached else block * BLOCK + position % BLOCK)
+        starts.append(len(ids))
+    longest = max(len(chunk.state.block_ids) for chunk in chunks)
+    tables = [chunk.state.block_ids + [0] * (longest - len(chunk.state.block_ids)) for chunk in chunks]
+    for found, expected in (
+        (batch.token_ids_t, ids),
+        (batch.positions_t, positions),
+        (batch.slots_t, slots),
+        (batch.logits_rows_s, rows),
+        (batch.block_table_rb, tables),
+    ):
+        assert found.dtype == torch.int64
+        assert found.tolist() == expected
+    assert list(batch.query_start) == starts
+    assert list(batch.context_lens) == [chunk.start + chunk.num_tokens for chunk in chunks]
+
+
+def test_chunks_of_a_prompt_a_cached_prompt_and_one_with_logprobs():
+    builder = BatchBuilder(BLOCK, torch.device("cpu"))
+    long, hit, told = state(1, 11), state(2, 8), state(3, 6, prompt_logprobs=0)
+    long.block_ids, hit.block_ids, told.block_ids = [7, 3], [5, 9], [2, 4]
+    check(builder, [chunk_of(long, 2, 5), chunk_of(hit, 7, 1, cached=True), chunk_of(told, 0, 4)])
+
+
+@given(st.data())
+def test_steps_of_requests_that_come_grow_and_go(data):
+    builder = BatchBuilder(BLOCK, torch.device("cpu"))
+    running: list[RequestState] = []
+    next_block = iter(range(1, 10_000))
+    for number in range(1, data.draw(st.integers(1, 12), label="steps") + 1):
+        for _ in range(data.draw(st.integers(0 if running else 1, 3), label="newcomers")):
+            item = state(number, data.draw(st.integers(1, 30), label="tokens"))
+            item.block_ids = [next(next_block) for _ in range(-(-len(item.token_ids) // BLOCK))]
+            running.append(item)
+        order = data.draw(st.permutations(running), label="order")
+        running = order[: data.draw(st.integers(1, len(order)), label="still there")]
+        for item in running:
+            match data.draw(st.sampled_from(["grows", "comes back", "stays"])):
+                case "grows":
+                    item.token_ids += range(BLOCK)
+                    item.block_ids += [next(next_block)]
+                case "comes back":
+                    item.block_ids = [next(next_block) for _ in item.block_ids]
+        check(builder, [chunk_of(item, len(item.token_ids) - 1, 1) for item in running])
