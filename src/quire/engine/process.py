@@ -6,6 +6,7 @@ open: when it closes, the parent is gone and we go too. Everything else travels 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -69,6 +70,8 @@ def main() -> int:
             failed = EngineStartFailed(f"The engine could not start: {type(error).__name__}: {error}")
             socket.send(encode(StartFailed(failed.to_info())))
             return 1
+        gc.collect()
+        gc.freeze()  # what has been loaded stays: the collector need not walk through it between steps
         socket.send(encode(Ready(engine.info, os.getpid())))
         serve(engine, socket)
     return 0
