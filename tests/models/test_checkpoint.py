@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from quire.core.errors import CheckpointError, MissingFile, MissingTensor, TruncatedFile
+from quire.core.json_file import MAX_JSON_BYTES, MAX_JSON_DEPTH
 from quire.models.checkpoint import Checkpoint
-from quire.models.json_file import MAX_JSON_BYTES, MAX_JSON_DEPTH
 from quire.models.safetensors_header import MAX_HEADER_BYTES, read_header
 
 TENSORS = {

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from quire.core.errors import BadValue, InvalidParameter, PromptTooLong, TemplateError
+from quire.core.errors import BadValue, CheckpointError, InvalidParameter, PromptTooLong, TemplateError
 from quire.core.model_info import ModelInfo
 from quire.core.request import Deadlines
 from quire.core.sampling import SamplingParams
@@ -196,7 +196,7 @@ def test_generation_defaults(tmp_path):
 @pytest.mark.parametrize("entry", ['{"top_p": 1.5}', '{"temperature": NaN}', '{"top_k": "x"}', "[]", "{"])
 def test_bad_defaults_are_named(tmp_path, entry):
     (tmp_path / "generation_config.json").write_text(entry)
-    with pytest.raises(BadValue, match=r"generation_config\.json"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         generation_defaults(tmp_path)
 
 

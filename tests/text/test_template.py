@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from quire.core.errors import BadValue, InvalidParameter, MissingFile, Refusal, TemplateError
+from quire.core.errors import CheckpointError, InvalidParameter, MissingFile, Refusal, TemplateError
 from quire.text.render_process import RenderLimits
 from quire.text.template import ChatTemplate
 
@@ -293,7 +293,7 @@ def test_named_templates(tmp_path: Path):
 @pytest.mark.parametrize("value", [3, [], ["x"], [{"name": "a"}], {"a": 1}])
 def test_a_template_of_a_wrong_kind_is_named(tmp_path: Path, value: object):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
-    with pytest.raises(BadValue, match=r"tokenizer_config\.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         ChatTemplate.load(tmp_path)
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from quire.core.errors import BadValue, InvalidParameter, MissingFile
+from quire.core.errors import BadValue, CheckpointError, InvalidParameter, MissingFile
 from quire.text.tokenizer import Tokenizer
 
 PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -120,7 +120,7 @@ def test_missing_and_corrupt_files_are_named(directories, tmp_path):
             Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(whole)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(BadValue, match=r"tokenizer_config\.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         Tokenizer.load(tmp_path)
 
 

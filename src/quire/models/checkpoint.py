@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from quire.core.errors import CheckpointError, MissingFile, MissingTensor
-from quire.models.json_file import read_json_object, shorten
+from quire.core.json_file import read_json_object, shorten
 from quire.models.safetensors_header import TensorInfo, read_header
 
 __all__ = ["Checkpoint", "TensorInfo"]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quire.core.errors import ConfigError
+from quire.core.json_file import shorten
 from quire.models.checkpoint import SKIPPED_PATTERNS
-from quire.models.json_file import shorten
 
 _NESTED = "*/*"  # the hub's patterns match across folders; a model is in the top one
 

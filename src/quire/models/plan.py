@@ -16,11 +16,11 @@ from pathlib import Path
 from quire.cache.ledger import KVLedger, available_memory
 from quire.config.engine import EngineConfig
 from quire.core.errors import CheckpointError, UnknownArchitecture
+from quire.core.json_file import shorten
 from quire.models.arch import Arch
 from quire.models.checkpoint import Checkpoint
 from quire.models.dtype import resolve_dtype
 from quire.models.fit import DTYPE_BYTES, Fit, build_ledger, format_bytes, judge
-from quire.models.json_file import shorten
 from quire.models.machine import measure_bandwidth, measure_flops
 from quire.models.parameters import EMBEDDING, HEAD, Parameter, elements_per_row, list_parameters
 from quire.models.registry import identify

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.core.errors import ConfigError, QuireError
+from quire.core.json_file import shorten
 from quire.models.checkpoint import SKIPPED_PATTERNS
-from quire.models.json_file import shorten
 
 if TYPE_CHECKING:
     from obstore.store import S3Store

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quire.core.errors import CheckpointError, TruncatedFile
-from quire.models.json_file import open_regular, parse_json_object, shorten
+from quire.core.json_file import open_regular, parse_json_object, shorten
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_RANK = 64

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from quire.config.engine import BUILTIN_MODEL, EngineConfig
 from quire.core.errors import ConfigError, MissingFile
+from quire.core.json_file import shorten
 from quire.models.checkpoint import FILE_PATTERNS, TOKENIZER_PATTERNS
-from quire.models.json_file import shorten
 
 _HUB_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?:{_HUB_PART}/)?{_HUB_PART}")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quire.core.errors import CheckpointError, MissingTensor, TruncatedFile
+from quire.core.json_file import open_regular, shorten
 from quire.models.checkpoint import Checkpoint, TensorInfo
-from quire.models.json_file import open_regular, shorten
 
 _TORCH_DTYPES = {
     "BOOL": torch.bool,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from quire.core.errors import BadValue, InvalidParameter
+from quire.core.json_file import MAX_TOKENIZER_BYTES, read_optional_json_object
 from quire.core.sampling import SamplingParams
-from quire.text.json_files import read_optional_json_object
 from quire.text.tokenizer import read_named_tokens
 
 _SAMPLING = {
@@ -66,7 +66,7 @@ def _added_token_id(directory: Path, content: str | None) -> int | None:
         for token_id, token in decoder.items():
             if isinstance(token, dict) and token.get("content") == content and token_id.isdecimal():
                 return int(token_id)
-    added = read_optional_json_object(directory / "tokenizer.json").get("added_tokens")
+    added = read_optional_json_object(directory / "tokenizer.json", max_bytes=MAX_TOKENIZER_BYTES).get("added_tokens")
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict) and token.get("content") == content and isinstance(token.get("id"), int):
             return int(token["id"])

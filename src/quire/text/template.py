@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quire.core.errors import BadValue, InvalidParameter, MissingFile, TemplateError
-from quire.text.json_files import read_optional_json_object, read_text
+from quire.core.json_file import read_optional_json_object, read_text
 from quire.text.render_process import RenderLimits, RenderProcess
 from quire.text.tokenizer import read_named_tokens
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import tokenizers
 
 from quire.core.errors import BadValue, InvalidParameter, MissingFile
+from quire.core.json_file import read_optional_json_object
 from quire.text.byte_tokens import TokenBytes, decoder_kinds
-from quire.text.json_files import read_optional_json_object
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

@@ -1,4 +1,4 @@
-"""JSON from a checkpoint, read within bounds: size, nesting, and the kind of file it is."""
+"""JSON and text from a checkpoint, read within bounds: size, nesting, and the kind of file it is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import BinaryIO
 from quire.core.errors import CheckpointError, MissingFile
 
 MAX_JSON_BYTES = 16 << 20
+MAX_TOKENIZER_BYTES = 256 << 20
+"""Of tokenizer.json: large vocabularies take tens of MiB."""
 MAX_JSON_DEPTH = 64
 
 
@@ -35,13 +37,31 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
-def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
-    """The JSON object in a file of at most `max_bytes`, nested at most `MAX_JSON_DEPTH` deep."""
+def read_bytes(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """What is in a regular file of at most `max_bytes`. Errors as of `open_regular`, and CheckpointError for more."""
     with open_regular(path) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise CheckpointError(f"{path} is larger than {max_bytes} bytes.", param="model")
-    return parse_json_object(data, str(path))
+    return data
+
+
+def read_text(path: Path) -> str:
+    """As `read_bytes`, in UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8: {error}.", param="model") from None
+
+
+def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
+    """The JSON object in a file of at most `max_bytes`, nested at most `MAX_JSON_DEPTH` deep."""
+    return parse_json_object(read_bytes(path, max_bytes=max_bytes), str(path))
+
+
+def read_optional_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
+    """As `read_json_object`, but a file that is not there reads as an empty object."""
+    return read_json_object(path, max_bytes=max_bytes) if path.exists() else {}
 
 
 def parse_json_object(data: bytes, what: str) -> dict[str, object]:
