@@ -10,6 +10,7 @@ import pytest
 
 from quire.cli.checks import cgroup_cpus, check_port, run_checks
 from quire.cli.main import main
+from quire.ops.cpu.library import usable_isas
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("max 100000", None), ("150000 100000", 1.5), ("", None), ("x", None)])
@@ -50,6 +51,22 @@ def test_the_report_as_json(capsys):
 def test_a_failed_check_gives_exit_code_1(capsys):
     assert main(["doctor", "--no-model", "--host", "no such host"]) == 1
     assert "fail" in capsys.readouterr().out
+
+
+def test_kernels_of_another_instruction_set(capsys, monkeypatch):
+    assert main(["kernels", "--json", "--dtype", "bfloat16", "--isa", "reference"]) == 0
+    asked = capsys.readouterr().out
+    monkeypatch.setenv("QUIRE_ISA", "reference")
+    assert main(["kernels", "--json", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out == asked
+    lines = json.loads(asked)["kernels"]["bfloat16"]
+    assert {line["implementation"] for line in lines} == {"reference"}
+    assert "switched off" in next(line["reason"] for line in lines if line["op"] == "linear") or not usable_isas()
+
+
+def test_an_instruction_set_that_nobody_knows(capsys):
+    assert main(["kernels", "--isa", "avx9"]) != 0
+    assert "avx512_bf16" in capsys.readouterr().err
 
 
 def test_kernels_are_listed_with_reasons(capsys):

@@ -95,7 +95,7 @@ FLAGS = {
         "--threads",
         "--config",
     },
-    "kernels": {"--dtype", "--json"},
+    "kernels": {"--dtype", "--isa", "--json"},
     "doctor": {"--host", "--port", "--model", "--no-model", "--config", "--json"},
     "version": {"--json"},
     "bench throughput": MODEL | ENGINE | PROMPTS | {"--num-prompts", "--backend"},

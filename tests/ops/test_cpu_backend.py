@@ -46,6 +46,13 @@ def test_the_choice_says_why_the_compiled_kernels_do_not_serve() -> None:
     assert "switched off" in off["linear"] or not usable_isas()
 
 
+def test_an_unknown_instruction_set_is_refused_with_or_without_compiled_kernels() -> None:
+    with pytest.raises(ConfigError, match="avx9") as caught:
+        Target("cpu", torch.float32, isa="avx9")
+    assert caught.value.param == "isa"
+    assert "avx2" in str(caught.value.remedy)
+
+
 @needs_kernels
 def test_idle_threads_take_no_cpu() -> None:
     target = Target("cpu", torch.bfloat16, threads=4)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from quire.cli.bench.report import print_json
+from quire.cli.flags import IsaFlag, settings
+from quire.config.engine import EngineConfig
 
 
-def kernels(*, dtype: Literal["bfloat16", "float32", "float16"] | None = None, json: bool = False) -> None:
+def kernels(
+    *, dtype: Literal["bfloat16", "float32", "float16"] | None = None, json: bool = False, engine: IsaFlag = None
+) -> None:
     """List which implementation serves each op on this machine, and why.
 
     Parameters
@@ -17,6 +21,8 @@ def kernels(*, dtype: Literal["bfloat16", "float32", "float16"] | None = None, j
     json
         Print JSON.
     """
+    isa = settings(EngineConfig, engine, config=None).value.isa
+
     import torch
 
     from quire.ops.kernels import select
@@ -24,7 +30,7 @@ def kernels(*, dtype: Literal["bfloat16", "float32", "float16"] | None = None, j
 
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     shown = [dtype] if dtype is not None else ["bfloat16", "float32"]
-    reports = {name: select(Target("cpu", dtypes[name])).report() for name in shown}
+    reports = {name: select(Target("cpu", dtypes[name], isa=isa)).report() for name in shown}
     if json:
         print_json(
             {

@@ -9,6 +9,7 @@ KVCacheDType = Literal["auto", "bf16", "int8", "fp8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["fcfs", "priority", "fair"]
 Quantization = Literal["int8", "int4", "fp8"]
+Isa = Literal["amx", "avx512_bf16", "avx512", "avx2", "portable", "reference"]
 SwapMode = Literal["auto", "recompute", "swap"]
 
 BUILTIN_MODEL = "quire-tiny"
@@ -66,8 +67,7 @@ class EngineConfig:
     """Most alternatives a request may ask for with logprobs or prompt_logprobs."""
     threads: int | None = None
     """CPU threads of the engine; one per core it may use otherwise."""
-    isa: str | None = None
-    """Instruction set of the CPU kernels (amx, avx512_bf16, avx512, avx2, portable), or reference for torch alone; the
-    best that runs here otherwise."""
+    isa: Isa | None = None
+    """Instruction set of the CPU kernels, or reference for torch alone; the best that runs here otherwise."""
     seed: int = 0
     """Seeds the choice of seeds for requests that name none."""

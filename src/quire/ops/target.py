@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from quire.config.engine import Isa
+from quire.core.errors import ConfigError
 from quire.core.kv_format import resolve_kv_dtype
 from quire.ops.cpu.library import REFERENCE, kernels_module, open_backend
 from quire.ops.cpu.rounding import CpuRounding
@@ -14,7 +16,7 @@ from quire.ops.cpu.rounding import CpuRounding
 
 class Target:
     """`threads` and `isa` concern the CPU: None takes what the machine has; see `ops.cpu.library`. `kv_cache_dtype` is
-    `EngineConfig`'s."""
+    `EngineConfig`'s. Raises ConfigError for an `isa` of no name known, compiled kernels or not."""
 
     def __init__(
         self,
@@ -25,6 +27,8 @@ class Target:
         isa: str | None = None,
         kv_cache_dtype: str = "auto",
     ) -> None:
+        if isa is not None and isa not in get_args(Isa):
+            raise ConfigError(f"isa is {isa!r}.", param="isa", remedy=f"It must be one of {', '.join(get_args(Isa))}.")
         self.device = torch.device(device)
         self.dtype = dtype
         self.kv_dtype = resolve_kv_dtype(kv_cache_dtype, str(dtype).removeprefix("torch."))
