@@ -136,7 +136,7 @@ def advance(running: Running, now: float) -> EngineOutput | None:
         finish_reason=reason,
         stop_reason=stop,
         num_cached_tokens=len(request.prompt_token_ids) // 16 * 16,
-        times=times if reason else None,
+        times=times if reason or running.made == 1 else None,
     )
 
 

@@ -155,6 +155,14 @@ def test_metrics_count(served):
     assert {name: value(served, name) - before[name] for name in counted} == counted
 
 
+def test_a_request_that_a_stop_string_ends_is_in_the_histograms_of_phases(served):
+    phases = [f"vllm:request_{phase}_time_seconds_count" for phase in ("queue", "prefill", "decode", "inference")]
+    before = [value(served, phase) for phase in phases]
+    answer = served.client().completions.create(model="tiny", prompt="!word", stop="end", max_tokens=1000)
+    assert answer.choices[0].finish_reason == "stop"
+    assert [value(served, phase) for phase in phases] == [count + 1 for count in before]
+
+
 def test_rejections_are_counted(served):
     before = value(served, "vllm:admission_rejections_total", reason="queue_full")
     served.post("/v1/completions", {"prompt": "!full"})

@@ -65,7 +65,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestTimes:
-    """Seconds on the monotonic clock; told once, with the output that ends a request."""
+    """Seconds on the monotonic clock; told with a request's first token, and with the output that ends it."""
 
     arrival: float
     first_scheduled: float | None = None

@@ -66,7 +66,8 @@ def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResu
     if not chunk.samples:
         return None
     assert result.token_ids, f"no token for {item.request_id}"
-    if item.first_token_time is None:
+    is_first = item.first_token_time is None
+    if is_first:
         item.first_token_time = now
     item.last_token_time = now
     new_ids, reason, stop_reason = _append(state, item, result.token_ids)
@@ -88,6 +89,7 @@ def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResu
         prompt_logprobs=prompt_logprobs,
         num_cached_tokens=item.num_cached_tokens,
         num_preemptions=item.num_preemptions,
+        times=item.times if is_first else None,
     )
 
 

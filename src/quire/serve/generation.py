@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 
 from quire.core.errors import QuireError, from_info
-from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from quire.core.request import EngineOutput, EngineRequest, FinishReason, RequestTimes, TokenLogprobs
 from quire.serve.service import Service
 from quire.text.stream import TextStream
 from quire.wire.openai import FinishReasonText, PromptTokensDetails, Usage
@@ -50,12 +50,15 @@ class Choice:
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
+    times: RequestTimes | None = None
+    """As the engine told last: of the first token only, if a stop string ends the choice."""
 
     def push(self, output: EngineOutput) -> Piece:
         """Take in an output that carries no error."""
         num_logprobs = _count(output.logprobs) + _count(output.prompt_logprobs)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        self.times = output.times or self.times
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         self.num_preemptions = max(self.num_preemptions, output.num_preemptions)
         delta = self.stream.push(output.token_ids, output.logprobs)
@@ -137,7 +140,7 @@ class Generation:
                 metrics.next_tokens(now - choice.last_token_at, len(output.token_ids))
             choice.last_token_at = now
         if choice.finish_reason is not None:
-            metrics.request_finished(choice, output.times, now)
+            metrics.request_finished(choice, now)
             samples = [other for other in self.choices if other.prompt_index == choice.prompt_index]
             if all(sample.finish_reason is not None for sample in samples):
                 metrics.prompt_finished(len(samples), max(sample.num_tokens for sample in samples))

@@ -9,7 +9,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from quire.core.model_info import ModelInfo
-from quire.core.request import RequestTimes
 from quire.wire.rpc import Stats
 
 if TYPE_CHECKING:
@@ -199,7 +198,7 @@ class Metrics:
         for _ in range(count):
             self._itl.observe(seconds / count)
 
-    def request_finished(self, choice: Choice, times: RequestTimes | None, now: float) -> None:
+    def request_finished(self, choice: Choice, now: float) -> None:
         arrival = choice.request.arrival_time
         assert choice.finish_reason is not None
         self._ended(choice.finish_reason).inc()
@@ -207,12 +206,15 @@ class Metrics:
         self._e2e.observe(now - arrival)
         if choice.first_token_at is not None and choice.num_tokens > 1:
             self._tpot.observe((now - choice.first_token_at) / (choice.num_tokens - 1))
+        times = choice.times
         if times is not None and times.first_scheduled is not None:
             self._queue_time.observe(times.first_scheduled - times.arrival)
-            if times.first_token is not None and times.last_token is not None:
+            # A stop string is found here, and its token's time is ours: the engine does not know that it was the last.
+            last_token = choice.last_token_at if isinstance(choice.stop_reason, str) else times.last_token
+            if times.first_token is not None and last_token is not None:
                 self._prefill_time.observe(times.first_token - times.first_scheduled)
-                self._decode_time.observe(times.last_token - times.first_token)
-                self._inference_time.observe(times.last_token - times.first_scheduled)
+                self._decode_time.observe(last_token - times.first_token)
+                self._inference_time.observe(last_token - times.first_scheduled)
         histograms = self._token_histograms
         num_prompt_tokens = len(choice.request.prompt_token_ids)
         histograms["request_prompt_tokens"].observe(num_prompt_tokens)
