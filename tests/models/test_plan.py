@@ -19,7 +19,13 @@ from quire.config.engine import EngineConfig
 from quire.core.errors import QuireError, TruncatedFile
 from quire.models.load import load_model
 from quire.models.machine import measure_bandwidth, measure_flops
+from quire.models.parameters import Parameter
 from quire.models.plan import Plan, plan_model
+from quire.models.quantization.rounding import round_weight
+from quire.models.quantization.scheme import rounded_scheme
+from quire.ops.cpu.library import usable_isas
+from quire.ops.cpu.linear import CpuLinear
+from quire.ops.target import Target
 
 GIB = 1 << 30
 SHAPE = {
@@ -275,3 +281,14 @@ def test_planning_loads_no_torch(model: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code, str(model)], check=True, capture_output=True, text=True)
     assert run.stdout.startswith("Fits")
+
+
+@pytest.mark.skipif(not usable_isas(), reason="made without a compiler")
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_a_rounded_weight_takes_what_is_planned_for_it(quantization: str) -> None:
+    path, shape = "layers.0.mlp.up.weight", (256, 512)
+    scheme = rounded_scheme(quantization, path, shape)
+    assert scheme is not None
+    rounded = round_weight(torch.randn(*shape).bfloat16(), scheme)
+    packed = CpuLinear(Target("cpu", torch.bfloat16, threads=1)).pack(rounded)
+    assert Parameter(path=path, tensor=path, shape=shape, scheme=scheme).nbytes(2) == packed.nbytes

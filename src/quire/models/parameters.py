@@ -47,7 +47,10 @@ class Parameter:
 
     def nbytes(self, dtype_bytes: int) -> int:
         """In memory, by a dtype of so many bytes where it is not quantised."""
-        return self.num_elements * dtype_bytes if self.scheme is None else self.scheme.nbytes(self.shape)
+        if self.scheme is None:
+            return self.num_elements * dtype_bytes
+        # What is rounded here has scales of bfloat16 (see `quantization.rounding`); a checkpoint's may be any.
+        return self.scheme.nbytes(self.shape, narrow=self.storage is None)
 
     @property
     def stored(self) -> tuple[str, ...]:

@@ -24,13 +24,14 @@ class Scheme:
     group_size: int = 0
     zero_point: bool = False
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a weight `[n, k]` in this format, its scales included."""
+    def nbytes(self, shape: tuple[int, ...], *, narrow: bool = False) -> int:
+        """Bytes of a weight `[n, k]` in this format, its scales included. `narrow`: its scales are numbers of bfloat16,
+        so that the compiled kernels keep those of int4 in two bytes each."""
         n, k = shape
         if self.format != "int4":
             return n * k + n * _SCALE_BYTES
         groups = n * (k // self.group_size)
-        return n * k // 2 + groups * (_SCALE_BYTES + self.zero_point)
+        return n * k // 2 + groups * ((_SCALE_BYTES // 2 if narrow else _SCALE_BYTES) + self.zero_point)
 
 
 def is_linear(parameter: str, shape: tuple[int, ...]) -> bool:
