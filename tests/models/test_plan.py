@@ -71,6 +71,7 @@ def test_sizes_are_those_of_the_loaded_model(tmp_path: Path, tie: bool, dtype: s
     planned, loaded = plan(directory, dtype=dtype), load_model(directory, dtype=dtype)
     assert planned.dtype == str(loaded.dtype).removeprefix("torch.")
     assert planned.weight_bytes == loaded.weight_bytes
+    assert planned.table_bytes == loaded.decoder.rope.cos.nbytes + loaded.decoder.rope.sin.nbytes
     assert planned.weight_bytes_by_dtype == {"F16": planned.num_parameters * 2}
     assert planned.kv_bytes_per_token == loaded.kv_bytes_per_block(16) // 16
     assert planned.longest == loaded.max_model_len
@@ -123,7 +124,7 @@ def test_capacity_is_what_the_pool_gives(
         return
     assert planned.kv_cache_bytes is not None
     assert planned.num_kv_tokens is not None
-    assert planned.weight_bytes + planned.activation_bytes + planned.kv_cache_bytes <= memory
+    assert planned.weight_bytes + planned.table_bytes + planned.activation_bytes + planned.kv_cache_bytes <= memory
     num_blocks = planned.num_kv_tokens // 16 + 1
     assert planned.kv_cache_bytes == num_blocks * 16 * planned.kv_bytes_per_token
     for length, count in planned.num_sequences.items():

@@ -50,7 +50,8 @@ def activation_bytes(
 class KVLedger:
     """Sizes one engine's KV pool. Sizes are in bytes, lengths in tokens.
 
-    * `memory_available`: what could be allocated (`available_memory()`) if the weights were not in memory.
+    * `memory_available`: what could be allocated (`available_memory()`) if weights and tables were not in memory.
+    * `table_bytes`: of the rotary positions' cosines and sines.
     * `memory_utilization`: share of what is left after weights and activations that the pool may take;
       `kv_cache_memory` names the pool's size instead.
     * `longest`: the model's context. `required_len`: what one sequence must hold, if the operator asked for a
@@ -67,11 +68,12 @@ class KVLedger:
     memory_utilization: float = 0.5
     kv_cache_memory: int | None = None
     required_len: int | None = None
+    table_bytes: int = 0
 
     @property
     def memory_left(self) -> int:
-        """After weights and activations."""
-        return self.memory_available - self.weight_bytes - self.activation_bytes
+        """After weights, tables and activations."""
+        return self.memory_available - self.weight_bytes - self.table_bytes - self.activation_bytes
 
     @property
     def kv_budget(self) -> int:
@@ -123,6 +125,7 @@ class KVLedger:
         return [
             ("memory available", self.memory_available),
             ("weights", self.weight_bytes),
+            ("rotary positions", self.table_bytes),
             ("activations of one step", self.activation_bytes),
             ("left for the KV cache", self.memory_left),
             ("KV cache budget", self.kv_budget),

@@ -25,7 +25,7 @@ class Fit:
 
 def build_ledger(config: EngineConfig, shapes: Shapes, *, weight_bytes: int, dtype: str, available: int) -> KVLedger:
     """The ledger of an engine with these settings and a model of these sizes. `plan` asks before the model is loaded,
-    the engine afterwards; `available` is without its weights either way."""
+    the engine afterwards; `available` is without its weights and tables either way."""
     bytes_per_block = shapes.kv_bytes_per_block(resolve_kv_dtype(config.kv_cache_dtype, dtype), config.block_size)
     kv_cache_memory = None if config.kv_cache_memory is None else int(config.kv_cache_memory * GIB)
     if config.num_kv_blocks is not None:
@@ -49,6 +49,7 @@ def build_ledger(config: EngineConfig, shapes: Shapes, *, weight_bytes: int, dty
         memory_utilization=config.memory_utilization,
         kv_cache_memory=kv_cache_memory,
         required_len=config.max_model_len,
+        table_bytes=shapes.table_bytes(config.max_model_len or shapes.longest),
     )
 
 

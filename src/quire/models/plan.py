@@ -39,6 +39,7 @@ class Plan:
 
     * `weight_bytes_by_dtype` is as stored (the format's names); `weight_bytes` as run, in `dtype` or quantised, and
       `weight_bytes_by_format` the same in its parts (empty where the architecture is unknown).
+    * `table_bytes`: the rotary positions' cosines and sines.
     * `longest` is the model's context; `max_model_len` what one request can have here.
     * `num_sequences`: how many requests of a length (prompt plus output) the KV cache holds at once.
     * `decode_tokens_per_s`: of so many requests at once, each with `RATE_CONTEXT` tokens, all together.
@@ -53,6 +54,7 @@ class Plan:
     weight_bytes_by_dtype: Mapping[str, int]
     weight_bytes: int
     weight_bytes_by_format: Mapping[str, int]
+    table_bytes: int | None
     activation_bytes: int | None
     kv_bytes_per_token: int | None
     memory_available: int
@@ -84,6 +86,7 @@ class Plan:
             ("parameters", f"{self.num_parameters:,}"),
             ("weights as stored", stored or "none"),
             (f"weights as run ({_formats(self)})", format_bytes(self.weight_bytes)),
+            ("rotary positions", format_bytes(self.table_bytes)),
             ("activations of one step", format_bytes(self.activation_bytes)),
             ("KV cache per token", format_bytes(self.kv_bytes_per_token)),
             ("memory available", format_bytes(self.memory_available)),
@@ -145,6 +148,7 @@ def plan_model(
         weight_bytes_by_dtype=_bytes_by_dtype(checkpoint),
         weight_bytes=weights.run_bytes,
         weight_bytes_by_format=weights.by_format,
+        table_bytes=ledger.table_bytes if ledger else None,
         activation_bytes=ledger.activation_bytes if ledger else None,
         kv_bytes_per_token=token_bytes,
         memory_available=available,

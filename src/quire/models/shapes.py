@@ -11,7 +11,8 @@ from quire.models.arch import Arch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes:
-    """Sizes of a decoder. `longest` is the longest context that the model was made for, in tokens."""
+    """Sizes of a decoder. `longest` is the longest context that the model was made for, in tokens; `rope_dim` how many
+    dimensions of a head are rotated."""
 
     num_layers: int
     num_heads: int
@@ -21,6 +22,11 @@ class Shapes:
     intermediate_size: int
     vocab_size: int
     longest: int
+    rope_dim: int
+
+    def table_bytes(self, max_model_len: int) -> int:
+        """Cosine and sine of every position and pair of rotated dimensions, in float32."""
+        return 4 * self.rope_dim * max_model_len
 
     def kv_bytes_per_block(self, kv_dtype: str, block_size: int) -> int:
         """K and V of all layers, as if every layer kept all of the past; `kv_dtype` as in `core.kv_format`."""
@@ -41,6 +47,7 @@ def shapes_of(arch: Arch) -> Shapes:
         intermediate_size=max(arch.intermediate_size, inside_experts),
         vocab_size=arch.vocab_size,
         longest=arch.rope.default_context,
+        rope_dim=arch.rope.dim,
     )
 
 
@@ -57,15 +64,17 @@ def guess_shapes(config: Mapping[str, object]) -> Shapes | None:
     vocab_size = _size(fields, "vocab_size") or _size(config, "vocab_size")
     if num_layers is None or num_heads is None or hidden_size is None or vocab_size is None:
         return None
+    head_dim = _size(fields, "head_dim") or max(1, hidden_size // num_heads)
     return Shapes(
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=_size(fields, "num_key_value_heads", "num_kv_heads") or num_heads,
-        head_dim=_size(fields, "head_dim") or max(1, hidden_size // num_heads),
+        head_dim=head_dim,
         hidden_size=hidden_size,
         intermediate_size=_size(fields, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden_size,
         vocab_size=vocab_size,
         longest=_size(fields, "max_position_embeddings", "n_positions", "max_seq_len") or 2048,
+        rope_dim=head_dim,
     )
 
 
