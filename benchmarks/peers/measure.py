@@ -61,6 +61,9 @@ class Contest:
         self._settings = replace(settings, max_len=min(settings.max_len, config["max_position_embeddings"]))
         self._vocab_size = config["vocab_size"] - SPECIAL_TOKENS
         self._models = {each: each.peer.prepare(checkpoint, each.precision) for each in contestants}
+        self._weight_bytes = {
+            each: each.peer.weight_bytes(model, each.precision) for each, model in self._models.items()
+        }
         self._figures: dict[str, Any] = {
             "checkpoint": checkpoint.resolve().name,
             "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")),
@@ -142,7 +145,11 @@ class Contest:
 
     def _record(self, each: Contestant, workload: str, turn: int, engine: Engine, result: Mapping[str, Any]) -> None:
         record = {"peer": each.peer.name, "precision": each.precision, "workload": workload, "turn": turn}
-        memory = {"loaded_bytes": engine.loaded_bytes, "resident_bytes": engine.resident_bytes()}
+        memory = {
+            "weight_bytes": self._weight_bytes[each],
+            "loaded_bytes": engine.loaded_bytes,
+            "resident_bytes": engine.resident_bytes(),
+        }
         self._figures["records"].append({**record, **result, **memory})
         (self._directory / "figures.json").write_text(json.dumps(self._figures, indent=1) + "\n")
         print(f"{workload} turn {turn + 1}, {each}: {result['seconds']:.2f} s", file=sys.stderr)

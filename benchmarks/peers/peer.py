@@ -56,6 +56,11 @@ class Peer:
         """The model as the engine wants it: converted, once, under `home`, or the checkpoint itself."""
         return checkpoint
 
+    def weight_bytes(self, model: Path, precision: str) -> int:
+        """What the weights of `prepare`'s model take once they are loaded: as much as in its files."""
+        files = [model] if model.is_file() else [*model.glob("*.safetensors"), *model.glob("*.bin")]
+        return sum(file.stat().st_size for file in files)
+
     def environment(self, settings: Settings) -> Mapping[str, str]:
         """Variables that it runs best with."""
         return {}

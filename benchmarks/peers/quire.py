@@ -6,9 +6,12 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.peers.peer import Generate, Peer, Settings
+
+if TYPE_CHECKING:
+    from quire.config.engine import Quantization
 
 
 class Quire(Peer):
@@ -22,6 +25,14 @@ class Quire(Peer):
 
     def setup(self) -> None:
         """Nothing: it is installed here already."""
+
+    def weight_bytes(self, model: Path, precision: str) -> int:
+        """As packed: the checkpoint's files are of another precision."""
+        from quire.config.engine import EngineConfig
+        from quire.models.plan import plan_model
+
+        config = EngineConfig(quantization=None if precision == "bf16" else cast("Quantization", precision))
+        return plan_model(model, config, bandwidth=1.0, flops=1.0).weight_bytes
 
     def environment(self, settings: Settings) -> Mapping[str, str]:
         from quire.core.threads import SPIN_COUNT

@@ -54,6 +54,11 @@ def _served_rate(record: Record, _: Mapping[str, Any]) -> float:
     return record["output_tokens"] / record["seconds"]
 
 
+def _above_weights(record: Record, _: Mapping[str, Any]) -> float:
+    """At least a MiB: of a mapped file, little may have been read so far."""
+    return max(record["loaded_bytes"] - record["weight_bytes"], 2**20) / GIB
+
+
 METRICS = (
     Metric("W1", "W1 decode tok/s", True, _decode_rate),
     Metric("W1", "W1 first token s", False, lambda record, _: record["first_token_s"]),
@@ -66,6 +71,7 @@ METRICS = (
     Metric("W5r", "W5 at 2/s: TTFT p99 s", False, lambda record, _: record["ttft_p99_ms"] / 1e3),
     Metric("W6", "W6 first token s", False, lambda record, _: record["seconds"]),
     Metric("", "W7 RSS GiB loaded", False, lambda record, _: record["loaded_bytes"] / GIB),
+    Metric("", "W7 of it above weights", False, _above_weights),
     Metric("", "W7 RSS GiB at most", False, lambda record, _: record["resident_bytes"] / GIB),
 )
 

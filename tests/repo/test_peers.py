@@ -22,6 +22,8 @@ from benchmarks.peers.report import METRICS, draw, markdown, ratios, rivals, spr
 from benchmarks.peers.worker import measure
 from benchmarks.peers.workloads import OFFLINE, ONLINE, WORKLOADS, common_prefix_len
 
+BUILT_IN = Path(__file__).parents[2] / "src" / "quire" / "assets" / "quire_tiny"
+
 positive = st.floats(min_value=1e-3, max_value=1e3)
 
 
@@ -79,7 +81,7 @@ def test_quire_is_compared_at_the_same_bits_or_with_the_only_ones_a_peer_has():
 
 
 def record(peer: str, workload: str, turn: int, **fields: float) -> dict:
-    memory = {"loaded_bytes": 2**30, "resident_bytes": 2**31, "read_gb_per_s": 20.0}
+    memory = {"weight_bytes": 2**29, "loaded_bytes": 2**30, "resident_bytes": 2**31, "read_gb_per_s": 20.0}
     return {"peer": peer, "precision": "bf16", "workload": workload, "turn": turn, **memory, **fields}
 
 
@@ -111,6 +113,7 @@ def test_the_tables_hold_medians_and_paired_ratios(figures):
     assert [row["W1 decode tok/s"] for row in table] == ["7.50 [5.00–10.00]", "4.44"]
     assert [row["W2 prompt tok/s"] for row in table] == ["", "256"]
     assert [row["W6 first token s"] for row in table] == ["", "7.00"]
+    assert [row["W7 of it above weights"] for row in table] == ["0.50 [0.50–0.50]", "0.50"]
     assert [row["W7 RSS GiB at most"] for row in table] == ["2.00 [2.00–2.00]", "2.00"]
     (ratio,) = [dict(zip(rows[4], row, strict=True)) for row in rows[6:]]
     assert ratio["quire / peer"] == "quire bf16 / vllm bf16"
@@ -121,6 +124,16 @@ def test_the_tables_hold_medians_and_paired_ratios(figures):
 def test_a_picture_is_drawn_of_what_was_measured(figures, tmp_path):
     draw(figures, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_in_memory_are_those_of_the_files_or_as_quire_packs_them(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(300))
+    (tmp_path / "config.json").write_bytes(bytes(30))
+    assert PEERS["vllm"](tmp_path).weight_bytes(tmp_path, "bf16") == 300
+    assert PEERS["llama.cpp"](tmp_path).weight_bytes(tmp_path / "model.safetensors", "int4") == 300
+    ours = Quire(tmp_path)
+    bf16, int8, int4 = (ours.weight_bytes(BUILT_IN, precision) for precision in ours.precisions)
+    assert bf16 > int8 > int4 > 0
 
 
 def test_every_workload_has_a_figure():
