@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,5 +104,5 @@ def test_only_the_rows_that_are_asked_for_reach_the_head(model: LoadedModel, lay
     kv = model.new_kv_cache(5, BLOCK)
     whole = logits_of(model, batch, kv)
     rows = torch.tensor([49, 3])
-    object.__setattr__(batch, "logits_rows_s", rows)
-    assert torch.equal(logits_of(model, batch, kv), whole[rows])
+    some = msgspec.structs.replace(batch, logits_rows_s=rows)
+    assert torch.equal(logits_of(model, some, kv), whole[rows])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from quire.cache.ledger import HEAD_ROWS
@@ -40,7 +39,6 @@ class Runner:
         self._eos_token_ids = eos_token_ids
         self._batches = BatchBuilder(kv.block_size, kv.data.device)
 
-    @torch.inference_mode()
     def run(self, step: Step) -> RunOutput:
         """Compute `step`. The KV of every scheduled row is in the cache afterwards."""
         if self._host_kv is not None:

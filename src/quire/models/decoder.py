@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from quire.models.arch import Arch
@@ -88,6 +89,7 @@ class Decoder:
             )
         return self._op_by_op(batch, kv, requests)
 
+    @torch.inference_mode()
     def _op_by_op(self, batch: ForwardBatch, kv: KVCache, requests: PagedRequests) -> Tensor:
         step = self._step(batch, requests)
         x_te, residual_te = self.embedding(batch.token_ids_t), None

@@ -6,13 +6,12 @@ Legend: t tokens of this step, r requests in it, s rows that need logits, b bloc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardBatch:
+class ForwardBatch(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of several requests laid end to end; request i owns rows `query_start[i]:query_start[i + 1]`.
 
     Every field is written by `engine.inputs.BatchBuilder` and by nobody else.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -42,8 +43,7 @@ class AttentionShape:
     sinks: tuple[float, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagedRequests:
+class PagedRequests(msgspec.Struct, frozen=True, kw_only=True):
     """Where a step's queries and keys are; the first three as in `ForwardBatch`. Row j of request i is at position
     `context_lens[i] - query_len[i] + j`, and sees all up to it."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 from torch import Tensor
 
 from quire.ops.attention import AttentionShape, PagedRequests
@@ -54,8 +55,7 @@ class StackDescription:
     attention: AttentionShape
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StackInputs:
+class StackInputs(msgspec.Struct, frozen=True, kw_only=True):
     """One step; fields as in `ForwardBatch`. `kv` is the cache of all layers."""
 
     token_ids_t: Tensor
