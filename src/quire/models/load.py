@@ -99,6 +99,7 @@ def load_model(
     weights = WeightStream(checkpoint, parameters, torch_dtype, torch_device, rounding=target.rounding)
     decoder = build_decoder(arch, weights, select(target), max_model_len=length)
     decoder.stack = stack_of(decoder)
+    compiled = target.unfit_for_cpu_kernels() is None
     weights.drop_pages()
     return LoadedModel(
         decoder=decoder,
@@ -107,8 +108,8 @@ def load_model(
         device=torch_device,
         num_parameters=sum(parameter.num_elements for parameter in parameters),
         elements_per_row=elements_per_row(parameters),
-        weight_bytes=sum(parameter.nbytes(torch_dtype.itemsize) for parameter in parameters),
-        converted_bytes=held_bytes(weights, decoder, parameters, torch_dtype),
+        weight_bytes=sum(parameter.nbytes(torch_dtype.itemsize, compiled=compiled) for parameter in parameters),
+        converted_bytes=held_bytes(weights, decoder, parameters, torch_dtype, compiled=compiled),
         max_model_len=length,
         unexpected_tensors=unexpected_tensors(checkpoint, family, parameters),
     )

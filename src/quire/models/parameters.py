@@ -45,12 +45,12 @@ class Parameter:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
-    def nbytes(self, dtype_bytes: int) -> int:
-        """In memory, by a dtype of so many bytes where it is not quantised."""
+    def nbytes(self, dtype_bytes: int, *, compiled: bool) -> int:
+        """In memory, by a dtype of so many bytes where it is not quantised; packed, if compiled kernels serve."""
         if self.scheme is None:
             return self.num_elements * dtype_bytes
         # What is rounded here has scales of bfloat16 (see `quantization.rounding`); a checkpoint's may be any.
-        return self.scheme.nbytes(self.shape, narrow=self.storage is None)
+        return self.scheme.nbytes(self.shape, narrow=compiled and self.storage is None)
 
     @property
     def stored(self) -> tuple[str, ...]:

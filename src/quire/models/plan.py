@@ -25,6 +25,7 @@ from quire.models.machine import measure_bandwidth, measure_flops
 from quire.models.parameters import EMBEDDING, HEAD, Parameter, elements_per_row, list_parameters
 from quire.models.registry import identify
 from quire.models.shapes import Shapes, guess_shapes, shapes_of
+from quire.ops.cpu.library import REFERENCE, usable_isas
 
 CONTEXTS = (1024, 4096)
 RATE_CONTEXT = 1024
@@ -124,7 +125,11 @@ def plan_model(
     checkpoint = Checkpoint.open(directory)
     model = _identify(checkpoint, config)
     dtype = resolve_dtype(config.dtype, checkpoint, "cpu")
-    weights = _weights_as_run(model.parameters, dtype) if model.parameters else _weights_as_guessed(checkpoint, dtype)
+    compiled = dtype == "bfloat16" and config.isa != REFERENCE and bool(usable_isas())
+    if model.parameters:
+        weights = _weights_as_run(model.parameters, dtype, compiled=compiled)
+    else:
+        weights = _weights_as_guessed(checkpoint, dtype)
     available = available_memory() if memory_available is None else memory_available
     if bandwidth is None:
         bandwidth = measure_bandwidth(config.threads or len(os.sched_getaffinity(0)))
@@ -237,17 +242,17 @@ class _Weights:
     by_format: Mapping[str, int] = field(default_factory=dict)
 
 
-def _weights_as_run(parameters: Sequence[Parameter], dtype: str) -> _Weights:
+def _weights_as_run(parameters: Sequence[Parameter], dtype: str, *, compiled: bool) -> _Weights:
     dtype_bytes = DTYPE_BYTES[dtype]
     by_format: dict[str, int] = {}
     for parameter in parameters:
         name = parameter.scheme.format if parameter.scheme else dtype
-        by_format[name] = by_format.get(name, 0) + parameter.nbytes(dtype_bytes)
+        by_format[name] = by_format.get(name, 0) + parameter.nbytes(dtype_bytes, compiled=compiled)
     head = any(parameter.path == HEAD for parameter in parameters)
     read = [parameter for parameter in parameters if not (head and parameter.path == EMBEDDING)]
     return _Weights(
         run_bytes=sum(by_format.values()),
-        step_bytes=sum(parameter.nbytes(dtype_bytes) for parameter in read),
+        step_bytes=sum(parameter.nbytes(dtype_bytes, compiled=compiled) for parameter in read),
         step_elements=elements_per_row(read),
         by_format=by_format,
     )

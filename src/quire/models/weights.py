@@ -114,12 +114,14 @@ def check_finite(info: TensorInfo, tensor: Tensor, expected: str) -> None:
         )
 
 
-def held_bytes(stream: WeightStream, decoder: object, parameters: Sequence[Parameter], dtype: torch.dtype) -> int:
+def held_bytes(
+    stream: WeightStream, decoder: object, parameters: Sequence[Parameter], dtype: torch.dtype, *, compiled: bool
+) -> int:
     """Bytes of the parameters that are in memory of their own, in `decoder`, rather than pages of the files."""
     held = 0
     for parameter in parameters:
         if not stream.is_mapped(parameter, at_path(decoder, parameter.path)):
-            held += parameter.nbytes(dtype.itemsize)
+            held += parameter.nbytes(dtype.itemsize, compiled=compiled)
     return held
 
 

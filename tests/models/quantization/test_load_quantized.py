@@ -78,6 +78,9 @@ def test_a_tied_head_becomes_a_copy_of_its_own(tied: Path) -> None:
 def test_plan_tells_what_loading_takes(name: str, quantization: Any, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(name)
     config = EngineConfig(model=str(directory), quantization=quantization)
+    packed = plan_model(directory, config, memory_available=2**30, bandwidth=1e9, flops=1e9)
+    assert packed.weight_bytes == load_model(directory, quantization=quantization).weight_bytes
+    config = EngineConfig(model=str(directory), quantization=quantization, isa="reference")
     plan = plan_model(directory, config, memory_available=2**30, bandwidth=1e9, flops=1e9)
     loaded = load_model(directory, quantization=quantization, **REFERENCE)
     assert plan.weight_bytes == loaded.weight_bytes == sum(plan.weight_bytes_by_format.values())
