@@ -95,7 +95,13 @@ void bind_linear(nb::module_& m) {
       .def_prop_ro("format", [](const PackedWeight& self) {
         constexpr const char* kNames[] = {"bf16", "int8", "int4", "fp8"};
         return kNames[static_cast<int>(self.format)];
-      });
+      })
+      .def_prop_ro("address", [](const PackedWeight& self) { return reinterpret_cast<uintptr_t>(self.data); },
+                   "Where its `nbytes` bytes lie.")
+      .def_prop_ro("layout", [](const PackedWeight& self) {
+        return nb::make_tuple(static_cast<int>(self.format), self.n, self.k, self.group_size,
+                              self.zero_scale != nullptr, self.narrow_scale != nullptr);
+      }, "What `unfilled_weight` makes another one of, for the same bytes.");
   nb::class_<Product>(m, "Product", "One product of a call; addresses of tensors, 0 for none; strides in elements.")
       .def(nb::new_(&make_product), "weight"_a, "out"_a, "out_stride"_a, "epilogue"_a = Epilogue::store, "bias"_a = 0,
            "residual"_a = 0, "up"_a = nb::none(), "up_bias"_a = 0, nb::keep_alive<0, 1>(), nb::keep_alive<0, 7>());
@@ -118,6 +124,12 @@ void bind_linear(nb::module_& m) {
   m.def("pack_int4", &pack_int4, "backend"_a, "nibbles"_a, "scale"_a, "zero"_a, "multiplier"_a, "n"_a, "k"_a,
         "group_size"_a, "sub_size"_a, without_gil,
         "Of a dense [n, k / 2] tensor of nibbles, [n, g] scales, zeros (0: all are 8), [n, k / sub_size] multipliers or 0.");
+
+  m.def("unfilled_weight", [](Backend& backend, int format, int64_t n, int64_t k, int64_t group_size, bool zero_points,
+                              bool narrow_scales) {
+    return make_packed(backend.arena, static_cast<Format>(format), n, k, group_size, zero_points, narrow_scales);
+  }, "backend"_a, "format"_a, "n"_a, "k"_a, "group_size"_a, "zero_points"_a, "narrow_scales"_a,
+     "Memory for a weight of a `layout`; whoever asks fills it.");
 
   m.def("linear", [](Backend& backend, uintptr_t x, int64_t t, int64_t k, int64_t stride, const nb::args& products) {
     constexpr std::size_t kMost = 8;

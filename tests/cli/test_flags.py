@@ -21,6 +21,8 @@ ENGINE = {
     "--chat-template",
     "--dtype",
     "--quantization",
+    "--packed-weights-cache",
+    "--packed-weights-cache-size",
     "--max-model-len",
     "--block-size",
     "--kv-cache-dtype",

@@ -35,6 +35,10 @@ class EngineConfig:
     """Of weights and activations; auto takes the checkpoint's (float16 becomes bfloat16 on a CPU)."""
     quantization: Quantization | None = None
     """Round the weights of linear layers to this format while they load; a quantised checkpoint needs no flag."""
+    packed_weights_cache: str | None = None
+    """Directory for the weights as the CPU kernels have them, so that the next start reads these; not kept otherwise."""
+    packed_weights_cache_size: float = 64.0
+    """Most GiB in packed_weights_cache; the files that were not used for longest go."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; the model's own limit otherwise, or less if memory holds less."""
     block_size: int = 16

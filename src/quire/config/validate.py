@@ -43,6 +43,8 @@ _ENGINE: Mapping[str, Rule] = {
     "download_dir": _NAME,
     "tokenizer": _NAME,
     "chat_template": _NAME,
+    "packed_weights_cache": _NAME,
+    "packed_weights_cache_size": _above(0.0, 1_048_576.0),
     "max_model_len": between(1, _MAX_TOKENS),
     "block_size": _power_of_two(8, 256),
     "kv_cache_memory": _above(0.0, 1_048_576.0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from quire.cache.pool import BlockPool
 from quire.config.engine import EngineConfig
 from quire.core.errors import ConfigError
 from quire.core.model_info import ModelInfo
+from quire.engine.early import EarlyWeights, engine_threads, open_packed_weights
 from quire.engine.loop import Engine
 from quire.engine.runner import Runner
 from quire.models.fit import build_ledger
@@ -33,11 +33,19 @@ FEWEST_STEP_TOKENS = 128
 MAX_NAMES_TOLD = 8
 
 
-def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> Engine:
-    """`config.model` is a local directory. Raises the `QuireError` that says what is wrong with it or a setting."""
+def build_engine(
+    config: EngineConfig, *, clock: Callable[[], float] = time.monotonic, early: EarlyWeights | None = None
+) -> Engine:
+    """`config.model` is a local directory. Raises the `QuireError` that says what is wrong with it or a setting.
+
+    `early`: what was begun with this configuration before torch was imported.
+    """
     directory = Path(config.model)
-    num_threads = config.threads or len(os.sched_getaffinity(0))
+    num_threads = engine_threads(config)
     torch.set_num_threads(num_threads)
+    kept = open_packed_weights(config) if early is None else early.result()
+    if config.packed_weights_cache is not None and kept is None:
+        print("quire: packed_weights_cache has no effect: the compiled kernels do not serve this model.", file=sys.stderr)
     model = load_model(
         directory,
         dtype=config.dtype,
@@ -46,6 +54,7 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.mono
         threads=num_threads,
         isa=config.isa,
         kv_cache_dtype=config.kv_cache_dtype,
+        kept=kept,
     )
     if model.decoder.stack is not None:
         # The kernels have threads of their own; a second pool would only be in their way.

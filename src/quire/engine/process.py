@@ -22,6 +22,7 @@ from quire.config.engine import EngineConfig
 from quire.core.errors import EngineStartFailed, QuireError
 from quire.core.request import EngineOutput
 from quire.core.threads import limit_spinning
+from quire.engine.early import EarlyWeights
 from quire.wire.rpc import (
     MAX_MESSAGE_BYTES,
     STATS_INTERVAL,
@@ -58,10 +59,11 @@ def main() -> int:
         socket.setsockopt(zmq.LINGER, 2000)
         socket.connect(f"ipc://{order.socket}")
         try:
+            early = EarlyWeights(order.config)
             # Late, so that an import that fails is reported to the parent like any other failure to start.
             from quire.engine.build import build_engine
 
-            engine = build_engine(order.config)
+            engine = build_engine(order.config, early=early)
         except QuireError as error:
             socket.send(encode(StartFailed(error.to_info())))
             return 1

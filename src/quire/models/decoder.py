@@ -20,7 +20,7 @@ from quire.nn.rope import RopeTable
 from quire.ops.attention import AttentionShape, PagedRequests
 from quire.ops.kernels import Kernels
 from quire.ops.stack import Stack, StackInputs
-from quire.ops.weight import Weight
+from quire.ops.weight import PackedWeight, Weight
 
 
 class DecoderLayer:
@@ -111,10 +111,11 @@ class Decoder:
         return StepContext(plan=plan, cos=cos, sin=sin, slots_t=batch.slots_t)
 
 
-def build_decoder(arch: Arch, parameters: Mapping[str, Weight], kernels: Kernels, *, max_model_len: int) -> Decoder:
+def build_decoder(arch: Arch, parameters: Mapping[str, Weight | PackedWeight], kernels: Kernels, *, max_model_len: int) -> Decoder:
     """The decoder that `arch` describes, around `parameters` by path (see `models.weights`).
 
-    Each is packed before the next one is asked for. A tied head that is among them is a quantised copy.
+    Each is packed before the next one is asked for. A tied head that is among them is a copy, quantised or
+    packed before.
     """
 
     def plain(path: str) -> Tensor:

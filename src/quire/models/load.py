@@ -13,11 +13,12 @@ from quire.models.arch import Arch
 from quire.models.checkpoint import Checkpoint
 from quire.models.decoder import Decoder, build_decoder
 from quire.models.dtype import resolve_dtype
+from quire.models.packed_weights import KeptWeights, linear_shapes
 from quire.models.parameters import elements_per_row, list_parameters, unexpected_tensors
 from quire.models.quantization.scheme import Format
 from quire.models.registry import identify
 from quire.models.stack import stack_of
-from quire.models.weights import WeightStream, held_bytes
+from quire.models.weights import WeightStream, at_path, held_bytes
 from quire.nn.kv import KVCache
 from quire.ops.kernels import select
 from quire.ops.target import Target
@@ -81,13 +82,15 @@ def load_model(
     threads: int | None = None,
     isa: str | None = None,
     kv_cache_dtype: str = "auto",
+    kept: KeptWeights | None = None,
 ) -> LoadedModel:
     """The model in `directory`, its weights mapped rather than read where type and layout are right already.
 
     `quantization` rounds the linear layers of a plain checkpoint to that format; a quantised one has its own.
     `max_model_len` unset takes the model's own limit. Raises CheckpointError's children for what is wrong with the
     checkpoint, and ConfigError for a dtype, a format or a length that the model cannot serve. `threads`, `isa`
-    and `kv_cache_dtype` as in `ops.target`.
+    and `kv_cache_dtype` as in `ops.target`. `kept`: this model's file in the cache of packed weights, opened for the
+    same settings; it is written if it had none.
     """
     checkpoint = Checkpoint.open(directory)
     family, arch = identify(checkpoint.config, str(directory / "config.json"))
@@ -95,12 +98,17 @@ def load_model(
     torch_dtype = _DTYPES[resolve_dtype(dtype, checkpoint, device)]
     torch_device = torch.device(device)
     parameters = list_parameters(checkpoint, family, arch, quantization=quantization)
-    target = Target(torch_device, torch_dtype, threads=threads, isa=isa, kv_cache_dtype=kv_cache_dtype)
-    weights = WeightStream(checkpoint, parameters, torch_dtype, torch_device, rounding=target.rounding)
+    target = Target(torch_device, torch_dtype, threads=threads, isa=isa, kv_cache_dtype=kv_cache_dtype, backend=kept and kept.backend)
+    packed = None if kept is None else kept.packed
+    weights = WeightStream(
+        checkpoint, parameters, torch_dtype, torch_device, rounding=target.rounding, packed=packed
+    )
     decoder = build_decoder(arch, weights, select(target), max_model_len=length)
     decoder.stack = stack_of(decoder)
     compiled = target.unfit_for_cpu_kernels() is None
     weights.drop_pages()
+    if kept is not None and not packed:
+        kept.keep({path: at_path(decoder, path) for path in linear_shapes(parameters)})
     return LoadedModel(
         decoder=decoder,
         arch=arch,

@@ -16,15 +16,17 @@ from quire.models.quantization.assemble import assemble
 from quire.models.quantization.rounding import round_weight, scales_of
 from quire.models.tensors import CheckpointTensors
 from quire.ops.cpu.rounding import CpuRounding
-from quire.ops.weight import QuantizedWeight, Weight
+from quire.ops.weight import PackedWeight, QuantizedWeight, Weight
 
 
-class WeightStream(Mapping[str, Weight]):
+class WeightStream(Mapping[str, Weight | PackedWeight]):
     """Parameters by path, each of them read, converted or quantised when it is asked for, and then forgotten.
 
     Whoever packs a parameter before asking for the next one has only one of them in memory in two forms: asking for
     the next gives the file's pages of the last one back to the kernel. A view that is kept is not hurt by that, its
     pages come again with the next look at it.
+
+    `packed`: by path, those that the kernels have packed before. They are handed out as they are, and not read.
     """
 
     def __init__(
@@ -35,30 +37,34 @@ class WeightStream(Mapping[str, Weight]):
         device: torch.device,
         *,
         rounding: CpuRounding | None = None,
+        packed: Mapping[str, Any] | None = None,
     ) -> None:
         self._source = CheckpointTensors(checkpoint)
         self._parameters = {parameter.path: parameter for parameter in parameters}
         self._dtype = dtype
         self._device = device
         self._rounding = rounding
+        self._packed = packed or {}
         self._last: Parameter | None = None
 
-    def __getitem__(self, path: str) -> Weight:
+    def __getitem__(self, path: str) -> Weight | PackedWeight:
         """A view of the mapped file where type and layout are right already. Raises BadValue for norms, biases and
         scales that are not finite."""
+        if path in self._packed:
+            return PackedWeight(value=self._packed[path])
         parameter = self._parameters[path]
         self.drop_pages()
         self._last = parameter
         return _moved(self._read(parameter), self._device)
 
     def __contains__(self, path: object) -> bool:
-        return path in self._parameters
+        return path in self._parameters or path in self._packed
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
+        return iter(self._parameters | self._packed)
 
     def __len__(self) -> int:
-        return len(self._parameters)
+        return len(self._parameters | self._packed)
 
     def drop_pages(self) -> None:
         """Of the parameter that was read last."""

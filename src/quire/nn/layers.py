@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from quire.ops.kernels import Kernels
-from quire.ops.weight import Weight
+from quire.ops.weight import PackedWeight, Weight
 
 
 class Linear:
     """Of a weight `[out, in]` in any format, and a bias `[out]`. `weight` is packed for the kernel that serves it."""
 
-    def __init__(self, weight: Weight, bias: Tensor | None, kernels: Kernels) -> None:
+    def __init__(self, weight: Weight | PackedWeight, bias: Tensor | None, kernels: Kernels) -> None:
         self._kernel = kernels.linear_for(weight)
-        self.weight = self._kernel.pack(weight)
+        self.weight = weight.value if isinstance(weight, PackedWeight) else self._kernel.pack(weight)
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:

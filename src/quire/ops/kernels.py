@@ -20,7 +20,7 @@ from quire.ops.registry import implementations
 from quire.ops.sampling import SamplingRow
 from quire.ops.stack import BuildStack
 from quire.ops.target import Target
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, PackedWeight, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +55,12 @@ class Kernels:
     stack: BuildStack | None = None
     """All layers in one call, where one back end serves every op of a decoder and offers it."""
 
-    def linear_for(self, weight: Weight) -> LinearKernel:
+    def linear_for(self, weight: Weight | PackedWeight) -> LinearKernel:
         """The kernel that serves a weight's format."""
         match weight:
+            case PackedWeight():
+                quantized = {"int8": self.linear_int8, "int4": self.linear_int4, "fp8": self.linear_fp8}
+                return quantized.get(weight.value.format, self.linear)
             case Int8Weight():
                 return self.linear_int8
             case Int4Weight():

@@ -16,7 +16,8 @@ from quire.ops.cpu.rounding import CpuRounding
 
 class Target:
     """`threads` and `isa` concern the CPU: None takes what the machine has; see `ops.cpu.library`. `kv_cache_dtype` is
-    `EngineConfig`'s. Raises ConfigError for an `isa` of no name known, compiled kernels or not."""
+    `EngineConfig`'s. `backend`: the compiled kernels that have been opened for this engine already. Raises ConfigError
+    for an `isa` of no name known, compiled kernels or not."""
 
     def __init__(
         self,
@@ -26,6 +27,7 @@ class Target:
         threads: int | None = None,
         isa: str | None = None,
         kv_cache_dtype: str = "auto",
+        backend: Any = None,
     ) -> None:
         if isa is not None and isa not in get_args(Isa):
             raise ConfigError(f"isa is {isa!r}.", param="isa", remedy=f"It must be one of {', '.join(get_args(Isa))}.")
@@ -34,11 +36,12 @@ class Target:
         self.kv_dtype = resolve_kv_dtype(kv_cache_dtype, str(dtype).removeprefix("torch."))
         self.threads = threads
         self.isa = isa
+        self._backend = backend
 
     @cached_property
     def cpu(self) -> Any:
         """The compiled kernels' thread pool and tables, shared by all ops of this engine."""
-        return open_backend(self.threads, self.isa)
+        return self._backend or open_backend(self.threads, self.isa)
 
     @cached_property
     def rounding(self) -> CpuRounding | None:

@@ -6,6 +6,7 @@ Legend: n output features, k input features, g groups of input features.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,14 @@ class Fp8Weight:
 
     values_nk: Tensor
     scale_n: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """A weight that kernels have packed before: `value` is what `LinearKernel.pack` gave them, and has a `format`:
+    bf16, int8, int4 or fp8."""
+
+    value: Any
 
 
 QuantizedWeight = Int8Weight | Int4Weight | Fp8Weight
