@@ -36,7 +36,7 @@ class EngineConfig:
     quantization: Quantization | None = None
     """Round the weights of linear layers to this format while they load; a quantised checkpoint needs no flag."""
     packed_weights_cache: str | None = None
-    """Directory for the weights as the CPU kernels have them, so that the next start reads these; not kept otherwise."""
+    """Directory that keeps the weights as the CPU kernels have them, for the next start; nothing is kept otherwise."""
     packed_weights_cache_size: float = 64.0
     """Most GiB in packed_weights_cache; the files that were not used for longest go."""
     max_model_len: int | None = None

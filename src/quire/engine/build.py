@@ -45,7 +45,9 @@ def build_engine(
     torch.set_num_threads(num_threads)
     kept = open_packed_weights(config) if early is None else early.result()
     if config.packed_weights_cache is not None and kept is None:
-        print("quire: packed_weights_cache has no effect: the compiled kernels do not serve this model.", file=sys.stderr)
+        print(
+            "quire: packed_weights_cache has no effect: the compiled kernels do not serve this model.", file=sys.stderr
+        )
     model = load_model(
         directory,
         dtype=config.dtype,

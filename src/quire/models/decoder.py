@@ -111,7 +111,9 @@ class Decoder:
         return StepContext(plan=plan, cos=cos, sin=sin, slots_t=batch.slots_t)
 
 
-def build_decoder(arch: Arch, parameters: Mapping[str, Weight | PackedWeight], kernels: Kernels, *, max_model_len: int) -> Decoder:
+def build_decoder(
+    arch: Arch, parameters: Mapping[str, Weight | PackedWeight], kernels: Kernels, *, max_model_len: int
+) -> Decoder:
     """The decoder that `arch` describes, around `parameters` by path (see `models.weights`).
 
     Each is packed before the next one is asked for. A tied head that is among them is a copy, quantised or

@@ -98,11 +98,16 @@ def load_model(
     torch_dtype = _DTYPES[resolve_dtype(dtype, checkpoint, device)]
     torch_device = torch.device(device)
     parameters = list_parameters(checkpoint, family, arch, quantization=quantization)
-    target = Target(torch_device, torch_dtype, threads=threads, isa=isa, kv_cache_dtype=kv_cache_dtype, backend=kept and kept.backend)
-    packed = None if kept is None else kept.packed
-    weights = WeightStream(
-        checkpoint, parameters, torch_dtype, torch_device, rounding=target.rounding, packed=packed
+    target = Target(
+        torch_device,
+        torch_dtype,
+        threads=threads,
+        isa=isa,
+        kv_cache_dtype=kv_cache_dtype,
+        backend=kept and kept.backend,
     )
+    packed = None if kept is None else kept.packed
+    weights = WeightStream(checkpoint, parameters, torch_dtype, torch_device, rounding=target.rounding, packed=packed)
     decoder = build_decoder(arch, weights, select(target), max_model_len=length)
     decoder.stack = stack_of(decoder)
     compiled = target.unfit_for_cpu_kernels() is None

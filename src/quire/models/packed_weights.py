@@ -97,7 +97,7 @@ class KeptWeights:
         """The file has its name when all of it is there; of two processes that write it the later one wins."""
         handle, partial = tempfile.mkstemp(suffix=_PARTIAL_SUFFIX, prefix=self._key[:32], dir=self._settings.directory)
         try:
-            with open(handle, "wb", buffering=0) as file:
+            with open(handle, "wb") as file:
                 write_packed(file, self._key, packed, self.backend)
             os.replace(partial, self.path)
         except BaseException:

@@ -61,10 +61,10 @@ class WeightStream(Mapping[str, Weight | PackedWeight]):
         return path in self._parameters or path in self._packed
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters | self._packed)
+        return iter({**self._parameters, **self._packed})
 
     def __len__(self) -> int:
-        return len(self._parameters | self._packed)
+        return len({**self._parameters, **self._packed})
 
     def drop_pages(self) -> None:
         """Of the parameter that was read last."""

@@ -29,7 +29,7 @@ from quire.nn.kv import KVCache
 from quire.ops.attention import PagedRequests
 from quire.ops.kernels import Kernels, select
 from quire.ops.target import Target
-from quire.ops.weight import QuantizedWeight, Weight
+from quire.ops.weight import PackedWeight, QuantizedWeight, Weight
 
 WINDOW = 512
 """Most tokens of a sequence."""
@@ -120,7 +120,7 @@ class InputRecorder:
         return self(x_tk, weight, bias_n).float()
 
 
-class _LayerParameters(Mapping[str, Weight]):
+class _LayerParameters(Mapping[str, Weight | PackedWeight]):
     """The parameters of a decoder of one layer, the index-th of a model; what stands around the layer is left empty.
     `replaced`, by their path in the model, take the place of the model's own."""
 
@@ -131,7 +131,7 @@ class _LayerParameters(Mapping[str, Weight]):
         zeros_1e = torch.zeros(1, hidden_size)
         self._given: dict[str, Weight] = {EMBEDDING: zeros_1e, "norm.weight": zeros_1e[0], **replaced}
 
-    def __getitem__(self, path: str) -> Weight:
+    def __getitem__(self, path: str) -> Weight | PackedWeight:
         path = self._paths.get(path, path)
         return self._given[path] if path in self._given else self._model[path]
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
+import itertools
 import os
 from array import array
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
+
+import msgspec
 
 from quire.ops.cpu.library import kernels_module
 
@@ -27,7 +28,6 @@ _MAGIC = b"quirepw1"
 _PREFIX_BYTES = len(_MAGIC) + 32 + 8
 _ALIGNMENT = 4096
 _FORMATS, _INT4 = 4, 2
-_LARGEST = 2**63 - 1
 
 
 class PackedFileFault(Exception):
@@ -35,6 +35,22 @@ class PackedFileFault(Exception):
 
 
 Shapes = Mapping[str, tuple[int, ...]]
+_Place = Annotated[int, msgspec.Meta(ge=0, lt=1 << 56)]
+
+
+class _Entry(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """`layout`: a packed weight's own, see `csrc/linear/bind.cpp`. `offset` counts from where the weights begin."""
+
+    path: str
+    layout: tuple[int, int, int, int, bool, bool]
+    offset: _Place
+    nbytes: _Place
+    checksums: list[Annotated[int, msgspec.Meta(ge=0)]]
+
+
+class _Header(msgspec.Struct, forbid_unknown_fields=True):
+    key: str
+    weights: list[_Entry]
 
 
 def write_packed(file: BinaryIO, key: str, weights: Mapping[str, Any], backend: Any) -> None:
@@ -44,51 +60,51 @@ def write_packed(file: BinaryIO, key: str, weights: Mapping[str, Any], backend: 
     ordered = sorted(weights.items(), key=lambda item: item[1].address)
     blocks, entries, offset = array("Q"), [], 0
     for path, weight in ordered:
-        first = len(blocks) // 4
+        entries.append(_Entry(path, tuple(weight.layout), offset, weight.nbytes, []))
         _add_blocks(blocks, offset, weight.address, weight.nbytes)
-        entries.append([path, list(weight.layout), offset, weight.nbytes, first])
         offset += _aligned(weight.nbytes, 64)
     module.set_checksums(backend, blocks.buffer_info()[0], len(blocks) // 4)
-    checksums = blocks[3::4].tolist()
-    ends = [*(entry[4] for entry in entries[1:]), len(checksums)]
-    described = [[*entry[:4], checksums[entry[4] : end]] for entry, end in zip(entries, ends, strict=True)]
-    header = json.dumps({"key": key, "weights": described}, separators=(",", ":")).encode()
+    checksums = iter(blocks[3::4])
+    for entry in entries:
+        entry.checksums.extend(itertools.islice(checksums, _num_blocks(entry.nbytes)))
+    header = msgspec.json.encode(_Header(key, entries))
     file.write(_MAGIC + hashlib.sha256(header).digest() + len(header).to_bytes(8, "little") + header)
     begin = _aligned(_PREFIX_BYTES + len(header), _ALIGNMENT)
     for (_, weight), entry in zip(ordered, entries, strict=True):
-        file.seek(begin + entry[2])
+        file.seek(begin + entry.offset)
         file.write(memoryview((ctypes.c_char * weight.nbytes).from_address(weight.address)))
 
 
 def packed_bytes(weights: Mapping[str, Any]) -> int:
-    """About what `write_packed` writes."""
-    return sum(_aligned(weight.nbytes, 64) for weight in weights.values()) + (1 << 20)
+    """What `write_packed` writes, or a little more."""
+    header = sum(256 + len(path) + 24 * _num_blocks(weight.nbytes) for path, weight in weights.items())
+    return int(_ALIGNMENT + header + sum(_aligned(weight.nbytes, 64) for weight in weights.values()))
 
 
 def read_packed(file: BinaryIO, key: str, shapes: Shapes, backend: Any) -> dict[str, Any]:
     """The weights by path, which are exactly those of `shapes`, verified. Raises PackedFileFault and OSError."""
     entries, begin = _read_header(file, key)
-    if {entry[0] for entry in entries} != shapes.keys() or len(entries) != len(shapes):
+    if {entry.path for entry in entries} != shapes.keys() or len(entries) != len(shapes):
         raise PackedFileFault("it has not the weights of this model")
     module: Any = kernels_module()
     file_bytes = os.fstat(file.fileno()).st_size
     weights: dict[str, Any] = {}
     blocks = array("Q")
-    for path, layout, offset, nbytes, checksums in entries:
-        _check_layout(path, layout, shapes[path])
-        if begin + offset + nbytes > file_bytes:
-            raise PackedFileFault(f"it is cut off in {path!r}")
-        weight = module.unfilled_weight(backend, *layout)
-        if weight.nbytes != nbytes or len(checksums) != -(-nbytes // BLOCK_BYTES):
-            raise PackedFileFault(f"{path!r} has another size than its layout")
-        _add_blocks(blocks, begin + offset, weight.address, nbytes, checksums)
-        weights[path] = weight
+    for entry in entries:
+        _check_layout(entry, shapes[entry.path])
+        if begin + entry.offset + entry.nbytes > file_bytes:
+            raise PackedFileFault(f"it is cut off in {entry.path!r}")
+        weight = module.unfilled_weight(backend, *entry.layout)
+        if weight.nbytes != entry.nbytes or len(entry.checksums) != _num_blocks(entry.nbytes):
+            raise PackedFileFault(f"{entry.path!r} has another size than its layout")
+        _add_blocks(blocks, begin + entry.offset, weight.address, entry.nbytes, entry.checksums)
+        weights[entry.path] = weight
     if not module.read_blocks(backend, file.fileno(), blocks.buffer_info()[0], len(blocks) // 4):
         raise PackedFileFault("a checksum does not match")
     return weights
 
 
-def _read_header(file: BinaryIO, key: str) -> tuple[list[tuple[str, list[int], int, int, list[int]]], int]:
+def _read_header(file: BinaryIO, key: str) -> tuple[list[_Entry], int]:
     prefix = file.read(_PREFIX_BYTES)
     length = int.from_bytes(prefix[-8:], "little")
     if len(prefix) < _PREFIX_BYTES or not prefix.startswith(_MAGIC) or length > MAX_HEADER_BYTES:
@@ -97,35 +113,24 @@ def _read_header(file: BinaryIO, key: str) -> tuple[list[tuple[str, list[int], i
     if hashlib.sha256(header).digest() != prefix[len(_MAGIC) : len(_MAGIC) + 32]:
         raise PackedFileFault("its header is damaged")
     try:
-        content = json.loads(header)
-        if content["key"] != key:
-            raise PackedFileFault("it was made of another checkpoint, for other settings or by another version")
-        entries = [_entry(*entry) for entry in content["weights"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise PackedFileFault("its header is not as it should be") from error
-    return entries, _aligned(_PREFIX_BYTES + length, _ALIGNMENT)
+        content = msgspec.json.decode(header, type=_Header)
+    except msgspec.DecodeError as error:
+        raise PackedFileFault(f"its header is not as it should be ({error})") from error
+    if content.key != key:
+        raise PackedFileFault("it was made of another checkpoint, for other settings or by another version")
+    return content.weights, _aligned(_PREFIX_BYTES + length, _ALIGNMENT)
 
 
-def _entry(
-    path: object, layout: object, offset: object, nbytes: object, checksums: object
-) -> tuple[str, list[int], int, int, list[int]]:
-    good = isinstance(path, str) and isinstance(offset, int) and isinstance(nbytes, int)
-    good = good and isinstance(layout, list) and isinstance(checksums, list)
-    if not good or not all(isinstance(number, int) and number >= 0 for number in (offset, nbytes, *layout, *checksums)):  # type: ignore[misc]
-        raise ValueError("entry")
-    if max(offset, nbytes, *layout) > _LARGEST >> 8 or max(checksums, default=0) >= 2**64:  # type: ignore[type-var,misc]
-        raise ValueError("entry")
-    return path, layout, offset, nbytes, checksums  # type: ignore[return-value]
-
-
-def _check_layout(path: str, layout: list[int], shape: tuple[int, ...]) -> None:
+def _check_layout(entry: _Entry, shape: tuple[int, ...]) -> None:
     """Memory is made by these numbers: they must be of a weight that there can be."""
-    if len(layout) != 6 or layout[0] >= _FORMATS or tuple(layout[1:3]) != shape:
-        raise PackedFileFault(f"{path!r} has another layout than the model")
-    group_size = layout[3]
-    possible = group_size in (32, 64, 128) and shape[1] % group_size == 0
-    if not (possible if layout[0] == _INT4 else group_size == 0):
-        raise PackedFileFault(f"{path!r} has groups of {group_size}")
+    fmt, n, k, group_size, *_ = entry.layout
+    grouped = group_size in (32, 64, 128) and k % group_size == 0
+    if (n, k) != shape or fmt not in range(_FORMATS) or not (grouped if fmt == _INT4 else group_size == 0):
+        raise PackedFileFault(f"{entry.path!r} has another layout than the model")
+
+
+def _num_blocks(nbytes: int) -> int:
+    return (nbytes + BLOCK_BYTES - 1) // BLOCK_BYTES
 
 
 def _add_blocks(blocks: array[int], offset: int, address: int, nbytes: int, checksums: list[int] | None = None) -> None:
