@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from quire.core.errors import BadValue, InvalidParameter
-from quire.core.json_file import MAX_TOKENIZER_BYTES, read_optional_json_object
+import msgspec
+
+from quire.core.errors import BadValue, CheckpointError, InvalidParameter
+from quire.core.json_file import MAX_TOKENIZER_BYTES, read_bytes, read_optional_json_object, shorten
 from quire.core.sampling import SamplingParams
 from quire.text.tokenizer import read_named_tokens
 
@@ -66,7 +69,7 @@ def _added_token_id(directory: Path, content: str | None) -> int | None:
         for token_id, token in decoder.items():
             if isinstance(token, dict) and token.get("content") == content and token_id.isdecimal():
                 return int(token_id)
-    added = read_optional_json_object(directory / "tokenizer.json", max_bytes=MAX_TOKENIZER_BYTES).get("added_tokens")
+    added = _read_field(directory / "tokenizer.json", "added_tokens")
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict) and token.get("content") == content and isinstance(token.get("id"), int):
             return int(token["id"])
@@ -81,3 +84,16 @@ def _token_ids(value: object, path: Path) -> list[int]:
                 f"{path}: eos_token_id is {value!r}, expected token ids.", remedy="Mend the file's eos_token_id."
             )
     return list(values)
+
+
+def _read_field(path: Path, name: str) -> object:
+    """One field of the JSON object in a file that may be large; None where it has none, or there is no file. The rest
+    is not made into objects, which takes longer than all else that a start does with a tokenizer.json."""
+    if not path.is_file():
+        return None
+    try:
+        data = read_bytes(path, max_bytes=MAX_TOKENIZER_BYTES)
+        found = msgspec.json.decode(data, type=msgspec.defstruct("File", [(name, Any, None)]))
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {shorten(str(error))}.", param="model") from None
+    return getattr(found, name)
