@@ -47,6 +47,7 @@ inline std::vector<uint16_t> random_bf16(Random& random, int64_t size, float sca
 }
 
 void check_pool();
+void check_blocks(Backend& backend, Random& random);
 void check_linear(Backend& backend, Random& random);
 void check_attention(Backend& backend, Random& random);
 void check_rows(Backend& backend, Random& random);

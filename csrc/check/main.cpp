@@ -10,6 +10,7 @@ int main(int argc, char** argv) {
     Backend backend(2, isa);
     check::Random random(static_cast<unsigned>(isa) + 1);
     for (int round = 0; round < rounds; ++round) {
+      check::check_blocks(backend, random);
       check::check_linear(backend, random);
       check::check_attention(backend, random);
       check::check_rows(backend, random);

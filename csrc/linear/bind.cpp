@@ -99,7 +99,7 @@ void bind_linear(nb::module_& m) {
       .def_prop_ro("address", [](const PackedWeight& self) { return reinterpret_cast<uintptr_t>(self.data); },
                    "Where its `nbytes` bytes lie.")
       .def_prop_ro("layout", [](const PackedWeight& self) {
-        return nb::make_tuple(static_cast<int>(self.format), self.n, self.k, self.group_size,
+        return nb::make_tuple(static_cast<int>(self.format), self.n, self.k, self.group_size, self.sub_size,
                               self.zero_scale != nullptr, self.narrow_scale != nullptr);
       }, "What `unfilled_weight` makes another one of, for the same bytes.");
   nb::class_<Product>(m, "Product", "One product of a call; addresses of tensors, 0 for none; strides in elements.")
@@ -125,10 +125,12 @@ void bind_linear(nb::module_& m) {
         "group_size"_a, "sub_size"_a, without_gil,
         "Of a dense [n, k / 2] tensor of nibbles, [n, g] scales, zeros (0: all are 8), [n, k / sub_size] multipliers or 0.");
 
-  m.def("unfilled_weight", [](Backend& backend, int format, int64_t n, int64_t k, int64_t group_size, bool zero_points,
-                              bool narrow_scales) {
-    return make_packed(backend.arena, static_cast<Format>(format), n, k, group_size, zero_points, narrow_scales);
-  }, "backend"_a, "format"_a, "n"_a, "k"_a, "group_size"_a, "zero_points"_a, "narrow_scales"_a,
+  m.def("unfilled_weight", [](Backend& backend, int format, int64_t n, int64_t k, int64_t group_size, int64_t sub_size,
+                              bool zero_points, bool narrow_scales) {
+    return make_packed(backend.arena, static_cast<Format>(format), n, k, group_size, sub_size, zero_points,
+                       narrow_scales);
+  }, "backend"_a, "format"_a, "n"_a, "k"_a, "group_size"_a, "sub_size"_a, "zero_points"_a,
+     "narrow_scales"_a,
      "Memory for a weight of a `layout`; whoever asks fills it.");
 
   m.def("linear", [](Backend& backend, uintptr_t x, int64_t t, int64_t k, int64_t stride, const nb::args& products) {

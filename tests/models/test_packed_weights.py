@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from quire.models.load import LoadedModel, load_model
-from quire.models.packed_weights import SUFFIX, CacheSettings, KeptWeights, open_kept
+from quire.models.packed_weights import SUFFIX, CacheSettings, EarlyPacked, pack_early
 from quire.models.quantization.write import Source, rounded, write_checkpoint
 from quire.ops.cpu.library import usable_isas
 
@@ -60,21 +60,28 @@ def logits(lay_out: Any) -> Logits:
     return run
 
 
-def kept_of(directory: Path, cache: Path, quantization: Any = None, **changes: Any) -> KeptWeights:
+def early_of(directory: Path, cache: Path, quantization: Any = None, **changes: Any) -> EarlyPacked:
     arguments: dict[str, Any] = {"dtype": "auto", "quantization": quantization, "threads": 2, "isa": None} | changes
     size = arguments.pop("max_bytes", 1 << 30)
-    kept = open_kept(CacheSettings(directory=cache, max_bytes=size), directory, **arguments)
-    assert kept is not None
-    return kept
+    early = pack_early(CacheSettings(directory=cache, max_bytes=size), directory, **arguments)
+    assert early is not None
+    return early
+
+
+def path_of(directory: Path, cache: Path, quantization: Any = None) -> Path:
+    """Of a file that is not there yet."""
+    early = early_of(directory, cache, quantization)
+    assert early.kept is not None
+    return early.kept.path
 
 
 def load(directory: Path, cache: Path, quantization: Any = None, **changes: Any) -> tuple[LoadedModel, bool]:
     """(the model, whether its weights came from the cache)."""
-    kept = kept_of(directory, cache, quantization, **changes)
-    return load_model(directory, quantization=quantization, threads=2, kept=kept), bool(kept.packed)
+    early = early_of(directory, cache, quantization, **changes)
+    return load_model(directory, quantization=quantization, threads=2, early=early), early.kept is None
 
 
-def bytes_of(kept: KeptWeights) -> dict[str, bytes]:
+def bytes_of(kept: EarlyPacked) -> dict[str, bytes]:
     return {path: ctypes.string_at(weight.address, weight.nbytes) for path, weight in kept.packed.items()}
 
 
@@ -122,7 +129,7 @@ def test_it_is_for_compiled_kernels_alone(checkpoints: dict[str, Path], tmp_path
     cache = CacheSettings(directory=tmp_path, max_bytes=1 << 30)
     for changes in ({"dtype": "float32"}, {"isa": "reference"}):
         arguments: dict[str, Any] = {"dtype": "auto", "isa": None, "quantization": None, "threads": 1, **changes}
-        assert open_kept(cache, checkpoints["tied"], **arguments) is None
+        assert pack_early(cache, checkpoints["tied"], **arguments) is None
 
 
 @pytest.fixture
@@ -154,9 +161,9 @@ def test_another_time_or_configuration_is_another_checkpoint(copy: Path, tmp_pat
 def test_a_checkpoint_that_changes_while_it_loads_is_not_kept(
     copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    kept = kept_of(copy, tmp_path / "cache")
+    kept = early_of(copy, tmp_path / "cache")
     os.utime(copy / "model.safetensors", ns=(0, 0))
-    load_model(copy, threads=2, kept=kept)
+    load_model(copy, threads=2, early=kept)
     assert "changed while it was loaded" in capfd.readouterr().err
     assert not (tmp_path / "cache").exists()
 
@@ -180,9 +187,9 @@ def test_damage_anywhere_is_noticed(
     cut = data.draw(st.booleans())
     bad = good[:at] if cut else good[:at] + bytes([good[at] ^ data.draw(st.integers(1, 255))]) + good[at + 1 :]
     (tmp_path / kept_file.name).write_bytes(bad)
-    kept = kept_of(checkpoints["experts"], tmp_path, "int4")
-    assert kept.path == tmp_path / kept_file.name
-    assert bytes_of(kept) in ({}, bytes_of(kept_of(checkpoints["experts"], kept_file.parent, "int4")))
+    kept = early_of(checkpoints["experts"], tmp_path, "int4")
+    assert kept.kept is None or kept.kept.path == tmp_path / kept_file.name
+    assert bytes_of(kept) in ({}, bytes_of(early_of(checkpoints["experts"], kept_file.parent, "int4")))
 
 
 def test_a_damaged_file_is_told_and_made_anew(
@@ -199,14 +206,14 @@ def test_a_damaged_file_is_told_and_made_anew(
 def test_a_file_of_another_model_under_this_name(
     checkpoints: dict[str, Path], kept_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copy(kept_file, kept_of(checkpoints["tied"], tmp_path).path)
-    assert not kept_of(checkpoints["tied"], tmp_path).packed
+    shutil.copy(kept_file, path_of(checkpoints["tied"], tmp_path))
+    assert early_of(checkpoints["tied"], tmp_path).kept is not None
     assert "another checkpoint" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["directory", "fifo"])
 def test_something_else_in_the_place_of_the_file(what: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    path = kept_of(checkpoints["tied"], tmp_path).path
+    path = path_of(checkpoints["tied"], tmp_path)
     if what == "directory":
         path.mkdir()
     else:
@@ -233,13 +240,13 @@ def test_a_disk_that_fills_up(checkpoints: dict[str, Path], tmp_path: Path) -> N
 import resource, signal, sys
 from pathlib import Path
 from quire.models.load import load_model
-from quire.models.packed_weights import CacheSettings, open_kept
+from quire.models.packed_weights import CacheSettings, pack_early
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 where, cache = Path({str(checkpoints["tied"])!r}), Path({str(tmp_path)!r})
 settings = CacheSettings(directory=cache, max_bytes=1 << 30)
-kept = open_kept(settings, where, dtype="auto", quantization=None, threads=1, isa=None)
+kept = pack_early(settings, where, dtype="auto", quantization=None, threads=1, isa=None)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-assert load_model(where, threads=1, kept=kept).num_parameters
+assert load_model(where, threads=1, early=kept).num_parameters
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -249,9 +256,9 @@ assert load_model(where, threads=1, kept=kept).num_parameters
 
 def test_the_files_that_were_not_used_for_longest_go(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     ways: tuple[Any, ...] = ("int8", None)
+    used, unused = (path_of(checkpoints["tied"], tmp_path, quantization) for quantization in ways)
     for quantization in ways:
         load(checkpoints["tied"], tmp_path, quantization)
-    used, unused = (kept_of(checkpoints["tied"], tmp_path, quantization).path for quantization in ways)
     os.utime(used, (1, 1))
     os.utime(unused, (2, 2))
     load(checkpoints["tied"], tmp_path, "int8")  # which makes it the newer one
@@ -277,8 +284,8 @@ def test_more_than_the_cache_may_hold_is_told(
 
 
 def test_two_at_once(checkpoints: dict[str, Path], tmp_path: Path, logits: Logits) -> None:
-    first, second = (kept_of(checkpoints["experts"], tmp_path, "int4") for _ in range(2))
+    first, second = (early_of(checkpoints["experts"], tmp_path, "int4") for _ in range(2))
     for kept in (first, second):
-        load_model(checkpoints["experts"], quantization="int4", threads=2, kept=kept)
+        load_model(checkpoints["experts"], quantization="int4", threads=2, early=kept)
     assert len(files_in(tmp_path)) == 1
     assert load(checkpoints["experts"], tmp_path, "int4")[1]

@@ -14,7 +14,7 @@ from quire.cache.pool import BlockPool
 from quire.config.engine import EngineConfig
 from quire.core.errors import ConfigError
 from quire.core.model_info import ModelInfo
-from quire.engine.early import EarlyWeights, engine_threads, open_packed_weights
+from quire.engine.early import EarlyWeights, engine_threads, packed_early
 from quire.engine.loop import Engine
 from quire.engine.runner import Runner
 from quire.models.fit import build_ledger
@@ -43,8 +43,8 @@ def build_engine(
     directory = Path(config.model)
     num_threads = engine_threads(config)
     torch.set_num_threads(num_threads)
-    kept = open_packed_weights(config) if early is None else early.result()
-    if config.packed_weights_cache is not None and kept is None:
+    packed = packed_early(config) if early is None else early.result()
+    if config.packed_weights_cache is not None and packed is None:
         print(
             "quire: packed_weights_cache has no effect: the compiled kernels do not serve this model.", file=sys.stderr
         )
@@ -56,7 +56,7 @@ def build_engine(
         threads=num_threads,
         isa=config.isa,
         kv_cache_dtype=config.kv_cache_dtype,
-        kept=kept,
+        early=packed,
     )
     if model.decoder.stack is not None:
         # The kernels have threads of their own; a second pool would only be in their way.

@@ -1,4 +1,4 @@
-"""What can be done for an engine before torch is imported, which takes a second or two: read its packed weights."""
+"""What can be done for an engine before torch is imported, which takes a second or two: have its weights packed."""
 
 from __future__ import annotations
 
@@ -7,42 +7,41 @@ import threading
 from pathlib import Path
 
 from quire.config.engine import EngineConfig
-from quire.models.packed_weights import GIB, CacheSettings, KeptWeights, open_kept
+from quire.models.packed_weights import GIB, CacheSettings, EarlyPacked, pack_early
 
 
 class EarlyWeights:
-    """Reads on a thread of its own from when it is made."""
+    """Works on a thread of its own from when it is made."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._kept: KeptWeights | None = None
+        self._packed: EarlyPacked | None = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._read, name="early-weights", daemon=True)
+        self._thread = threading.Thread(target=self._pack, name="early-weights", daemon=True)
         self._thread.start()
 
-    def result(self) -> KeptWeights | None:
-        """Waits until it is read. Raises what `open_packed_weights` raised."""
+    def result(self) -> EarlyPacked | None:
+        """Waits until all is done. Raises what `packed_early` raised."""
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return self._kept
+        return self._packed
 
-    def _read(self) -> None:
+    def _pack(self) -> None:
         try:
-            self._kept = open_packed_weights(self._config)
+            self._packed = packed_early(self._config)
         except Exception as error:  # raised where it is waited for
             self._error = error
 
 
-def open_packed_weights(config: EngineConfig) -> KeptWeights | None:
-    """This model's file in the cache, read if it is there; None without a cache or where it does not apply. Raises
-    QuireError for what is wrong with the checkpoint or the settings."""
-    if config.packed_weights_cache is None:
-        return None
-    return open_kept(
-        CacheSettings(
-            directory=Path(config.packed_weights_cache), max_bytes=int(config.packed_weights_cache_size * GIB)
-        ),
+def packed_early(config: EngineConfig) -> EarlyPacked | None:
+    """As `pack_early`, of a configuration whose model is a local directory."""
+    cache = None
+    if config.packed_weights_cache is not None:
+        max_bytes = int(config.packed_weights_cache_size * GIB)
+        cache = CacheSettings(directory=Path(config.packed_weights_cache), max_bytes=max_bytes)
+    return pack_early(
+        cache,
         Path(config.model),
         dtype=config.dtype,
         quantization=config.quantization,

@@ -13,7 +13,7 @@ from quire.models.arch import Arch
 from quire.models.checkpoint import Checkpoint
 from quire.models.decoder import Decoder, build_decoder
 from quire.models.dtype import resolve_dtype
-from quire.models.packed_weights import KeptWeights, linear_shapes
+from quire.models.packed_weights import EarlyPacked, linear_shapes
 from quire.models.parameters import elements_per_row, list_parameters, unexpected_tensors
 from quire.models.quantization.scheme import Format
 from quire.models.registry import identify
@@ -82,15 +82,14 @@ def load_model(
     threads: int | None = None,
     isa: str | None = None,
     kv_cache_dtype: str = "auto",
-    kept: KeptWeights | None = None,
+    early: EarlyPacked | None = None,
 ) -> LoadedModel:
     """The model in `directory`, its weights mapped rather than read where type and layout are right already.
 
     `quantization` rounds the linear layers of a plain checkpoint to that format; a quantised one has its own.
     `max_model_len` unset takes the model's own limit. Raises CheckpointError's children for what is wrong with the
     checkpoint, and ConfigError for a dtype, a format or a length that the model cannot serve. `threads`, `isa`
-    and `kv_cache_dtype` as in `ops.target`. `kept`: this model's file in the cache of packed weights, opened for the
-    same settings; it is written if it had none.
+    and `kv_cache_dtype` as in `ops.target`. `early`: what was packed of this model before, by the same settings.
     """
     checkpoint = Checkpoint.open(directory)
     family, arch = identify(checkpoint.config, str(directory / "config.json"))
@@ -104,16 +103,16 @@ def load_model(
         threads=threads,
         isa=isa,
         kv_cache_dtype=kv_cache_dtype,
-        backend=kept and kept.backend,
+        backend=early and early.backend,
     )
-    packed = None if kept is None else kept.packed
+    packed = None if early is None else early.packed
     weights = WeightStream(checkpoint, parameters, torch_dtype, torch_device, rounding=target.rounding, packed=packed)
     decoder = build_decoder(arch, weights, select(target), max_model_len=length)
     decoder.stack = stack_of(decoder)
     compiled = target.unfit_for_cpu_kernels() is None
     weights.drop_pages()
-    if kept is not None and not packed:
-        kept.keep({path: at_path(decoder, path) for path in linear_shapes(parameters)})
+    if early is not None and early.kept is not None:
+        early.kept.keep({path: at_path(decoder, path) for path in linear_shapes(parameters)})
     return LoadedModel(
         decoder=decoder,
         arch=arch,

@@ -1,7 +1,8 @@
-"""A cache on disk of packed weights: a model that was loaded once starts again without being read, rounded and packed.
+"""Packed weights that are there before torch is: from a cache on disk, or packed early.
 
-One file for each checkpoint and way of loading it, named by a digest of all that its bytes depend on. What is not
-certain to be right is not used: a file that is damaged, stale or of other code is told, and made anew. No torch.
+With the cache a model that was loaded once starts again without being read, rounded and packed. One file for each
+checkpoint and way of loading it, named by a digest of all that its bytes depend on. What is not certain to be right is
+not used: a file that is damaged, stale or of other code is told, and made anew. No torch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from quire.core.errors import CheckpointError, MissingFile
 from quire.models.checkpoint import Checkpoint
 from quire.models.dtype import resolve_dtype
 from quire.models.json_file import open_regular
+from quire.models.mapped_files import MappedFiles
 from quire.models.parameters import EMBEDDING, HEAD, Parameter, list_parameters
 from quire.models.quantization.scheme import Format
 from quire.models.registry import identify
@@ -47,11 +49,18 @@ class CacheSettings:
     max_bytes: int
 
 
-class KeptWeights:
-    """One model's file in the cache. `packed` are the weights that it had, by path: all or none.
+@dataclass(slots=True, kw_only=True)
+class EarlyPacked:
+    """`packed`: a model's packed weights by path, all or none. `backend` is the compiled kernels' that they were made
+    for, and the one to use them with. `kept`: a file in the cache that has yet to be written."""
 
-    `backend` is the compiled kernels' that the weights were made for, and the one to use them with.
-    """
+    backend: Any
+    packed: Mapping[str, Any]
+    kept: KeptWeights | None = None
+
+
+class KeptWeights:
+    """One model's file in the cache."""
 
     def __init__(self, settings: CacheSettings, checkpoint: Checkpoint, described: Mapping[str, object], backend: Any):
         self._settings = settings
@@ -59,21 +68,21 @@ class KeptWeights:
         self._described = described
         self._key = digest(checkpoint, described)
         self.path = settings.directory / (self._key[:32] + SUFFIX)
-        self.backend = backend
-        self.packed: dict[str, Any] = {}
+        self._backend = backend
 
-    def read(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Sets `packed`, where there is a file and all is right with it."""
+    def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """What the file has, by path; nothing if there is none, or if anything is wrong with it."""
         try:
             with open_regular(self.path) as file:
-                self.packed = read_packed(file, self._key, shapes, self.backend)
+                packed = read_packed(file, self._key, shapes, self._backend)
         except MissingFile:
-            return
+            return {}
         except (PackedFileFault, CheckpointError, OSError) as error:
             _tell(f"The packed weights in {self.path} are not used, and made anew: {error}.")
-            return
+            return {}
         with contextlib.suppress(OSError):  # the time of the last use; the directory may be read-only
             os.utime(self.path)
+        return packed
 
     def keep(self, packed: Mapping[str, Any]) -> None:
         """Writes the file. Where that cannot be, it is told, and nothing else is the worse for it."""
@@ -98,7 +107,7 @@ class KeptWeights:
         handle, partial = tempfile.mkstemp(suffix=_PARTIAL_SUFFIX, prefix=self._key[:32], dir=self._settings.directory)
         try:
             with open(handle, "wb") as file:
-                write_packed(file, self._key, packed, self.backend)
+                write_packed(file, self._key, packed, self._backend)
             os.replace(partial, self.path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -127,17 +136,20 @@ class KeptWeights:
         return True
 
 
-def open_kept(
-    settings: CacheSettings,
+def pack_early(
+    cache: CacheSettings | None,
     directory: Path,
     *,
     dtype: str,
     quantization: Format | None,
     threads: int | None,
     isa: str | None,
-) -> KeptWeights | None:
-    """What the cache has for a model, read; None where the compiled kernels do not serve it. Raises QuireError for
-    what is wrong with the checkpoint or the settings, as loading it does."""
+) -> EarlyPacked | None:
+    """What the cache has for a model, or what can be packed without torch: matrices that are bfloat16 and stay so.
+
+    None where the compiled kernels do not serve the model. Raises QuireError for what is wrong with the checkpoint or
+    the settings, as loading it does.
+    """
     if isa == REFERENCE or kernels_module() is None:
         return None
     checkpoint = Checkpoint.open(directory)
@@ -146,13 +158,38 @@ def open_kept(
     family, arch = identify(checkpoint.config, str(directory / "config.json"))
     parameters = list_parameters(checkpoint, family, arch, quantization=quantization)
     backend = open_backend(threads, isa)
-    described = {"isa": backend.isa, "dtype": "bfloat16", "quantization": quantization}
-    try:
-        kept = KeptWeights(settings, checkpoint, described, backend)
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be read: {error}.", param="model") from error
-    kept.read(linear_shapes(parameters))
-    return kept
+    early = EarlyPacked(backend=backend, packed={})
+    if cache is not None:
+        described = {"isa": backend.isa, "dtype": "bfloat16", "quantization": quantization}
+        try:
+            kept = KeptWeights(cache, checkpoint, described, backend)
+        except OSError as error:
+            raise CheckpointError(f"{directory} cannot be read: {error}.", param="model") from error
+        early.packed = kept.read(linear_shapes(parameters))
+        early.kept = None if early.packed else kept
+    if not early.packed:
+        early.packed = _pack_plain(checkpoint, parameters, backend)
+    return early
+
+
+def _pack_plain(checkpoint: Checkpoint, parameters: list[Parameter], backend: Any) -> dict[str, Any]:
+    """All matrices, if each is stored as the kernels take it; one at a time, its pages given back."""
+    tensors = {parameter.path: parameter for parameter in parameters if len(parameter.shape) == 2}
+    embedding = tensors.pop(EMBEDDING)
+    infos = {path: checkpoint.tensors.get(tensor.tensor) for path, tensor in {HEAD: embedding, **tensors}.items()}
+    plain = all(parameter.storage is None and parameter.scheme is None for parameter in parameters)
+    if not plain or not all(
+        info is not None and info.dtype == "BF16" and info.offset % 2 == 0 for info in infos.values()
+    ):
+        return {}
+    module: Any = kernels_module()
+    files = MappedFiles()
+    packed: dict[str, Any] = {}
+    for path, info in infos.items():
+        assert info is not None
+        packed[path] = module.pack_bf16(backend, files.address(info), *info.shape)
+        files.drop(info)
+    return packed
 
 
 def linear_shapes(parameters: list[Parameter]) -> dict[str, tuple[int, ...]]:

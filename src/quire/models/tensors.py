@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quire.core.errors import CheckpointError, MissingTensor, TruncatedFile
-from quire.core.json_file import open_regular, shorten
+from quire.core.errors import CheckpointError, MissingTensor
+from quire.core.json_file import shorten
 from quire.models.checkpoint import Checkpoint, TensorInfo
+from quire.models.mapped_files import MappedFiles
 
 _TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -36,16 +35,11 @@ _TORCH_DTYPES = {
 
 
 class CheckpointTensors:
-    """Gives tensors by name without copying them.
-
-    A view may be written to: the map is private, a written page becomes the process's own and the file stays as it
-    is. A file's map lives as long as this object or any tensor of the file does; it is never closed by hand, since a
-    tensor left over would then point nowhere.
-    """
+    """Gives tensors by name without copying them: views of `MappedFiles`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._infos = checkpoint.tensors
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._files = MappedFiles()
 
     def __contains__(self, name: object) -> bool:
         return name in self._infos
@@ -79,43 +73,15 @@ class CheckpointTensors:
         shape = info.shape if info.dtype != "F4" else _halved(info)
         if info.nbytes == 0:
             return torch.empty(shape, dtype=dtype)
-        file_map = self._map(info.file)
-        if info.offset + info.nbytes > len(file_map):  # the file shrank since its header was read
-            raise TruncatedFile(
-                f"{info.file}: tensor '{shorten(name)}' is cut off: expected {info.nbytes} bytes, "
-                f"found {max(0, len(file_map) - info.offset)}.",
-                param="model",
-            )
+        file_map = self._files.file_of(info)
         bytes_n = torch.frombuffer(file_map, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
         if info.offset % dtype.itemsize:  # the map itself starts at a page
             bytes_n = bytes_n.clone()
         return bytes_n.view(dtype).view(shape)
 
     def drop(self, name: str) -> None:
-        """Lets the kernel take back the memory of a tensor that is not needed any more, because it was converted.
-
-        Pages that the tensor shares with its neighbours stay. Reading a dropped tensor again reads the file again;
-        what was written to the view is lost.
-        """
-        info = self.info(name)
-        file_map = self._maps.get(info.file)
-        if file_map is None or info.nbytes == 0:
-            return
-        begin = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
-            file_map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
-    def _map(self, path: Path) -> mmap.mmap:
-        found = self._maps.get(path)
-        if found is None:
-            with open_regular(path) as file:
-                try:
-                    found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-                except (OSError, ValueError) as error:
-                    raise CheckpointError(f"{path} cannot be mapped into memory: {error}.", param="model") from error
-            self._maps[path] = found
-        return found
+        """As `MappedFiles.drop`."""
+        self._files.drop(self.info(name))
 
 
 def _halved(info: TensorInfo) -> tuple[int, ...]:

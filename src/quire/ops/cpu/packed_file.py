@@ -42,7 +42,7 @@ class _Entry(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """`layout`: a packed weight's own, see `csrc/linear/bind.cpp`. `offset` counts from where the weights begin."""
 
     path: str
-    layout: tuple[int, int, int, int, bool, bool]
+    layout: tuple[int, int, int, int, int, bool, bool]
     offset: _Place
     nbytes: _Place
     checksums: list[Annotated[int, msgspec.Meta(ge=0)]]
@@ -123,9 +123,10 @@ def _read_header(file: BinaryIO, key: str) -> tuple[list[_Entry], int]:
 
 def _check_layout(entry: _Entry, shape: tuple[int, ...]) -> None:
     """Memory is made by these numbers: they must be of a weight that there can be."""
-    fmt, n, k, group_size, *_ = entry.layout
-    grouped = group_size in (32, 64, 128) and k % group_size == 0
-    if (n, k) != shape or fmt not in range(_FORMATS) or not (grouped if fmt == _INT4 else group_size == 0):
+    fmt, n, k, group_size, sub_size, *_ = entry.layout
+    sizes = (32, 64, 128, 256)
+    grouped = sub_size in sizes and group_size in sizes and group_size % sub_size == 0 and k % group_size == 0
+    if (n, k) != shape or fmt not in range(_FORMATS) or not (grouped if fmt == _INT4 else group_size == sub_size == 0):
         raise PackedFileFault(f"{entry.path!r} has another layout than the model")
 
 
