@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quire.config.engine import EngineConfig
 from quire.models.packed_weights import GIB, CacheSettings, EarlyPacked, pack_early
+from quire.ops.cpu.library import kernels_module
 
 
 class EarlyWeights:
@@ -51,4 +52,8 @@ def packed_early(config: EngineConfig) -> EarlyPacked | None:
 
 
 def engine_threads(config: EngineConfig) -> int:
-    return config.threads or len(os.sched_getaffinity(0))
+    """One per core that the process may use, by affinity and by the cgroup's quota, if none are asked for."""
+    if config.threads is not None:
+        return config.threads
+    module = kernels_module()
+    return len(os.sched_getaffinity(0)) if module is None else int(module.default_threads())

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quire import __version__
 from quire.core.errors import CheckpointError, MissingFile
 from quire.models.checkpoint import Checkpoint
 from quire.models.dtype import resolve_dtype
@@ -204,7 +203,6 @@ def digest(checkpoint: Checkpoint, described: Mapping[str, object]) -> str:
     change, header and 64 pieces of 4 KiB; config.json; how it is loaded; and the code that does that."""
     content = {
         **described,
-        "version": __version__,
         "code": _code_digest(),
         "config": hashlib.sha256((checkpoint.directory / "config.json").read_bytes()).hexdigest(),
         "files": [_file_digest(path) for path in checkpoint.files],
@@ -229,11 +227,12 @@ def _file_digest(path: Path) -> list[object]:
 
 
 def _code_digest() -> str:
-    """Of the sources that make packed weights, and of the compiled kernels."""
+    """Of quire's version, the sources that make packed weights, and the compiled kernels."""
     package = Path(__file__).parents[1]
     module: Any = kernels_module()
     sums = hashlib.sha256()
-    for path in [*sorted(package.glob("ops/**/*.py")), *sorted(package.glob("models/**/*.py")), Path(module.__file__)]:
+    sources = [package / "__init__.py", *package.glob("ops/**/*.py"), *package.glob("models/**/*.py")]
+    for path in [*sorted(sources), Path(module.__file__)]:
         sums.update(hashlib.sha256(path.read_bytes()).digest())
     return sums.hexdigest()
 
