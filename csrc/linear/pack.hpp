@@ -12,17 +12,14 @@ namespace quire::QUIRE_ISA {
 template <class Convert>
 inline void pack_panel(const std::byte* rows, int64_t num_rows, int64_t row_bytes, std::byte* panel,
                        int64_t num_units, const Convert& convert) {
-  constexpr int64_t kBlock = 16, kAhead = 512;
+  constexpr int64_t kBlock = 16;
   for (int64_t first = 0; first < num_units; first += kBlock) {
     const int64_t present = row_bytes - first * 4;
     for (int64_t row = 0; row < kPanel; ++row) {
       uint32_t units[kBlock] = {};
       if (row < num_rows && present > 0) {
         const std::size_t bytes = present < 4 * kBlock ? static_cast<std::size_t>(present) : sizeof units;
-        const std::byte* const from = rows + row * row_bytes + first * 4;
-        // 32 rows at once are more streams than the processor follows by itself.
-        for (int64_t ahead = 0; ahead < 4 * kBlock; ahead += 64) __builtin_prefetch(from + kAhead + ahead);
-        std::memcpy(units, from, bytes);
+        std::memcpy(units, rows + row * row_bytes + first * 4, bytes);
       }
       std::byte* to = panel + (first * kPanel + row) * 4;
       const int64_t count = num_units - first < kBlock ? num_units - first : kBlock;
