@@ -7,8 +7,8 @@ import mmap
 from pathlib import Path
 
 from quire.core.errors import CheckpointError, TruncatedFile
+from quire.core.json_file import open_regular, shorten
 from quire.models.checkpoint import TensorInfo
-from quire.models.json_file import open_regular, shorten
 
 
 class MappedFiles:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from quire.core.errors import CheckpointError, MissingFile
+from quire.core.json_file import open_regular
 from quire.models.checkpoint import Checkpoint
 from quire.models.dtype import resolve_dtype
-from quire.models.json_file import open_regular
 from quire.models.mapped_files import MappedFiles
 from quire.models.parameters import EMBEDDING, HEAD, Parameter, list_parameters
 from quire.models.quantization.scheme import Format
