@@ -298,7 +298,7 @@ inline void write_out_parts(const std::byte* from, const Parts& parts, int64_t f
       const I turn = negative & 0x0f0f0f0f;
       const W factor = reinterpret_cast<W>(size | (size << 16));
       const I zero = (size << 3) - (size & negative);  // 8 times, or 7 times where nibbles are turned round
-      const B zeros = reinterpret_cast<B>((offset ? zero ^ 0x80 : zero) * 0x01010101);
+      const B zeros = reinterpret_cast<B>(reinterpret_cast<U>(offset ? zero ^ 0x80 : zero) * 0x01010101u);
       for (int64_t row = 0; row < rows; ++row) {
         const std::byte* at = from + row * kPanelRow + column * 4;
         __builtin_prefetch(at + kPrefetch);

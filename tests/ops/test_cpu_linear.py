@@ -17,8 +17,9 @@ from quire.ops.cpu.linear import CpuLinear
 from quire.ops.kernels import select
 from quire.ops.linear import linear as linear_bf16
 from quire.ops.linear import linear_fp8, linear_int4, linear_int8, quantize_rows
+from quire.ops.spans import span_of
 from quire.ops.target import Target
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, SplitScales, Weight, pack_nibbles, span_of, split
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, SplitScales, Weight, pack_nibbles, split
 
 FORMATS = ("bf16", "int8", "int4", "int4-split", "fp8")
 DEFINITIONS = {

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.ops.weight import Int4Weight, dequantize, pack_nibbles, span_of, split
+from quire.ops.spans import span_of
+from quire.ops.weight import Int4Weight, dequantize, pack_nibbles, split
 
 
 def int4(scale_ng: torch.Tensor, group_size: int, zero_ng: torch.Tensor | None = None) -> Int4Weight:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SPANS = (256, 128, 64)
+from quire.ops.spans import span_of
+
 LARGEST_MULTIPLIER = 15
 """15 times -8..7 is a signed byte."""
 _SLICE_ROWS = 256
@@ -113,11 +114,6 @@ def dequantize(weight: Weight) -> Tensor:
             return weight.values_nk.float() * weight.scale_n[:, None]
         case _:
             return weight
-
-
-def span_of(k: int, group_size: int) -> int:
-    """The widest span that `k` features divide into, or 0 where none is wider than a group."""
-    return next((span for span in SPANS if k % span == 0 and span > group_size), 0)
 
 
 def split(weight: Int4Weight) -> Int4Weight:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from quire.models.quantization.scheme import Scheme
 from quire.ops.cpu.rounding import CpuRounding
-from quire.ops.weight import LARGEST_MULTIPLIER, Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight, span_of, split
+from quire.ops.spans import span_of
+from quire.ops.weight import LARGEST_MULTIPLIER, Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight, split
 
 _SLICE_ELEMENTS = 1 << 18
 _FP8_LARGEST = 448.0

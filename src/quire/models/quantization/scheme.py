@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quire.config.engine import Quantization
+from quire.ops.spans import span_of
 
 Format = Quantization
 GROUP_SIZES = (32, 64, 128)
@@ -25,13 +26,15 @@ class Scheme:
     zero_point: bool = False
 
     def nbytes(self, shape: tuple[int, ...], *, narrow: bool = False) -> int:
-        """Bytes of a weight `[n, k]` in this format, its scales included. `narrow`: its scales are numbers of bfloat16,
-        so that the compiled kernels keep those of int4 in two bytes each."""
+        """Bytes of a weight `[n, k]` in this format, its scales included. `narrow`: as the compiled kernels keep what is
+        rounded here, for int4 a byte for a group's multiplier and two for a span's step."""
         n, k = shape
         if self.format != "int4":
             return n * k + n * _SCALE_BYTES
-        groups = n * (k // self.group_size)
-        return n * k // 2 + groups * ((_SCALE_BYTES // 2 if narrow else _SCALE_BYTES) + self.zero_point)
+        groups, span = n * (k // self.group_size), span_of(k, self.group_size)
+        if narrow and not self.zero_point:
+            return n * k // 2 + (groups + 2 * n * (k // span) if span else 2 * groups)
+        return n * k // 2 + groups * (_SCALE_BYTES + self.zero_point)
 
 
 def is_linear(parameter: str, shape: tuple[int, ...]) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quire.ops.cpu.library import kernels_module
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, span_of
+from quire.ops.spans import span_of
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight
 
 
 class CpuRounding:
