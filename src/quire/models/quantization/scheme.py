@@ -26,7 +26,7 @@ class Scheme:
     zero_point: bool = False
 
     def nbytes(self, shape: tuple[int, ...], *, narrow: bool = False) -> int:
-        """Bytes of a weight `[n, k]` in this format, its scales included. `narrow`: as the compiled kernels keep what is
+        """Bytes of a weight `[n, k]` in this format, with its scales. `narrow`: as the compiled kernels keep what is
         rounded here, for int4 a byte for a group's multiplier and two for a span's step."""
         n, k = shape
         if self.format != "int4":
