@@ -1,0 +1,65 @@
+"""Qwen2 and Qwen2.5 (Llama with a bias on queries, keys and values), and Qwen3 (normalised queries and keys)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from quire.models.arch import Arch, Experts, QKNorm
+from quire.models.arch_fields import FULL, SLIDING, qwen_layer_types, read_arch, sliding_kinds
+from quire.models.families.llama import IGNORED, NAMES
+from quire.models.family import Family
+from quire.models.model_config import ModelConfig
+
+
+def _base(config: ModelConfig, architecture: str, head_dim: int | None = None) -> Arch:
+    arch = read_arch(config, architecture=architecture, max_positions=32768, head_dim=head_dim)
+    rope = arch.layer_kinds[0].rope
+    types = qwen_layer_types(config, arch.num_layers)
+    return replace(arch, layer_kinds=sliding_kinds(config, types, {FULL: rope, SLIDING: rope}))
+
+
+def _qwen2(config: ModelConfig) -> Arch:
+    return replace(_base(config, "Qwen2ForCausalLM"), qkv_bias=True)
+
+
+def _qwen3(config: ModelConfig) -> Arch:
+    return _normed(config, _base(config, "Qwen3ForCausalLM", head_dim=128))
+
+
+def _normed(config: ModelConfig, arch: Arch) -> Arch:
+    bias = config.boolean("attention_bias", False)
+    return replace(arch, qkv_bias=bias, o_bias=bias, qk_norm=QKNorm(norm=arch.norm))
+
+
+def _qwen3_moe(config: ModelConfig) -> Arch:
+    arch = _normed(config, _base(config, "Qwen3MoeForCausalLM"))
+    # transformers 5 writes num_local_experts, checkpoints of the hub have num_experts.
+    num = config.integer("num_local_experts" if "num_local_experts" in config else "num_experts", 128)
+    top_k = config.integer("num_experts_per_tok", 8)
+    if top_k > num:
+        raise config.fault("num_experts_per_tok", top_k, f"at most the number of experts, {num}")
+    named, step = config.integers("mlp_only_layers"), config.integer("decoder_sparse_step", 1)
+    return replace(
+        arch,
+        experts=Experts(
+            num=num,
+            top_k=top_k,
+            intermediate_size=config.integer("moe_intermediate_size", 768),
+            renormalize=config.boolean("norm_topk_prob", False),
+            dense_layers=tuple(layer for layer in range(arch.num_layers) if layer in named or (layer + 1) % step),
+        ),
+    )
+
+
+_EXPERTS = {
+    "layers.{}.mlp.router": "model.layers.{}.mlp.gate",
+    "layers.{}.mlp.experts.{expert}.gate": "model.layers.{}.mlp.experts.{expert}.gate_proj",
+    "layers.{}.mlp.experts.{expert}.up": "model.layers.{}.mlp.experts.{expert}.up_proj",
+    "layers.{}.mlp.experts.{expert}.down": "model.layers.{}.mlp.experts.{expert}.down_proj",
+}
+
+FAMILIES = (
+    Family(architecture="Qwen2ForCausalLM", arch=_qwen2, names=NAMES, ignored=IGNORED),
+    Family(architecture="Qwen3ForCausalLM", arch=_qwen3, names=NAMES, ignored=IGNORED),
+    Family(architecture="Qwen3MoeForCausalLM", arch=_qwen3_moe, names={**NAMES, **_EXPERTS}, ignored=IGNORED),
+)

@@ -1,0 +1,88 @@
+"""Checkpoints of architectures that `transformers` has no class for, made from a class that computes the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from conformance.case import Rewrite, Tensors
+
+
+def renamed(
+    tensors: Mapping[str, str], fields: Mapping[str, str] | None = None, values: Mapping[str, Any] | None = None
+) -> Rewrite:
+    """Patterns of tensors' names with what takes their place, in order; names of fields likewise; and new fields."""
+
+    def rewrite(stored: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        found: Tensors = {}
+        for name, tensor in stored.items():
+            for pattern, replacement in tensors.items():
+                name = re.sub(pattern, replacement, name)  # noqa: PLW2901
+            found[name] = tensor
+        names = fields or {}
+        return found, {names.get(name, name): value for name, value in config.items()} | dict(values or {})
+
+    return rewrite
+
+
+def then(*rewrites: Rewrite) -> Rewrite:
+    def rewrite(stored: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        for each in rewrites:
+            stored, config = each(stored, config)
+        return stored, config
+
+    return rewrite
+
+
+def joined(name: str, parts: tuple[str, ...], *, heads: tuple[int, ...] = ()) -> Rewrite:
+    """The rows of several modules of each layer as one, one after the other; with `heads`, in so many groups of rows
+    of each (queries of a KV head, its key, its value)."""
+
+    def rewrite(stored: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        found = dict(stored)
+        for tensor in stored:
+            if parts[0] not in tensor:
+                continue
+            rows = [found.pop(tensor.replace(parts[0], part)) for part in parts]
+            if heads:
+                groups = config["num_key_value_heads"]
+                rows = [row.reshape(groups, -1, *row.shape[1:]) for row in rows]
+                whole = torch.cat(rows, dim=1).flatten(0, 1)
+            else:
+                whole = torch.cat(rows)
+            found[tensor.replace(parts[0], name)] = whole
+        return found, config
+
+    return rewrite
+
+
+_GPT_NAMES = {
+    r"^model\.layers": "transformer.h",
+    r"^model\.embed_tokens": "transformer.wte",
+    r"^model\.norm": "transformer.ln_f",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+}
+
+EXAONE3 = renamed(
+    {
+        **_GPT_NAMES,
+        r"self_attn\.o_proj": "attn.attention.out_proj",
+        r"self_attn\.": "attn.attention.",
+        r"mlp\.gate_proj": "mlp.c_fc_0",
+        r"mlp\.up_proj": "mlp.c_fc_1",
+        r"mlp\.down_proj": "mlp.c_proj",
+    },
+    {
+        "num_hidden_layers": "num_layers",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "hidden_act": "activation_function",
+    },
+)
+MINICPM = renamed(
+    {}, {"embedding_multiplier": "scale_emb"}, {"scale_depth": 1.4, "dim_model_base": 12, "logits_scaling": None}
+)
+"""Of Granite with `residual_multiplier` 1.4 / sqrt(layers), `logits_scaling` hidden_size / 12, and Llama's scale."""
