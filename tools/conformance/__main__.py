@@ -31,7 +31,7 @@ def main(words: list[str]) -> int:
         except Exception:
             failed += 1
             lines = [line for line in traceback.format_exc().splitlines() if line.strip()]
-            status = "DIFFERS " + (" | ".join(lines[-14:])[-1500:] if words else lines[-1][:150])
+            status = "DIFFERS " + (" | ".join(lines[-6:])[-900:] if words else lines[-1][:150])
         print(f"{case.family:16} {case.id:48} native {time.perf_counter() - start:5.1f} s  {status}", flush=True)
     if not words and not failed:
         PAGE.write_text(page(CASES), encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from conformance import rewrites
-from conformance.case import Case, cases
+from conformance.case import VOCAB, Case, cases
 
 
 def rope(rope_type: str, **fields: Any) -> dict[str, Any]:
@@ -20,6 +20,11 @@ WINDOW = {"sliding_window": 24}
 FULL, SLIDING = "full_attention", "sliding_attention"
 ALTERNATING = {"num_hidden_layers": 3, "layer_types": [SLIDING, FULL, SLIDING], **WINDOW}
 EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+
+GPT = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256}
+BLOOM = {"vocab_size": VOCAB, "hidden_size": 48, "n_layer": 2, "n_head": 4}
+MPT = {"vocab_size": VOCAB, "d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}
+FALCON = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 CASES: tuple[Case, ...] = (
     *cases(
@@ -344,4 +349,140 @@ CASES: tuple[Case, ...] = (
         },
     ),
     *cases("Nemotron", "NemotronForCausalLM", "NemotronConfig"),
+    *cases("Llama", "AquilaForCausalLM", "LlamaConfig", rewrite=rewrites.SAME),
+    *cases("Llama", "AquilaModel", "LlamaConfig", rewrite=rewrites.SAME),
+    *cases("Llama", "XverseForCausalLM", "LlamaConfig", rewrite=rewrites.SAME),
+    *cases("Llama", "IQuestCoderForCausalLM", "IQuestCoderConfig", {"": {"head_dim": 16}}, rewrite=rewrites.SAME),
+    *cases(
+        "Llama",
+        "CwmForCausalLM",
+        "CwmConfig",
+        {"": {"head_dim": 16, "num_hidden_layers": 5, "bos_token_id": 1, "eos_token_id": 2, **LLAMA3, **WINDOW}},
+    ),
+    *cases(
+        "Llama",
+        "OrionForCausalLM",
+        "StableLmConfig",
+        {"": rope("default", partial_rotary_factor=1.0)},
+        rewrite=rewrites.ORION,
+    ),
+    *cases(
+        "Qwen",
+        "QWenLMHeadModel",
+        "Qwen2Config",
+        {"": {"num_key_value_heads": 4, "hidden_act": "silu"}},
+        rewrite=rewrites.QWEN1,
+    ),
+    *cases("InternLM", "InternLMForCausalLM", "LlamaConfig", {"": {"attention_bias": True}}, rewrite=rewrites.INTERNLM),
+    *cases(
+        "InternLM", "InternLM2ForCausalLM", "LlamaConfig", {"": {"attention_bias": False}}, rewrite=rewrites.INTERNLM2
+    ),
+    *cases(
+        "InternLM",
+        "InternLM3ForCausalLM",
+        "InternLM3Config",
+        {"": {"head_dim": 16}, "biases": {"head_dim": 16, "attention_bias": True, "mlp_bias": True}},
+        rewrite=rewrites.SAME,
+    ),
+    *cases(
+        "Baichuan", "BaichuanForCausalLM", "LlamaConfig", {"": {"num_key_value_heads": 4}}, rewrite=rewrites.BAICHUAN
+    ),
+    *cases(
+        "Baichuan", "BaiChuanForCausalLM", "LlamaConfig", {"": {"num_key_value_heads": 4}}, rewrite=rewrites.BAICHUAN
+    ),
+    *cases(
+        "GPT",
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"": GPT, "odd sizes": {**GPT, "n_inner": 70, "activation_function": "relu", "scale_attn_weights": False}},
+        sizes=False,
+    ),
+    *cases(
+        "GPT",
+        "GPTBigCodeForCausalLM",
+        "GPTBigCodeConfig",
+        {"": GPT, "a key for each head": {**GPT, "multi_query": False}},
+        sizes=False,
+    ),
+    *cases(
+        "GPT",
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        {
+            "": {
+                "vocab_size": VOCAB,
+                "hidden_size": 48,
+                "num_layers": 2,
+                "num_heads": 4,
+                "max_position_embeddings": 256,
+                "attention_types": [[["global", "local"], 1]],
+                "window_size": 24,
+            }
+        },
+        sizes=False,
+    ),
+    *cases("GPT", "GPTJForCausalLM", "GPTJConfig", {"": {**GPT, "rotary_dim": 8}}, sizes=False),
+    *cases("GPT", "CodeGenForCausalLM", "CodeGenConfig", {"": {**GPT, "rotary_dim": 8}}, sizes=False),
+    *cases(
+        "GPT-NeoX",
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        {
+            "": {"hidden_size": 64},
+            "in a row": {
+                "hidden_size": 64,
+                "use_parallel_residual": False,
+                "attention_bias": False,
+                **rope("default", partial_rotary_factor=1.0),
+            },
+        },
+    ),
+    *cases(
+        "Persimmon",
+        "PersimmonForCausalLM",
+        "PersimmonConfig",
+        {"": {"hidden_size": 64}, "no qk norm": {"hidden_size": 64, "qk_layernorm": False}},
+    ),
+    *cases(
+        "OPT",
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            "": {"ffn_dim": 72, "word_embed_proj_dim": 48},
+            "no biases": {"ffn_dim": 72, "word_embed_proj_dim": 48, "enable_bias": False},
+        },
+    ),
+    *cases("BLOOM", "BloomForCausalLM", "BloomConfig", {"": BLOOM, "6 heads": {**BLOOM, "n_head": 6}}, sizes=False),
+    *cases(
+        "MPT",
+        "MptForCausalLM",
+        "MptConfig",
+        {"": MPT, "clipped": {**MPT, "n_heads": 6, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.2}}},
+        sizes=False,
+    ),
+    *cases(
+        "Falcon",
+        "FalconForCausalLM",
+        "FalconConfig",
+        {
+            "": FALCON,
+            "new decoder": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+            "new decoder with one norm": {
+                **FALCON,
+                "new_decoder_architecture": True,
+                "num_kv_heads": 2,
+                "num_ln_in_parallel_attn": 1,
+            },
+        },
+        sizes=False,
+    ),
+    # The oracle's eager attention adds the slopes twice.
+    *cases(
+        "Falcon",
+        "FalconForCausalLM",
+        "FalconConfig",
+        {"slopes in a row": {**FALCON, "alibi": True, "bias": True, "parallel_attn": False, "multi_query": False}},
+        sizes=False,
+        attention="sdpa",
+    ),
 )

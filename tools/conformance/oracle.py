@@ -28,7 +28,7 @@ NEW_TOKENS = 16
 def save(case: Case, directory: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     """The oracle, with random weights that are saved to `directory`."""
     config = getattr(transformers, case.config)(**case.settings())
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=case.attention).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -28,6 +28,6 @@ def page(cases: Sequence[Case]) -> str:
             found.append(case.variant)
     rows = [
         f"| {family} | `{architecture}` | quire | {', '.join(names)} |"
-        for (family, architecture), names in variants.items()
+        for (family, architecture), names in sorted(variants.items())
     ]
     return _HEADER + "\n".join(rows) + f"\n\n{len(rows)} architectures.\n"

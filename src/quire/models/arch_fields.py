@@ -39,11 +39,15 @@ def read_arch(
     activation: str = "silu",
     tied: bool = False,
     intermediate_size: int | None = None,
+    grouped: bool = True,
 ) -> Arch:
-    """The sizes, one kind of layer with full attention, and the flags that are fields of the same name. Keywords are
-    the family's defaults, `theta` and `partial` as in `read_rope`; `rotary` false: positions are told otherwise."""
+    """The sizes, one kind of layer with full attention, and the flags that are fields of the same name.
+
+    Keywords are the family's defaults, `theta` and `partial` as in `read_rope`. `rotary` false: positions are told
+    otherwise. `grouped` false: each query head has keys and values of its own, whatever config.json says.
+    """
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    num_kv_heads = config.integer("num_key_value_heads", num_heads) if grouped else num_heads
     if num_heads % num_kv_heads:
         raise config.fault("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads, {num_heads}")
     if "head_dim" not in config and head_dim is None and hidden_size % num_heads:

@@ -53,21 +53,25 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """`ignored` are glob patterns of tensors that a checkpoint may hold and nobody needs. `optional_prefix` begins
-    names that some checkpoints have without it."""
+    """`names` may depend on the flags. `ignored` are glob patterns of tensors that a checkpoint may hold and nobody
+    needs. `optional_prefix` begins names that some checkpoints have without it."""
 
     architecture: str
     arch: Callable[[ModelConfig], Arch]
-    names: Names
+    names: Names | Callable[[Arch], Names]
     ignored: tuple[str, ...] = ()
     optional_prefix: str = field(default="")
 
+    def names_of(self, arch: Arch) -> Names:
+        return self.names(arch) if callable(self.names) else self.names
+
     def locate(self, slot: Slot, arch: Arch) -> tuple[str, Cut | None]:
         """The checkpoint's tensor that a parameter lies in, and how; None: it is the tensor."""
+        names = self.names_of(arch)
         module, _, kind = slot.pattern.rpartition(".")
-        part, suffix = self.names.get(slot.pattern), ""
+        part, suffix = names.get(slot.pattern), ""
         if part is None:
-            part, suffix = self.names[module], f".{kind}"
+            part, suffix = names[module], f".{kind}"
         if isinstance(part, str):
             part = Part(tensor=part)
         return part.tensor.format(slot.layer, expert=slot.expert) + suffix, _cut(part, slot, arch)

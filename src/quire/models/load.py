@@ -111,7 +111,7 @@ def load_model(
         weight_bytes=sum(parameter.nbytes(torch_dtype.itemsize) for parameter in parameters),
         converted_bytes=held_bytes(weights, decoder, parameters, torch_dtype),
         max_model_len=length,
-        unexpected_tensors=unexpected_tensors(checkpoint, family, parameters),
+        unexpected_tensors=unexpected_tensors(checkpoint, family, arch, parameters),
     )
 
 

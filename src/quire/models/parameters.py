@@ -107,11 +107,13 @@ def list_parameters(
     return parameters
 
 
-def unexpected_tensors(checkpoint: Checkpoint, family: Family, parameters: Sequence[Parameter]) -> tuple[str, ...]:
+def unexpected_tensors(
+    checkpoint: Checkpoint, family: Family, arch: Arch, parameters: Sequence[Parameter]
+) -> tuple[str, ...]:
     """The checkpoint's tensors that the model has no place for."""
     known = {name for parameter in parameters for name in parameter.stored}
     # A tied head is often saved all the same.
-    ignored = [*family.ignored, f"{family.names['head']}.weight"]
+    ignored = [*family.ignored, f"{family.names_of(arch)['head']}.weight"]
     ignored += [pattern.removeprefix(family.optional_prefix) for pattern in ignored]
     for parameter in parameters:
         if parameter.storage is not None:

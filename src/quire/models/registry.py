@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from quire.core.errors import UnknownArchitecture
@@ -39,7 +40,7 @@ def identify(fields: Mapping[str, Any], file: str) -> tuple[Family, Arch]:
     for name in names:
         family = registry.get(name)
         if family is not None:
-            return family, family.arch(config)
+            return family, replace(family.arch(config), architecture=family.architecture)
     raise UnknownArchitecture(
         f"{file}: architecture {', '.join(map(repr, names))[:200]} is not known.",
         param="model",

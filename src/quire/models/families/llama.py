@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from quire.models.arch import Arch
 from quire.models.arch_fields import read_arch
-from quire.models.family import Family, Names
+from quire.models.family import Family, Names, alias
 from quire.models.model_config import ModelConfig
 
 NAMES: Names = {
@@ -41,4 +41,12 @@ def _arch(config: ModelConfig) -> Arch:
     )
 
 
-FAMILIES = (Family(architecture="LlamaForCausalLM", arch=_arch, names=NAMES, ignored=IGNORED),)
+LLAMA = Family(architecture="LlamaForCausalLM", arch=_arch, names=NAMES, ignored=IGNORED)
+
+FAMILIES = (
+    LLAMA,
+    alias(LLAMA, "AquilaForCausalLM"),
+    alias(LLAMA, "AquilaModel"),
+    alias(LLAMA, "IQuestCoderForCausalLM"),
+    alias(LLAMA, "XverseForCausalLM"),
+)

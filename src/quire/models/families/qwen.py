@@ -7,7 +7,7 @@ from dataclasses import replace
 from quire.models.arch import Arch, Experts, QKNorm
 from quire.models.arch_fields import FULL, SLIDING, qwen_layer_types, read_arch, sliding_kinds
 from quire.models.families.llama import IGNORED, NAMES
-from quire.models.family import Family
+from quire.models.family import Family, Names, qkv
 from quire.models.model_config import ModelConfig
 
 
@@ -16,6 +16,18 @@ def _base(config: ModelConfig, architecture: str, head_dim: int | None = None) -
     rope = arch.layer_kinds[0].rope
     types = qwen_layer_types(config, arch.num_layers)
     return replace(arch, layer_kinds=sliding_kinds(config, types, {FULL: rope, SLIDING: rope}))
+
+
+def _qwen(config: ModelConfig) -> Arch:
+    """The first Qwen counts both halves of the gated block as `intermediate_size`."""
+    config = config.renamed(
+        max_position_embeddings="seq_length",
+        rms_norm_eps="layer_norm_epsilon",
+        rope_theta="rotary_emb_base",
+        head_dim="kv_channels",
+    )
+    arch = read_arch(config, architecture="QWenLMHeadModel", max_positions=8192)
+    return replace(arch, intermediate_size=arch.intermediate_size // 2, qkv_bias=True)
 
 
 def _qwen2(config: ModelConfig) -> Arch:
@@ -58,7 +70,21 @@ _EXPERTS = {
     "layers.{}.mlp.experts.{expert}.down": "model.layers.{}.mlp.experts.{expert}.down_proj",
 }
 
+_QWEN: Names = {
+    "embedding": "transformer.wte",
+    "layers.{}.attention_norm": "transformer.h.{}.ln_1",
+    **qkv("transformer.h.{}.attn.c_attn"),
+    "layers.{}.attention.o": "transformer.h.{}.attn.c_proj",
+    "layers.{}.mlp_norm": "transformer.h.{}.ln_2",
+    "layers.{}.mlp.gate": "transformer.h.{}.mlp.w2",
+    "layers.{}.mlp.up": "transformer.h.{}.mlp.w1",
+    "layers.{}.mlp.down": "transformer.h.{}.mlp.c_proj",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+}
+
 FAMILIES = (
+    Family(architecture="QWenLMHeadModel", arch=_qwen, names=_QWEN, ignored=("transformer.rotary_emb.inv_freq",)),
     Family(architecture="Qwen2ForCausalLM", arch=_qwen2, names=NAMES, ignored=IGNORED),
     Family(architecture="Qwen3ForCausalLM", arch=_qwen3, names=NAMES, ignored=IGNORED),
     Family(architecture="Qwen3MoeForCausalLM", arch=_qwen3_moe, names={**NAMES, **_EXPERTS}, ignored=IGNORED),

@@ -187,7 +187,7 @@ def _config(source: Source, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _head_layer(source: Source) -> str:
-    return str(source.family.names["head"])
+    return str(source.family.names_of(source.arch)["head"])
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
