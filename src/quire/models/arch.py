@@ -49,13 +49,31 @@ class QueryGrowth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """A sparse feed-forward block: of `num` experts a row sees the `top_k` that the router finds likeliest. Their
-    probabilities are made to add up to 1 if `renormalize`. `dense_layers` have a feed-forward block as other models."""
+    """A sparse feed-forward block: of `num` experts a row sees the `top_k` that the router finds best.
+
+    * `scoring`: how the router's outputs become scores (see `nn.moe.Routing`, for `jitter` as well). `correction`: a
+      bias is added to scores where experts are chosen, and not where they are weighed. `renormalize`: a row's scores
+      are made to add up to 1. `scale` multiplies them then.
+    * `num_groups`, `top_groups`: only experts of the best groups may be chosen.
+    * `router_bias`, `bias`: whether the router, and the experts' projections, have one.
+    * `shared_size`: features inside an expert that every row sees besides; `shared_gate`: weighed by a gate of its own.
+    * `dense_layers` have a feed-forward block as other models.
+    """
 
     num: int
     top_k: int
     intermediate_size: int
+    scoring: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    jitter: float = 0.01
+    correction: bool = False
     renormalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    router_bias: bool = False
+    bias: bool = False
+    shared_size: int = 0
+    shared_gate: bool = False
     dense_layers: tuple[int, ...] = ()
 
 
@@ -73,6 +91,7 @@ class Arch:
     * `rope_interleaved`: the checkpoint pairs dimensions 2i and 2i+1 where `ops.rotary` pairs i and i + r/2; its rows
       are brought to that order when they are loaded.
     * `gated`: the feed-forward block is down(act(gate(x)) * up(x)), otherwise down(act(up(x))).
+      `swiglu_limit`: gate and up are bounded, see `ops.activation.clamped_swiglu`, with `swiglu_alpha`.
     * `embedding_multiplier`, `residual_multiplier` (of what a block adds), `logit_multiplier`; `logit_softcap`.
     * `num_learned_positions`: rows of a table of positions that is added to the embedding; `embedding_norm`: its norm.
     * `experts`: None for a model without.
@@ -107,6 +126,8 @@ class Arch:
     rope_interleaved: bool = False
     activation: str = "silu"
     gated: bool = True
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
     embedding_multiplier: float = 1.0
     embedding_norm: bool = False
     num_learned_positions: int = 0
@@ -124,9 +145,12 @@ class Arch:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def num_experts(self) -> int:
+        return 0 if self.experts is None else self.experts.num
+
+    @property
     def expert_size(self) -> int:
-        assert self.experts is not None
-        return self.experts.intermediate_size
+        return 0 if self.experts is None else self.experts.intermediate_size
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the feed-forward block of a layer is a choice of experts."""

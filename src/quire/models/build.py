@@ -23,9 +23,10 @@ from quire.nn.layers import (
     PlainMLP,
     RMSNorm,
 )
-from quire.nn.moe import SparseMLP
+from quire.nn.moe import Routing, SparseMLP
 from quire.nn.rope import RopeTable
 from quire.nn.rope_config import RopeConfig
+from quire.ops.activation import clamped_swiglu
 from quire.ops.attention import AttentionShape
 from quire.ops.kernels import Kernels
 from quire.ops.weight import Weight
@@ -164,31 +165,45 @@ class Builder:
         up = self._linear(f"{path}.up", arch.mlp_bias) if not arch.gated else None
         if up is not None:
             return PlainMLP(up, self._linear(f"{path}.down", arch.mlp_bias), self._activation)
-        return self._gated_mlp(path)
+        return self._gated_mlp(path, arch.mlp_bias)
 
-    def _gated_mlp(self, path: str) -> MLP:
-        bias = self._arch.mlp_bias
+    def _gated_mlp(self, path: str, bias: bool) -> MLP:
         return MLP(
             gate=self._linear(f"{path}.gate", bias),
             up=self._linear(f"{path}.up", bias),
             down=self._linear(f"{path}.down", bias),
             kernels=self._kernels,
-            activation=None if self._arch.activation == "silu" else self._gated_activation,
+            activation=None if self._is_silu_mul() else self._gated_activation,
         )
+
+    def _is_silu_mul(self) -> bool:
+        return self._arch.activation == "silu" and self._arch.swiglu_limit is None
 
     def _activation(self, x: Tensor) -> Tensor:
         return self._kernels.activation(x, self._arch.activation)
 
     def _gated_activation(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self._arch.swiglu_limit is not None:
+            return clamped_swiglu(gate, up, limit=self._arch.swiglu_limit, alpha=self._arch.swiglu_alpha)
         return self._activation(gate) * up
 
     def _sparse_mlp(self, path: str) -> SparseMLP:
         experts = self._arch.experts
         assert experts is not None
         return SparseMLP(
-            self._linear(f"{path}.router", False),
-            [self._gated_mlp(f"{path}.experts.{expert}") for expert in range(experts.num)],
-            top_k=experts.top_k,
-            renormalize=experts.renormalize,
+            self._linear(f"{path}.router", experts.router_bias),
+            [self._gated_mlp(f"{path}.experts.{expert}", experts.bias) for expert in range(experts.num)],
+            routing=Routing(
+                top_k=experts.top_k,
+                scoring=experts.scoring,
+                renormalize=experts.renormalize,
+                scale=experts.scale,
+                num_groups=experts.num_groups,
+                top_groups=experts.top_groups,
+                jitter=experts.jitter,
+            ),
+            correction=self._plain(f"{path}.correction") if experts.correction else None,
+            shared=self._gated_mlp(f"{path}.shared", experts.bias) if experts.shared_size else None,
+            shared_gate=self._linear(f"{path}.shared_gate", False) if experts.shared_gate else None,
             kernels=self._kernels,
         )

@@ -15,9 +15,10 @@ def cut_out(tensor: Tensor, cut: Cut | None) -> Tensor:
     """A view where rows lie together already."""
     if cut is None:
         return tensor
-    if cut.transposed:
-        tensor = tensor.T
-    return _take(tensor.flatten() if cut.flat else tensor, cut)
+    tensor = tensor.reshape(cut.shape)
+    if cut.expert is not None:
+        tensor = tensor[cut.expert]
+    return _take(tensor.T if cut.transposed else tensor, cut)
 
 
 def cut_rows(weight: Weight, cut: Cut | None) -> Weight:

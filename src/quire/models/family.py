@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from quire.models.arch import Arch
 from quire.models.model_config import ModelConfig
@@ -16,34 +17,38 @@ and `{expert}` for the expert."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A module whose tensors are rows of larger ones, or lie transposed.
+    """A module whose tensors lie in larger ones, or in another order. Sizes are numbers or names in `Arch`.
 
-    `of`: the sizes of all sections of the rows, as numbers or names in `Arch`, of which this is the `index`-th;
-    empty: it is all rows. `groups` (the same): the sections stand in each of so many equal groups of rows.
-    `transposed`: the weight is stored `[in, out]`. `skip` rows stand before. `by_head`: a vector that is stored as
-    `[heads, head dim]`.
+    * `of`: the sizes of all sections of the rows, of which this is the `index`-th; empty: it is all rows. `groups`: the
+      sections stand in each of so many equal groups of rows. `skip` rows stand before.
+    * `transposed`: a weight is stored `[in, out]`.
+    * `flat`: the shape that a vector is stored in.
+    * `stacked`: the tensor holds all experts, one after the other: as a first dimension, or as more `rows`.
     """
 
     tensor: str
     of: tuple[str | int, ...] = ()
     index: int = 0
     groups: str | int = 1
-    transposed: bool = False
     skip: int = 0
-    by_head: bool = False
+    transposed: bool = False
+    flat: tuple[str | int, ...] = ()
+    stacked: Literal["", "first", "rows"] = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How a parameter is taken from the checkpoint's tensor of shape `stored`.
+    """How a parameter is taken from the checkpoint's tensor of shape `stored`, step by step.
 
-    It is turned (`transposed`), or its rows are laid end to end (`flat`). Then rows `start` to `stop` of each of
-    `groups` equal groups of rows are taken, and of each head of `head_dim` rows the first `rotary_dim` are put in order
-    0 2 4 … 1 3 5 …, if that is not 0."""
+    The tensor is laid out as `shape`, and the `expert`-th of it taken, if that is not None. What is left is turned
+    (`transposed`). Rows `start` to `stop` of each of `groups` equal groups of rows are taken, and of each head of
+    `head_dim` rows the first `rotary_dim` are put in order 0 2 4 … 1 3 5 …, if that is not 0.
+    """
 
     stored: tuple[int, ...]
+    shape: tuple[int, ...]
+    expert: int | None = None
     transposed: bool = False
-    flat: bool = False
     groups: int = 1
     start: int = 0
     stop: int
@@ -106,18 +111,22 @@ def _cut(part: Part, slot: Slot, arch: Arch) -> Cut | None:
     rope = arch.layer_kinds[slot.layer].rope
     rotary_dim = rope.dim if slot.rotated and arch.rope_interleaved and rope is not None else 0
     turned = part.transposed and len(slot.shape) == 2
-    if not (part.of or turned or rotary_dim or part.skip or part.by_head):
+    if not (part.of or turned or rotary_dim or part.skip or part.flat or part.stacked):
         return None
     sizes = [_size(size, arch) for size in part.of] or [slot.shape[0]]
     groups = _size(part.groups, arch)
     start = part.skip + sum(sizes[: part.index]) // groups
-    stored = (sum(sizes) + part.skip, *slot.shape[1:])
-    if part.by_head:
-        stored = (slot.shape[0] // arch.head_dim, arch.head_dim)
+    shape = (sum(sizes) + part.skip, *slot.shape[1:])
+    shape = shape[::-1] if turned else shape
+    stored = tuple(_size(size, arch) for size in part.flat) or shape
+    if part.stacked:
+        shape = (arch.num_experts, *shape)
+        stored = shape if part.stacked == "first" else (shape[0] * shape[1], *shape[2:])
     return Cut(
-        stored=stored[::-1] if turned else stored,
+        stored=stored,
+        shape=shape,
+        expert=slot.expert if part.stacked else None,
         transposed=turned,
-        flat=part.by_head,
         groups=groups,
         start=start,
         stop=start + sizes[part.index] // groups,

@@ -31,7 +31,7 @@ class Parameter:
     `cut`: the tensor holds other things besides, or holds it in another order; None: it is the tensor.
     `storage`: its values are stored quantised, in several tensors that are named after `tensor`. `scheme`: the format
     that it runs in, quantised; None for one that runs in the model's dtype. `share`: of a step's rows, those that meet
-    it; of an expert's parameters a few.
+    it; of an expert's parameters a few. `wide`: it runs in float32 whatever the dtype.
     """
 
     path: str
@@ -41,6 +41,7 @@ class Parameter:
     storage: Storage | None = None
     scheme: Scheme | None = None
     share: float = 1.0
+    wide: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -48,7 +49,9 @@ class Parameter:
 
     def nbytes(self, dtype_bytes: int) -> int:
         """In memory, by a dtype of so many bytes where it is not quantised."""
-        return self.num_elements * dtype_bytes if self.scheme is None else self.scheme.nbytes(self.shape)
+        if self.scheme is not None:
+            return self.scheme.nbytes(self.shape)
+        return self.num_elements * (4 if self.wide else dtype_bytes)
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -98,7 +101,14 @@ def list_parameters(
             scheme = rounded_scheme(quantization, path, shape, group_size)
         share = arch.experts.top_k / arch.experts.num if arch.experts is not None and ".experts." in path else 1.0
         parameter = Parameter(
-            path=path, tensor=tensor, shape=shape, cut=cut, storage=storage, scheme=scheme, share=share
+            path=path,
+            tensor=tensor,
+            shape=shape,
+            cut=cut,
+            storage=storage,
+            scheme=scheme,
+            share=share,
+            wide=slot.wide,
         )
         _check(checkpoint, parameter)
         parameters.append(parameter)
@@ -144,10 +154,10 @@ def _check(checkpoint: Checkpoint, parameter: Parameter) -> None:
     if parameter.storage is None:
         _check_tensor(checkpoint, parameter.tensor, (parameter.tensor_shape,), _FLOATS)
         return
-    if parameter.cut is not None and parameter.cut.transposed:
+    if parameter.cut is not None and (parameter.cut.transposed or parameter.cut.expert is not None):
         raise BadValue(
-            f"{checkpoint.directory}: the weights of {parameter.tensor!r} lie transposed, which is not supported of "
-            "quantised ones.",
+            f"{checkpoint.directory}: the weights of {parameter.tensor!r} lie transposed or stacked, which is not "
+            "supported of quantised ones.",
             param="model",
         )
     module = parameter.tensor.removesuffix("weight")

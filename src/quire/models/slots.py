@@ -20,6 +20,7 @@ class Slot:
     layer: int = 0
     expert: int = 0
     rotated: bool = False
+    wide: bool = False
 
     @property
     def path(self) -> str:
@@ -37,11 +38,10 @@ def slots(arch: Arch) -> Iterator[Slot]:
     for layer in range(arch.num_layers):
         yield from _layer_norms(arch, layer)
         yield from _attention(arch, layer)
-        yield from (
-            _experts(arch, layer)
-            if arch.is_sparse(layer)
-            else _mlp(arch, "layers.{}.mlp", arch.intermediate_size, layer)
-        )
+        if arch.is_sparse(layer):
+            yield from _experts(arch, layer)
+        else:
+            yield from _mlp(arch, "layers.{}.mlp", arch.intermediate_size, layer, bias=arch.mlp_bias)
     yield from _norm(arch.norm, "norm", (e,), 0)
     if not arch.tie_word_embeddings:
         yield Slot(HEAD, (arch.vocab_size, e))
@@ -89,8 +89,8 @@ def _attention(arch: Arch, layer: int) -> Iterator[Slot]:
         yield Slot(f"{path}.sinks", (arch.num_heads,), layer)
 
 
-def _mlp(arch: Arch, path: str, inner: int, layer: int, expert: int = 0) -> Iterator[Slot]:
-    e, bias = arch.hidden_size, arch.mlp_bias
+def _mlp(arch: Arch, path: str, inner: int, layer: int, *, expert: int = 0, bias: bool) -> Iterator[Slot]:
+    e = arch.hidden_size
     if arch.gated:
         yield from _linear(f"{path}.gate", (inner, e), bias, layer, expert=expert)
     yield from _linear(f"{path}.up", (inner, e), bias, layer, expert=expert)
@@ -98,8 +98,15 @@ def _mlp(arch: Arch, path: str, inner: int, layer: int, expert: int = 0) -> Iter
 
 
 def _experts(arch: Arch, layer: int) -> Iterator[Slot]:
-    experts = arch.experts
+    experts, path = arch.experts, "layers.{}.mlp"
     assert experts is not None
-    yield Slot("layers.{}.mlp.router.weight", (experts.num, arch.hidden_size), layer)
+    yield from _linear(f"{path}.router", (experts.num, arch.hidden_size), experts.router_bias, layer)
+    if experts.correction:
+        yield Slot(f"{path}.correction", (experts.num,), layer, wide=True)
     for expert in range(experts.num):
-        yield from _mlp(arch, "layers.{}.mlp.experts.{expert}", experts.intermediate_size, layer, expert)
+        inner = experts.intermediate_size
+        yield from _mlp(arch, f"{path}.experts.{{expert}}", inner, layer, expert=expert, bias=experts.bias)
+    if experts.shared_size:
+        yield from _mlp(arch, f"{path}.shared", experts.shared_size, layer, bias=experts.bias)
+    if experts.shared_gate:
+        yield Slot(f"{path}.shared_gate.weight", (1, arch.hidden_size), layer)

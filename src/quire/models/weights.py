@@ -85,7 +85,7 @@ class WeightStream(Mapping[str, Weight]):
         if tensor.ndim == 1:
             # Small, and one NaN in them spoils every output. The matrices are too large to read for this.
             check_finite(self._source.info(parameter.tensor), tensor, "finite")
-        return tensor.to(self._dtype)
+        return tensor.to(torch.float32 if parameter.wide else self._dtype)
 
     def _stored(self, parameter: Parameter) -> QuantizedWeight:
         assert parameter.storage is not None

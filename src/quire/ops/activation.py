@@ -56,6 +56,14 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return activated.to(gate.dtype).mul_(up)
 
 
+def clamped_swiglu(gate: Tensor, up: Tensor, *, limit: float, alpha: float) -> Tensor:
+    """gpt-oss's: gate * sigmoid(alpha * gate) * (up + 1), of a gate of at most `limit`, and up within it; in float32,
+    rounded once."""
+    gate_wide = gate.float().clamp(max=limit)
+    up_wide = up.float().clamp(-limit, limit)
+    return (gate_wide / ((gate_wide * -alpha).exp_() + 1.0) * (up_wide + 1.0)).to(gate.dtype)
+
+
 def _activation_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     return {
         "x": random_tensor(rows, random_int(1, 700, generator), dtype=dtype, generator=generator, scale=4.0),

@@ -56,8 +56,8 @@ def _cohere2(config: ModelConfig) -> Arch:
 
 _NAMES = {
     **NAMES,
-    "layers.{}.attention.q_norm": Part(tensor="model.layers.{}.self_attn.q_norm", by_head=True),
-    "layers.{}.attention.k_norm": Part(tensor="model.layers.{}.self_attn.k_norm", by_head=True),
+    "layers.{}.attention.q_norm": Part(tensor="model.layers.{}.self_attn.q_norm", flat=("num_heads", "head_dim")),
+    "layers.{}.attention.k_norm": Part(tensor="model.layers.{}.self_attn.k_norm", flat=("num_kv_heads", "head_dim")),
 }
 
 FAMILIES = (
