@@ -26,6 +26,16 @@ BLOOM = {"vocab_size": VOCAB, "hidden_size": 48, "n_layer": 2, "n_head": 4}
 MPT = {"vocab_size": VOCAB, "d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}
 FALCON = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
+LOCAL: dict[str, Any] = {"num_local_experts": 6, "num_experts_per_tok": 2}
+ROUTED: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 40,
+    "routed_scaling_factor": 1.7,
+}
+
 CASES: tuple[Case, ...] = (
     *cases(
         "Llama",
@@ -484,5 +494,126 @@ CASES: tuple[Case, ...] = (
         {"slopes in a row": {**FALCON, "alibi": True, "bias": True, "parallel_attn": False, "multi_query": False}},
         sizes=False,
         attention="sdpa",
+    ),
+    *cases(
+        "Mixtral",
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {"": LOCAL, "window": {**LOCAL, **WINDOW, "num_experts_per_tok": 3}},
+    ),
+    *cases(
+        "Mixtral",
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        {
+            "": {**LOCAL, "attention_bias": True, "lm_head_bias": True},
+            "wide mixer": {**LOCAL, "router_jitter_noise": 0.9},
+        },
+    ),
+    *cases("Mixtral", "MiniMaxM2ForCausalLM", "MiniMaxM2Config", {"": {**LOCAL, "head_dim": 16, "rotary_dim": 8}}),
+    *cases(
+        "Qwen",
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            "": {**EXPERTS, "shared_expert_intermediate_size": 56},
+            "some dense": {
+                **EXPERTS,
+                "shared_expert_intermediate_size": 56,
+                "num_hidden_layers": 4,
+                "decoder_sparse_step": 2,
+                "norm_topk_prob": True,
+                "qkv_bias": False,
+            },
+        },
+    ),
+    *cases(
+        "OLMo",
+        "OlmoeForCausalLM",
+        "OlmoeConfig",
+        {
+            "": {"num_experts": 6, "num_experts_per_tok": 2},
+            "renormalised": {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True},
+        },
+    ),
+    *cases("OLMo", "FlexOlmoForCausalLM", "FlexOlmoConfig", {"": {"num_experts": 6, "num_experts_per_tok": 2}}),
+    *cases(
+        "Granite",
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        {"": {**LOCAL, "attention_multiplier": 0.2, "residual_multiplier": 0.4}},
+    ),
+    *cases(
+        "Granite",
+        "GraniteMoeSharedForCausalLM",
+        "GraniteMoeSharedConfig",
+        {"": {**LOCAL, "shared_intermediate_size": 56}},
+    ),
+    *cases(
+        "DBRX",
+        "DbrxForCausalLM",
+        "DbrxConfig",
+        {
+            "": {
+                "vocab_size": VOCAB,
+                "d_model": 48,
+                "n_heads": 4,
+                "n_layers": 2,
+                "max_seq_len": 256,
+                "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1000.0},
+                "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 6, "moe_top_k": 2},
+            }
+        },
+        sizes=False,
+    ),
+    *cases(
+        "GLM",
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        {
+            "": {**ROUTED, "head_dim": 16, "first_k_dense_replace": 1, "attention_bias": True},
+            "groups": {**ROUTED, "head_dim": 16, "n_group": 3, "topk_group": 2, "use_qk_norm": True},
+        },
+    ),
+    *cases(
+        "dots",
+        "Dots1ForCausalLM",
+        "Dots1Config",
+        {
+            "": {
+                **ROUTED,
+                "head_dim": 16,
+                "first_k_dense_replace": 1,
+                "max_window_layers": 2,
+                "norm_topk_prob": True,
+                **WINDOW,
+            }
+        },
+    ),
+    *cases(
+        "ERNIE",
+        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5_MoeConfig",
+        {"": {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 40, "num_hidden_layers": 3}},
+    ),
+    *cases(
+        "Hunyuan",
+        "HunYuanMoEV1ForCausalLM",
+        "HunYuanMoEV1Config",
+        {"": {"head_dim": 12, "num_experts": 6, "moe_topk": 2}},
+    ),
+    *cases(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {
+            "": {
+                **LOCAL,
+                "head_dim": 16,
+                **WINDOW,
+                **rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False),
+            },
+            "tight bound": {**LOCAL, "head_dim": 16, "swiglu_limit": 0.5, **WINDOW, **rope("default")},
+        },
     ),
 )

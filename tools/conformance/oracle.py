@@ -31,7 +31,8 @@ def save(case: Case, directory: Path, *, dtype: torch.dtype = torch.float32) -> 
     model = AutoModelForCausalLM.from_config(config, attn_implementation=case.attention).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        corrections = [buffer for name, buffer in model.named_buffers() if "correction_bias" in name]
+        for parameter in (*model.parameters(), *corrections):
             # Large enough that logits differ clearly, so that greedy tokens do not hang on the last bit.
             noise = torch.randn(parameter.shape, generator=generator) * (0.15 if parameter.ndim > 1 else 0.3)
             # Norms' weights are ones at first, all else is random or zero.

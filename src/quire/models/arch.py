@@ -152,6 +152,10 @@ class Arch:
     def expert_size(self) -> int:
         return 0 if self.experts is None else self.experts.intermediate_size
 
+    @property
+    def shared_size(self) -> int:
+        return 0 if self.experts is None else self.experts.shared_size
+
     def is_sparse(self, layer: int) -> bool:
         """Whether the feed-forward block of a layer is a choice of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers

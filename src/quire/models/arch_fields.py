@@ -84,6 +84,26 @@ def layer_norm(config: ModelConfig, *, bias: bool, eps: float = 1e-5) -> NormKin
     return NormKind(kind="layer", eps=config.number("layer_norm_eps", eps), bias=bias)
 
 
+def read_experts(config: ModelConfig, *, num: int | None = None, top_k: int | None = None) -> tuple[int, int]:
+    """How many experts there are, and how many a row sees; `num` and `top_k` are the family's defaults."""
+    found = config.integer("num_experts", num)
+    seen = config.integer("num_experts_per_tok", top_k)
+    if seen > found:
+        raise config.fault("num_experts_per_tok", seen, f"at most the number of experts, {found}")
+    return found, seen
+
+
+def read_groups(config: ModelConfig, num: int, top_k: int) -> tuple[int, int]:
+    """(groups of experts, how many of them may be chosen from) by `n_group` and `topk_group`."""
+    groups = config.integer("n_group", 1)
+    if num % groups or (groups > 1 and num // groups < 2):
+        raise config.fault("n_group", groups, f"a divisor of the number of experts, {num}, with two to a group")
+    chosen = config.integer("topk_group", 1)
+    if chosen > groups or chosen * (num // groups) < top_k:
+        raise config.fault("topk_group", chosen, f"at most {groups} groups, with at least {top_k} experts")
+    return groups, chosen
+
+
 def read_activation(config: ModelConfig, default: str, field: str = "hidden_act") -> str:
     """The name in `ops.activation`."""
     name = config.text(field, default)

@@ -107,6 +107,21 @@ def gate_up(tensor: str) -> dict[str, Part]:
     }
 
 
+def experts(module: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, str]:
+    """Names of experts that have a module each under `module`."""
+    path = "layers.{}.mlp.experts.{expert}"
+    return {
+        f"{path}.gate": f"{module}.{{expert}}.{gate}",
+        f"{path}.up": f"{module}.{{expert}}.{up}",
+        f"{path}.down": f"{module}.{{expert}}.{down}",
+    }
+
+
+def shared_expert(module: str) -> dict[str, str]:
+    """Names of the expert that every row sees."""
+    return {f"layers.{{}}.mlp.shared.{name}": f"{module}.{name}_proj" for name in ("gate", "up", "down")}
+
+
 def _cut(part: Part, slot: Slot, arch: Arch) -> Cut | None:
     rope = arch.layer_kinds[slot.layer].rope
     rotary_dim = rope.dim if slot.rotated and arch.rope_interleaved and rope is not None else 0

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quire.models.arch import Arch, NormKind, QKNorm
-from quire.models.arch_fields import FULL, SLIDING, every_nth_full, read_arch, read_layer_types, rms_norm, sliding_kinds
+from quire.models.arch import Arch, Experts, NormKind, QKNorm
+from quire.models.arch_fields import (
+    FULL,
+    SLIDING,
+    every_nth_full,
+    read_arch,
+    read_experts,
+    read_layer_types,
+    rms_norm,
+    sliding_kinds,
+)
 from quire.models.families.llama import IGNORED, NAMES
-from quire.models.family import Family
+from quire.models.family import Family, Names, experts
 from quire.models.model_config import ModelConfig
 from quire.models.rope_fields import read_rope
 
@@ -43,13 +52,42 @@ def _olmo3(config: ModelConfig) -> Arch:
     return replace(arch, layer_kinds=sliding_kinds(config, types, {FULL: full, SLIDING: local}, window=4096))
 
 
-_POST = {
+def _experts(config: ModelConfig, arch: Arch, *, num: int, top_k: int) -> Experts:
+    num, top_k = read_experts(config, num=num, top_k=top_k)
+    return Experts(
+        num=num,
+        top_k=top_k,
+        intermediate_size=arch.intermediate_size,
+        renormalize=config.boolean("norm_topk_prob", False),
+    )
+
+
+def _olmoe(config: ModelConfig) -> Arch:
+    arch = _base(config, "OlmoeForCausalLM", rms_norm(config, 1e-5))
+    if "clip_qkv" in config:
+        raise config.fault("clip_qkv", config.raw("clip_qkv"), "null: clipping beside norms is not supported")
+    qk_norm, sparse = QKNorm(norm=arch.norm, over="whole"), _experts(config, arch, num=64, top_k=8)
+    return replace(arch, qk_norm=qk_norm, experts=sparse)
+
+
+def _flex_olmo(config: ModelConfig) -> Arch:
+    arch = _post_normed(_base(config, "FlexOlmoForCausalLM", rms_norm(config, 1e-6), theta=500_000.0))
+    return replace(arch, experts=_experts(config, arch, num=7, top_k=5))
+
+
+_EXPERTS: Names = {
+    "layers.{}.mlp.router": "model.layers.{}.mlp.gate",
+    **experts("model.layers.{}.mlp.experts"),
+}
+_POST: Names = {
     **NAMES,
     "layers.{}.attention_out_norm": "model.layers.{}.post_attention_layernorm",
     "layers.{}.mlp_out_norm": "model.layers.{}.post_feedforward_layernorm",
 }
 
 FAMILIES = (
+    Family(architecture="OlmoeForCausalLM", arch=_olmoe, names={**NAMES, **_EXPERTS}, ignored=IGNORED),
+    Family(architecture="FlexOlmoForCausalLM", arch=_flex_olmo, names={**_POST, **_EXPERTS}, ignored=IGNORED),
     Family(architecture="OlmoForCausalLM", arch=_olmo, names=NAMES, ignored=IGNORED),
     Family(architecture="Olmo2ForCausalLM", arch=_olmo2, names=_POST, ignored=IGNORED),
     Family(architecture="Olmo3ForCausalLM", arch=_olmo3, names=_POST, ignored=IGNORED),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quire.models.arch import Arch, Experts, QKNorm
-from quire.models.arch_fields import FULL, SLIDING, qwen_layer_types, read_arch, sliding_kinds
+from quire.models.arch_fields import FULL, SLIDING, qwen_layer_types, read_arch, read_experts, sliding_kinds
 from quire.models.families.llama import IGNORED, NAMES
-from quire.models.family import Family, Names, qkv
+from quire.models.family import Family, Names, experts, qkv, shared_expert
 from quire.models.model_config import ModelConfig
 
 
@@ -45,29 +45,38 @@ def _normed(config: ModelConfig, arch: Arch) -> Arch:
 
 def _qwen3_moe(config: ModelConfig) -> Arch:
     arch = _normed(config, _base(config, "Qwen3MoeForCausalLM"))
+    return replace(arch, experts=_experts(config, arch, num=128, top_k=8))
+
+
+def _qwen2_moe(config: ModelConfig) -> Arch:
+    arch = _base(config, "Qwen2MoeForCausalLM")
+    shared = config.integer("shared_expert_intermediate_size", 5632)
+    sparse = replace(_experts(config, arch, num=60, top_k=4), shared_size=shared, shared_gate=True)
+    return replace(arch, qkv_bias=config.boolean("qkv_bias", True), experts=sparse)
+
+
+def _experts(config: ModelConfig, arch: Arch, *, num: int, top_k: int) -> Experts:
+    """Layers that are named, and those between every `decoder_sparse_step`-th, have none."""
     # transformers 5 writes num_local_experts, checkpoints of the hub have num_experts.
-    num = config.integer("num_local_experts" if "num_local_experts" in config else "num_experts", 128)
-    top_k = config.integer("num_experts_per_tok", 8)
-    if top_k > num:
-        raise config.fault("num_experts_per_tok", top_k, f"at most the number of experts, {num}")
+    if "num_local_experts" in config:
+        config = config.renamed(num_experts="num_local_experts")
+    num, top_k = read_experts(config, num=num, top_k=top_k)
     named, step = config.integers("mlp_only_layers"), config.integer("decoder_sparse_step", 1)
-    return replace(
-        arch,
-        experts=Experts(
-            num=num,
-            top_k=top_k,
-            intermediate_size=config.integer("moe_intermediate_size", 768),
-            renormalize=config.boolean("norm_topk_prob", False),
-            dense_layers=tuple(layer for layer in range(arch.num_layers) if layer in named or (layer + 1) % step),
-        ),
+    return Experts(
+        num=num,
+        top_k=top_k,
+        intermediate_size=config.integer("moe_intermediate_size", 768),
+        renormalize=config.boolean("norm_topk_prob", False),
+        dense_layers=tuple(layer for layer in range(arch.num_layers) if layer in named or (layer + 1) % step),
     )
 
 
-_EXPERTS = {
+_EXPERTS: Names = {
+    **NAMES,
     "layers.{}.mlp.router": "model.layers.{}.mlp.gate",
-    "layers.{}.mlp.experts.{expert}.gate": "model.layers.{}.mlp.experts.{expert}.gate_proj",
-    "layers.{}.mlp.experts.{expert}.up": "model.layers.{}.mlp.experts.{expert}.up_proj",
-    "layers.{}.mlp.experts.{expert}.down": "model.layers.{}.mlp.experts.{expert}.down_proj",
+    **experts("model.layers.{}.mlp.experts"),
+    **shared_expert("model.layers.{}.mlp.shared_expert"),
+    "layers.{}.mlp.shared_gate": "model.layers.{}.mlp.shared_expert_gate",
 }
 
 _QWEN: Names = {
@@ -87,5 +96,6 @@ FAMILIES = (
     Family(architecture="QWenLMHeadModel", arch=_qwen, names=_QWEN, ignored=("transformer.rotary_emb.inv_freq",)),
     Family(architecture="Qwen2ForCausalLM", arch=_qwen2, names=NAMES, ignored=IGNORED),
     Family(architecture="Qwen3ForCausalLM", arch=_qwen3, names=NAMES, ignored=IGNORED),
-    Family(architecture="Qwen3MoeForCausalLM", arch=_qwen3_moe, names={**NAMES, **_EXPERTS}, ignored=IGNORED),
+    Family(architecture="Qwen2MoeForCausalLM", arch=_qwen2_moe, names=_EXPERTS, ignored=IGNORED),
+    Family(architecture="Qwen3MoeForCausalLM", arch=_qwen3_moe, names=_EXPERTS, ignored=IGNORED),
 )
