@@ -123,5 +123,5 @@ INTERNLM2 = then(
 )
 BAICHUAN = joined("self_attn.W_pack", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 INTERNLM = renamed({}, {"attention_bias": "bias"})
-ORION = renamed({}, {"layer_norm_eps": "rms_norm_eps", "rope_parameters": "unused"})
+ORION = renamed({}, {"layer_norm_eps": "rms_norm_eps", "rope_parameters": "unused"}, {"rope_theta": 1000.0})
 """Of StableLM that rotates whole heads, in blocks that stand in a row."""
