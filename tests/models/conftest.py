@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from quire.nn.batch import ForwardBatch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # for `conformance`, which is not installed
 
 Save = Callable[..., tuple[Any, Path]]
 LayOut = Callable[..., ForwardBatch]

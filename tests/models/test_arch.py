@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quire.core.errors import BadValue, UnknownArchitecture
-from quire.models.registry import identify, model_registry
+from quire.models.registry import identify
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,16 +29,17 @@ def read(**changes: Any) -> Any:
 
 def test_what_is_not_said_has_the_default_of_the_family() -> None:
     llama = read(num_key_value_heads="absent", max_position_embeddings="absent", rms_norm_eps="absent")
-    assert (llama.num_kv_heads, llama.head_dim, llama.rope.max_positions) == (4, 16, 2048)
-    assert (llama.rms_norm_eps, llama.rope.theta, llama.tie_word_embeddings) == (1e-6, 10_000.0, False)
+    assert (llama.num_kv_heads, llama.head_dim, llama.max_positions) == (4, 16, 2048)
+    assert (llama.norm.eps, llama.ropes[0].theta, llama.tie_word_embeddings) == (1e-6, 10_000.0, False)
     assert read(architectures=["Qwen3ForCausalLM"]).head_dim == 128
     assert read(head_dim=None).head_dim == 16
 
 
-def test_families_differ_in_flags_only() -> None:
+def test_families_differ_in_flags() -> None:
+    names = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
     flags = {
-        name: (arch.qkv_bias, arch.o_bias, arch.mlp_bias, arch.qk_norm)
-        for name in model_registry().names()
+        name: (arch.qkv_bias, arch.o_bias, arch.mlp_bias, arch.qk_norm is not None)
+        for name in names
         for arch in [read(architectures=[name], attention_bias=True, mlp_bias=True)]
     }
     assert flags == {
@@ -73,7 +74,7 @@ def test_an_unknown_architecture_is_named_beside_the_known_ones() -> None:
         ("rms_norm_eps", 0),
         ("rms_norm_eps", "1e-6"),
         ("rms_norm_eps", float("inf")),
-        ("hidden_act", "gelu"),
+        ("hidden_act", "softmax"),
         ("hidden_act", 3),
         ("attention_bias", "yes"),
         ("tie_word_embeddings", 1),
@@ -87,12 +88,15 @@ def test_a_field_that_cannot_be_used_is_named_with_its_file_and_value(field: str
 
 
 @pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
-def test_a_sliding_window_is_refused_only_where_a_layer_would_use_it(name: str) -> None:
-    window = {"architectures": [name], "sliding_window": 64}
-    read(**window, use_sliding_window=False)
-    read(**window, use_sliding_window=True, max_window_layers=2)
-    read(**window, layer_types=["full_attention"] * 2)
-    with pytest.raises(BadValue, match="use_sliding_window"):
-        read(**window, use_sliding_window=True, max_window_layers=1)
-    with pytest.raises(BadValue, match="layer_types"):
-        read(**window, layer_types=["full_attention", "sliding_attention"])
+def test_a_sliding_window_is_in_the_layers_that_use_it(name: str) -> None:
+    def windows(**changes: Any) -> list[int | None]:
+        arch = read(architectures=[name], sliding_window=64, **changes)
+        return [kind.window for kind in arch.layer_kinds]
+
+    assert windows(use_sliding_window=False) == [None, None]
+    assert windows(use_sliding_window=True, max_window_layers=2) == [None, None]
+    assert windows(use_sliding_window=True, max_window_layers=1) == [None, 64]
+    assert windows(use_sliding_window=True, layer_types=["sliding_attention", "full_attention"]) == [64, None]
+    for wrong in (["full_attention"], ["full_attention", "linear_attention"], "full_attention"):
+        with pytest.raises(BadValue, match="layer_types"):
+            windows(use_sliding_window=True, layer_types=wrong)

@@ -46,10 +46,10 @@ def fields(directory: Path, **changes: Any) -> dict[str, Any]:
 
 def test_either_name_for_the_number_of_experts_and_either_way_to_say_which_layers(directory: Path) -> None:
     _, arch = identify(fields(directory, num_local_experts=None, num_experts=5), "config.json")
-    assert arch.num_experts == 5
+    assert arch.experts.num == 5
     assert [arch.is_sparse(layer) for layer in range(4)] == [True, False, True, True]
     _, arch = identify(fields(directory, decoder_sparse_step=2), "config.json")
-    assert arch.dense_layers == (0, 1, 2)
+    assert arch.experts.dense_layers == (0, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_sizes_are_those_of_the_loaded_model(tmp_path: Path, tie: bool, dtype: s
     planned, loaded = plan(directory, dtype=dtype), load_model(directory, dtype=dtype)
     assert planned.dtype == str(loaded.dtype).removeprefix("torch.")
     assert planned.weight_bytes == loaded.weight_bytes
-    assert planned.table_bytes == loaded.decoder.rope.cos.nbytes + loaded.decoder.rope.sin.nbytes
+    assert planned.table_bytes == loaded.decoder.table_bytes
     assert planned.weight_bytes_by_dtype == {"F16": planned.num_parameters * 2}
     assert planned.kv_bytes_per_token == loaded.kv_bytes_per_block(16) // 16
     assert planned.longest == loaded.max_model_len

@@ -130,13 +130,12 @@ def size_cache(config: EngineConfig, model: LoadedModel) -> KVLedger:
         raise ConfigError(
             f"num_kv_blocks is {config.num_kv_blocks}.", param="num_kv_blocks", remedy="It must be at least 2."
         )
-    rope = model.decoder.rope
     ledger = build_ledger(
         config,
         shapes_of(model.arch),
         weight_bytes=model.weight_bytes,
         dtype=_dtype_name(model),
-        available=available_memory() + model.converted_bytes + rope.cos.nbytes + rope.sin.nbytes,
+        available=available_memory() + model.converted_bytes + model.decoder.table_bytes,
     )
     if config.num_kv_blocks is None:
         ledger.check()

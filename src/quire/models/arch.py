@@ -3,19 +3,98 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from quire.nn.rope_config import RopeConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormKind:
+    """`rms`: root mean square; `layer`: less the mean, too. `weight_offset`: what is to be added to stored weights;
+    `weight` false: there are none, they are ones."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float
+    weight: bool = True
+    bias: bool = False
+    weight_offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QKNorm:
+    """How queries and keys are normalised. `over`: each `head` by itself, all with one weight; each head with its own
+    (`own_heads`); or all heads as one vector (`whole`). `after_rope`: once they are rotated."""
+
+    norm: NormKind
+    over: Literal["head", "own_heads", "whole"] = "head"
+    after_rope: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerKind:
+    """What differs between the layers of one model. `rope` None: positions are not told to its attention; `window`: a
+    token sees so many tokens, itself included."""
+
+    rope: RopeConfig | None
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryGrowth:
+    """Queries are multiplied by 1 + beta * log(1 + floor(position / period)) (Llama 4's temperature)."""
+
+    beta: float
+    period: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A sparse feed-forward block: of `num` experts a row sees the `top_k` that the router finds best.
+
+    * `scoring`: how the router's outputs become scores (see `nn.moe.Routing`, for `jitter` as well). `correction`: a
+      bias is added to scores where experts are chosen, and not where they are weighed. `renormalize`: a row's scores
+      are made to add up to 1. `scale` multiplies them then.
+    * `num_groups`, `top_groups`: only experts of the best groups may be chosen.
+    * `router_bias`, `bias`: whether the router, and the experts' projections, have one.
+    * `shared_size`: features inside an expert that every row sees besides; `shared_gate`: weighed by a gate of its own.
+    * `dense_layers` have a feed-forward block as other models.
+    """
+
+    num: int
+    top_k: int
+    intermediate_size: int
+    scoring: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    jitter: float = 0.01
+    correction: bool = False
+    renormalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    router_bias: bool = False
+    bias: bool = False
+    shared_size: int = 0
+    shared_gate: bool = False
+    dense_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
     """What a family's function makes of config.json. Names are the checkpoint's where it has them.
 
-    * `architecture`: the class name that the checkpoint gives itself.
-    * `qkv_bias`, `o_bias`, `mlp_bias`: which projections have a bias.
-    * `qk_norm`: queries and keys are normalised per head, before they are rotated.
-    * `num_experts`: 0 for a model without; otherwise the feed-forward blocks are sparse, but for those of
-      `dense_layers`. A row's `num_experts_per_tok` experts have probabilities that `norm_topk_prob` makes add up to 1.
+    * `architecture`: the class name that the checkpoint gives itself. `max_positions`: the context it was made for.
+    * `layer_kinds`: one per layer.
+    * `norms`: where norms are: before attention and feed-forward block (`pre`), after them (`post`), or both
+      (`sandwich`). `parallel`: both blocks read the same stream, through one norm if `shared_norm`.
+    * `qkv_bias`, `o_bias`, `mlp_bias`, `head_bias`: which projections have a bias.
+    * `attention_scale` multiplies scores. `attention_softcap`, `alibi_slopes`: as in `ops.attention`. `clip_qkv` bounds
+      queries, keys and values. `sinks`: each head has a score of its own that takes weight and gives no value.
+    * `rope_interleaved`: the checkpoint pairs dimensions 2i and 2i+1 where `ops.rotary` pairs i and i + r/2; its rows
+      are brought to that order when they are loaded.
+    * `gated`: the feed-forward block is down(act(gate(x)) * up(x)), otherwise down(act(up(x))).
+      `swiglu_limit`: gate and up are bounded, see `ops.activation.clamped_swiglu`, with `swiglu_alpha`.
+    * `embedding_multiplier`, `residual_multiplier` (of what a block adds), `logit_multiplier`; `logit_softcap`.
+    * `num_learned_positions`: rows of a table of positions that is added to the embedding; `embedding_norm`: its norm.
+    * `experts`: None for a model without.
     """
 
     architecture: str
@@ -26,18 +105,36 @@ class Arch:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
-    rope: RopeConfig
+    max_positions: int
+    norm: NormKind
+    layer_kinds: tuple[LayerKind, ...]
+    norms: Literal["pre", "post", "sandwich"] = "pre"
+    parallel: bool = False
+    shared_norm: bool = False
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    norm_topk_prob: bool = False
-    dense_layers: tuple[int, ...] = ()
+    head_bias: bool = False
+    qk_norm: QKNorm | None = None
+    attention_scale: float
+    attention_softcap: float | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+    clip_qkv: float | None = None
+    sinks: bool = False
+    query_growth: QueryGrowth | None = None
+    rope_interleaved: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
+    embedding_multiplier: float = 1.0
+    embedding_norm: bool = False
+    num_learned_positions: int = 0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
+    experts: Experts | None = None
 
     @property
     def q_size(self) -> int:
@@ -47,11 +144,35 @@ class Arch:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    def is_sparse(self, layer: int) -> bool:
-        """Whether the feed-forward block of a layer is a choice of experts."""
-        return self.num_experts > 0 and layer not in self.dense_layers
+    @property
+    def num_experts(self) -> int:
+        return 0 if self.experts is None else self.experts.num
 
     @property
-    def untied_head(self) -> bool:
-        """The output head has a weight of its own."""
-        return not self.tie_word_embeddings
+    def expert_size(self) -> int:
+        return 0 if self.experts is None else self.experts.intermediate_size
+
+    @property
+    def shared_size(self) -> int:
+        return 0 if self.experts is None else self.experts.shared_size
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the feed-forward block of a layer is a choice of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The different ones."""
+        return tuple(dict.fromkeys(kind.rope for kind in self.layer_kinds if kind.rope is not None))
+
+    @property
+    def default_context(self) -> int:
+        """See `RopeConfig.default_context`: of several kinds of layers the shortest."""
+        return min([self.max_positions, *(rope.default_context for rope in self.ropes)])
+
+    @property
+    def longest_context(self) -> int:
+        """Positions that the model can tell apart as it is meant to. A longer context is the caller's mistake."""
+        if self.num_learned_positions:
+            return self.num_learned_positions
+        return min([rope.longest_context for rope in self.ropes], default=self.max_positions)

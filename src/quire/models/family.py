@@ -1,92 +1,154 @@
-"""What a model family consists of, and what families have in common."""
+"""What a model family consists of: a function from config.json to flags, and the checkpoint's names of parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from quire.models.arch import Arch
 from quire.models.model_config import ModelConfig
-from quire.models.rope_fields import read_rope
+from quire.models.slots import Slot
 
-_SILU = ("silu", "swish")
+Names = Mapping[str, "str | Part"]
+"""From a decoder's module (or a single parameter, which goes first) to the checkpoint's, both with `{}` for the layer
+and `{expert}` for the expert."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One row of a weight table.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A module whose tensors lie in larger ones, or in another order. Sizes are numbers or names in `Arch`.
 
-    `parameter` is the attribute path in `Decoder`, `tensor` the name in the checkpoint; `{}` in both is the layer,
-    `{expert}` the expert. `shape` names fields of `Arch`. A row with `when` counts only where that field of `Arch` is
-    true, one with `sparse` only in layers whose feed-forward block is so.
+    * `of`: the sizes of all sections of the rows, of which this is the `index`-th; empty: it is all rows. `groups`: the
+      sections stand in each of so many equal groups of rows. `skip` rows stand before.
+    * `transposed`: a weight is stored `[in, out]`.
+    * `flat`: the shape that a vector is stored in.
+    * `stacked`: the tensor holds all experts, one after the other: as a first dimension, or as more `rows`.
     """
 
-    parameter: str
     tensor: str
-    shape: tuple[str, ...]
-    when: str | None = None
-    sparse: bool | None = None
+    of: tuple[str | int, ...] = ()
+    index: int = 0
+    groups: str | int = 1
+    skip: int = 0
+    transposed: bool = False
+    flat: tuple[str | int, ...] = ()
+    stacked: Literal["", "first", "rows"] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How a parameter is taken from the checkpoint's tensor of shape `stored`, step by step.
+
+    The tensor is laid out as `shape`, and the `expert`-th of it taken, if that is not None. What is left is turned
+    (`transposed`). Rows `start` to `stop` of each of `groups` equal groups of rows are taken, and of each head of
+    `head_dim` rows the first `rotary_dim` are put in order 0 2 4 … 1 3 5 …, if that is not 0.
+    """
+
+    stored: tuple[int, ...]
+    shape: tuple[int, ...]
+    expert: int | None = None
+    transposed: bool = False
+    groups: int = 1
+    start: int = 0
+    stop: int
+    head_dim: int = 0
+    rotary_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """`ignored` are glob patterns of tensors that a checkpoint may hold and nobody needs."""
+    """`names` may depend on the flags. `ignored` are glob patterns of tensors that a checkpoint may hold and nobody
+    needs. `optional_prefix` begins names that some checkpoints have without it."""
 
     architecture: str
     arch: Callable[[ModelConfig], Arch]
-    weights: tuple[Weight, ...]
+    names: Names | Callable[[Arch], Names]
     ignored: tuple[str, ...] = ()
+    optional_prefix: str = field(default="")
+
+    def names_of(self, arch: Arch) -> Names:
+        return self.names(arch) if callable(self.names) else self.names
+
+    def locate(self, slot: Slot, arch: Arch) -> tuple[str, Cut | None]:
+        """The checkpoint's tensor that a parameter lies in, and how; None: it is the tensor."""
+        names = self.names_of(arch)
+        module, _, kind = slot.pattern.rpartition(".")
+        part, suffix = names.get(slot.pattern), ""
+        if part is None:
+            part, suffix = names[module], f".{kind}"
+        if isinstance(part, str):
+            part = Part(tensor=part)
+        return part.tensor.format(slot.layer, expert=slot.expert) + suffix, _cut(part, slot, arch)
 
 
-def read_common(
-    config: ModelConfig,
-    *,
-    architecture: str,
-    max_positions: int,
-    head_dim: int | None = None,
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
-) -> Arch:
-    """The fields that all these families spell alike. `max_positions` and `head_dim` are the family's defaults."""
-    activation = config.text("hidden_act", "silu")
-    if activation not in _SILU:
-        raise config.fault("hidden_act", activation, f"one of {', '.join(_SILU)}")
-    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    num_kv_heads = config.integer("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise config.fault("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads, {num_heads}")
-    if "head_dim" not in config and head_dim is None and hidden_size % num_heads:
-        raise config.fault("hidden_size", hidden_size, f"a multiple of num_attention_heads, {num_heads}")
-    head_dim = config.integer("head_dim", head_dim or hidden_size // num_heads)
-    max_positions = config.integer("max_position_embeddings", max_positions)
-    return Arch(
-        architecture=architecture,
-        vocab_size=config.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=config.integer("intermediate_size"),
-        num_layers=config.integer("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
-        rope=read_rope(config, head_dim=head_dim, max_positions=max_positions),
-        tie_word_embeddings=config.boolean("tie_word_embeddings", False),
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
+def alias(family: Family, architecture: str) -> Family:
+    """The same family under another name."""
+    return replace(family, architecture=architecture)
+
+
+def qkv(tensor: str, *, groups: str | int = 1, transposed: bool = False) -> dict[str, Part]:
+    """Names of queries, keys and values that lie in one module: one after the other, in each of `groups`."""
+    sizes = ("q_size", "kv_size", "kv_size")
+    return {
+        f"layers.{{}}.attention.{name}": Part(
+            tensor=tensor, of=sizes, index=index, groups=groups, transposed=transposed
+        )
+        for index, name in enumerate("qkv")
+    }
+
+
+def gate_up(tensor: str) -> dict[str, Part]:
+    """Names of gate and up that lie in one module, one after the other."""
+    sizes = ("intermediate_size", "intermediate_size")
+    return {
+        f"layers.{{}}.mlp.{name}": Part(tensor=tensor, of=sizes, index=index)
+        for index, name in enumerate(("gate", "up"))
+    }
+
+
+def experts(module: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, str]:
+    """Names of experts that have a module each under `module`."""
+    path = "layers.{}.mlp.experts.{expert}"
+    return {
+        f"{path}.gate": f"{module}.{{expert}}.{gate}",
+        f"{path}.up": f"{module}.{{expert}}.{up}",
+        f"{path}.down": f"{module}.{{expert}}.{down}",
+    }
+
+
+def shared_expert(module: str) -> dict[str, str]:
+    """Names of the expert that every row sees."""
+    return {f"layers.{{}}.mlp.shared.{name}": f"{module}.{name}_proj" for name in ("gate", "up", "down")}
+
+
+def _cut(part: Part, slot: Slot, arch: Arch) -> Cut | None:
+    rope = arch.layer_kinds[slot.layer].rope
+    rotary_dim = rope.dim if slot.rotated and arch.rope_interleaved and rope is not None else 0
+    turned = part.transposed and len(slot.shape) == 2
+    if not (part.of or turned or rotary_dim or part.skip or part.flat or part.stacked):
+        return None
+    sizes = [_size(size, arch) for size in part.of] or [slot.shape[0]]
+    groups = _size(part.groups, arch)
+    start = part.skip + sum(sizes[: part.index]) // groups
+    shape = (sum(sizes) + part.skip, *slot.shape[1:])
+    shape = shape[::-1] if turned else shape
+    stored = tuple(_size(size, arch) for size in part.flat) or shape
+    if part.stacked:
+        shape = (arch.num_experts, *shape)
+        stored = shape if part.stacked == "first" else (shape[0] * shape[1], *shape[2:])
+    return Cut(
+        stored=stored,
+        shape=shape,
+        expert=slot.expert if part.stacked else None,
+        transposed=turned,
+        groups=groups,
+        start=start,
+        stop=start + sizes[part.index] // groups,
+        head_dim=arch.head_dim,
+        rotary_dim=rotary_dim,
     )
 
 
-def refuse_sliding_window(config: ModelConfig) -> None:
-    """Raises BadValue if any layer would use a sliding window, which attention does not have yet."""
-    layer_types = config.raw("layer_types")
-    if layer_types is None:
-        first = config.integer("max_window_layers", 28, minimum=0)
-        windowed = config.boolean("use_sliding_window", False) and first < config.integer("num_hidden_layers")
-        if windowed and "sliding_window" in config:
-            raise config.fault("use_sliding_window", True, "false: sliding-window attention is not supported yet")
-    elif not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise config.fault("layer_types", layer_types, "a list of 'full_attention': no other kind is supported yet")
+def _size(size: str | int, arch: Arch) -> int:
+    return int(getattr(arch, size)) if isinstance(size, str) else size

@@ -10,8 +10,9 @@ import torch
 
 from quire.core.errors import ConfigError
 from quire.models.arch import Arch
+from quire.models.build import build_decoder
 from quire.models.checkpoint import Checkpoint
-from quire.models.decoder import Decoder, build_decoder
+from quire.models.decoder import Decoder
 from quire.models.dtype import resolve_dtype
 from quire.models.packed_weights import EarlyPacked, linear_shapes
 from quire.models.parameters import elements_per_row, list_parameters, unexpected_tensors
@@ -123,18 +124,24 @@ def load_model(
         weight_bytes=sum(parameter.nbytes(torch_dtype.itemsize, compiled=compiled) for parameter in parameters),
         converted_bytes=held_bytes(weights, decoder, parameters, torch_dtype, compiled=compiled),
         max_model_len=length,
-        unexpected_tensors=unexpected_tensors(checkpoint, family, parameters),
+        unexpected_tensors=unexpected_tensors(checkpoint, family, arch, parameters),
     )
 
 
 def _model_len(arch: Arch, asked: int | None) -> int:
     if asked is None:
-        return arch.rope.default_context
-    if asked > arch.rope.longest_context:
+        return arch.default_context
+    if asked > arch.longest_context:
         raise ConfigError(
-            f"max_model_len is {asked}, but {arch.architecture} with rope type {arch.rope.rope_type!r} has positions "
-            f"for {arch.rope.longest_context} tokens only.",
+            f"max_model_len is {asked}, but {arch.architecture} ({_positions(arch)}) has positions for "
+            f"{arch.longest_context} tokens only.",
             param="max_model_len",
             remedy="Ask for less, or change rope_scaling and max_position_embeddings in the checkpoint's config.json.",
         )
     return asked
+
+
+def _positions(arch: Arch) -> str:
+    if arch.num_learned_positions:
+        return "with a table of positions"
+    return ", ".join(f"rope type {rope.rope_type!r}" for rope in arch.ropes) or "without positions"

@@ -12,12 +12,22 @@ from quire.core.errors import BadValue
 class ModelConfig:
     """Wraps the JSON object of `file` (its name in messages). A field that is null counts as missing."""
 
-    def __init__(self, fields: Mapping[str, Any], file: str) -> None:
+    def __init__(self, fields: Mapping[str, Any], file: str, names: Mapping[str, str] | None = None) -> None:
         self._fields = fields
+        self._names = names or {}
         self.file = file
 
+    def renamed(self, **names: str) -> ModelConfig:
+        """The same, where a field that most families call by a keyword's name is called by its value."""
+        return ModelConfig(self._fields, self.file, names)
+
     def __contains__(self, name: str) -> bool:
-        return self._fields.get(name) is not None
+        return self.raw(name) is not None
+
+    def says_null(self, name: str) -> bool:
+        """The field is there, and null: where that means something else than a field that is missing."""
+        own = self._names.get(name, name)
+        return own in self._fields and self._fields[own] is None
 
     def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
         value = self._get(name, default)
@@ -41,6 +51,13 @@ class ModelConfig:
         if not isinstance(value, list) or len(value) != length:
             raise self.fault(name, value, f"a list of {length} numbers")
         return tuple(ModelConfig({name: item}, self.file).number(name) for item in value)
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of integers that are not negative; empty if missing."""
+        value = self._get(name, [])
+        if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+            raise self.fault(name, value, "a list of integers that are not negative")
+        return tuple(value)
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
@@ -66,14 +83,14 @@ class ModelConfig:
 
     def raw(self, name: str) -> Any:
         """The field as it stands, None if missing, for what has no simple type."""
-        return self._fields.get(name)
+        return self._fields.get(self._names.get(name, name))
 
     def fault(self, name: str, value: object, expected: str) -> BadValue:
         """The error for a field that is missing (`value` None) or not as expected."""
-        shown = repr(value)
+        name, shown = self._names.get(name, name), repr(value)
         found = "it is missing" if value is None else f"found {shown if len(shown) <= 200 else shown[:200] + '…'}"
         return BadValue(f"{self.file}: field {name!r} must be {expected}, {found}.", param="model")
 
     def _get(self, name: str, default: Any) -> Any:
-        value = self._fields.get(name)
+        value = self.raw(name)
         return default if value is None else value

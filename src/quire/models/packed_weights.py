@@ -25,9 +25,10 @@ from quire.core.json_file import open_regular
 from quire.models.checkpoint import Checkpoint
 from quire.models.dtype import resolve_dtype
 from quire.models.mapped_files import MappedFiles
-from quire.models.parameters import EMBEDDING, HEAD, Parameter, list_parameters
+from quire.models.parameters import Parameter, list_parameters
 from quire.models.quantization.scheme import Format
 from quire.models.registry import identify
+from quire.models.slots import EMBEDDING, HEAD
 from quire.ops.cpu.library import REFERENCE, kernels_module, open_backend
 from quire.ops.cpu.packed_file import PackedFileFault, packed_bytes, read_packed, write_packed
 
@@ -173,10 +174,10 @@ def pack_early(
 
 def _pack_plain(checkpoint: Checkpoint, parameters: list[Parameter], backend: Any) -> dict[str, Any]:
     """All matrices, if each is stored as the kernels take it; one at a time, its pages given back."""
-    tensors = {parameter.path: parameter for parameter in parameters if len(parameter.shape) == 2}
-    embedding = tensors.pop(EMBEDDING)
+    tensors = {parameter.path: parameter for parameter in parameters if _is_packed(parameter)}
+    embedding = next(parameter for parameter in parameters if parameter.path == EMBEDDING)
     infos = {path: checkpoint.tensors.get(tensor.tensor) for path, tensor in {HEAD: embedding, **tensors}.items()}
-    plain = all(parameter.storage is None and parameter.scheme is None for parameter in parameters)
+    plain = not any(parameter.cut or parameter.storage or parameter.scheme for parameter in parameters)
     if not plain or not all(
         info is not None and info.dtype == "BF16" and info.offset % 2 == 0 for info in infos.values()
     ):
@@ -193,9 +194,13 @@ def _pack_plain(checkpoint: Checkpoint, parameters: list[Parameter], backend: An
 
 def linear_shapes(parameters: list[Parameter]) -> dict[str, tuple[int, ...]]:
     """By path, those parameters that a decoder packs; a head that is tied to the embedding is packed apart from it."""
-    shapes = {parameter.path: parameter.shape for parameter in parameters if len(parameter.shape) == 2}
-    embedding = shapes.pop(EMBEDDING)
+    shapes = {parameter.path: parameter.shape for parameter in parameters if _is_packed(parameter)}
+    embedding = next(parameter.shape for parameter in parameters if parameter.path == EMBEDDING)
     return {HEAD: embedding, **shapes}
+
+
+def _is_packed(parameter: Parameter) -> bool:
+    return len(parameter.shape) == 2 and not parameter.path.startswith("embedding.")
 
 
 def digest(checkpoint: Checkpoint, described: Mapping[str, object]) -> str:

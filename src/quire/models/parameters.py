@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from quire.core.errors import BadValue, ConfigError, MissingTensor, ShapeMismatch
 from quire.models.arch import Arch
 from quire.models.checkpoint import Checkpoint
-from quire.models.family import Family
+from quire.models.family import Cut, Family
 from quire.models.model_config import ModelConfig
 from quire.models.quantization.config import read_quantization
 from quire.models.quantization.scheme import DEFAULT_GROUP_SIZE, Format, Scheme, is_linear, rounded_scheme
 from quire.models.quantization.storage import Storage
-
-EMBEDDING, HEAD = "embedding.weight", "head.weight"
+from quire.models.slots import EMBEDDING, HEAD, slots
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -29,17 +28,20 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 class Parameter:
     """`path` in the decoder, `tensor` in the checkpoint, and the shape.
 
+    `cut`: the tensor holds other things besides, or holds it in another order; None: it is the tensor.
     `storage`: its values are stored quantised, in several tensors that are named after `tensor`. `scheme`: the format
     that it runs in, quantised; None for one that runs in the model's dtype. `share`: of a step's rows, those that meet
-    it; of an expert's parameters a few.
+    it; of an expert's parameters a few. `wide`: it runs in float32 whatever the dtype.
     """
 
     path: str
     tensor: str
     shape: tuple[int, ...]
+    cut: Cut | None = None
     storage: Storage | None = None
     scheme: Scheme | None = None
     share: float = 1.0
+    wide: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -48,9 +50,14 @@ class Parameter:
     def nbytes(self, dtype_bytes: int, *, compiled: bool) -> int:
         """In memory, by a dtype of so many bytes where it is not quantised; packed, if compiled kernels serve."""
         if self.scheme is None:
-            return self.num_elements * dtype_bytes
+            return self.num_elements * (4 if self.wide else dtype_bytes)
         # What is rounded here has scales of bfloat16 (see `quantization.rounding`); a checkpoint's may be any.
         return self.scheme.nbytes(self.shape, narrow=compiled and self.storage is None)
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Of the tensor in the checkpoint."""
+        return self.shape if self.cut is None else self.cut.stored
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -58,7 +65,7 @@ class Parameter:
         if self.storage is None:
             return (self.tensor,)
         module = self.tensor.removesuffix("weight")
-        return tuple(module + part.suffix for part in self.storage.parts(self.shape))
+        return tuple(module + part.suffix for part in self.storage.parts(self.tensor_shape))
 
 
 def list_parameters(
@@ -82,15 +89,28 @@ def list_parameters(
             remedy="Leave it out, or name the checkpoint that this one was made from.",
         )
     parameters = []
-    for path, tensor, shape in _table(family, arch):
+    for slot in slots(arch):
+        tensor, cut = family.locate(slot, arch)
+        if tensor not in checkpoint.tensors and tensor.removeprefix(family.optional_prefix) in checkpoint.tensors:
+            tensor = tensor.removeprefix(family.optional_prefix)
+        path, shape = slot.path, slot.shape
         storage, scheme = None, None
         if stored is not None and is_linear(path, shape):
             storage = stored.storage_of(tensor.removesuffix(".weight"))
             scheme = storage.scheme(shape, f"{file}: the weights of {tensor!r}") if storage is not None else None
         elif quantization is not None:
             scheme = rounded_scheme(quantization, path, shape, group_size)
-        share = arch.num_experts_per_tok / arch.num_experts if ".experts." in path else 1.0
-        parameter = Parameter(path=path, tensor=tensor, shape=shape, storage=storage, scheme=scheme, share=share)
+        share = arch.experts.top_k / arch.experts.num if arch.experts is not None and ".experts." in path else 1.0
+        parameter = Parameter(
+            path=path,
+            tensor=tensor,
+            shape=shape,
+            cut=cut,
+            storage=storage,
+            scheme=scheme,
+            share=share,
+            wide=slot.wide,
+        )
         _check(checkpoint, parameter)
         parameters.append(parameter)
     if quantization is not None and arch.tie_word_embeddings:
@@ -98,11 +118,14 @@ def list_parameters(
     return parameters
 
 
-def unexpected_tensors(checkpoint: Checkpoint, family: Family, parameters: Sequence[Parameter]) -> tuple[str, ...]:
+def unexpected_tensors(
+    checkpoint: Checkpoint, family: Family, arch: Arch, parameters: Sequence[Parameter]
+) -> tuple[str, ...]:
     """The checkpoint's tensors that the model has no place for."""
     known = {name for parameter in parameters for name in parameter.stored}
     # A tied head is often saved all the same.
-    ignored = [*family.ignored, *(weight.tensor for weight in family.weights if weight.parameter == HEAD)]
+    ignored = [*family.ignored, f"{family.names_of(arch)['head']}.weight"]
+    ignored += [pattern.removeprefix(family.optional_prefix) for pattern in ignored]
     for parameter in parameters:
         if parameter.storage is not None:
             module = parameter.tensor.removesuffix("weight")
@@ -119,34 +142,27 @@ def elements_per_row(parameters: Iterable[Parameter]) -> int:
     return round(sum(parameter.num_elements * parameter.share for parameter in parameters))
 
 
-def _table(family: Family, arch: Arch) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """The family's table written out for every layer and expert: parameter, tensor, shape."""
-    for weight in family.weights:
-        if weight.when is not None and not getattr(arch, weight.when):
-            continue
-        shape = tuple(int(getattr(arch, field)) for field in weight.shape)
-        for layer in range(arch.num_layers) if "{}" in weight.parameter else range(1):
-            if weight.sparse is not None and weight.sparse != arch.is_sparse(layer):
-                continue
-            for expert in range(arch.num_experts) if "{expert}" in weight.parameter else range(1):
-                yield weight.parameter.format(layer, expert=expert), weight.tensor.format(layer, expert=expert), shape
-
-
 def _tied_head(parameters: Sequence[Parameter], quantization: Format) -> list[Parameter]:
     """A quantised copy of the embedding, which itself stays as it is: its rows are looked up, not multiplied by."""
     embedding = next(parameter for parameter in parameters if parameter.path == EMBEDDING)
     scheme = rounded_scheme(quantization, HEAD, embedding.shape)
     if scheme is None:
         return []
-    return [Parameter(path=HEAD, tensor=embedding.tensor, shape=embedding.shape, scheme=scheme)]
+    return [replace(embedding, path=HEAD, scheme=scheme)]
 
 
 def _check(checkpoint: Checkpoint, parameter: Parameter) -> None:
     if parameter.storage is None:
-        _check_tensor(checkpoint, parameter.tensor, (parameter.shape,), _FLOATS)
+        _check_tensor(checkpoint, parameter.tensor, (parameter.tensor_shape,), _FLOATS)
         return
+    if parameter.cut is not None and (parameter.cut.transposed or parameter.cut.expert is not None):
+        raise BadValue(
+            f"{checkpoint.directory}: the weights of {parameter.tensor!r} lie transposed or stacked, which is not "
+            "supported of quantised ones.",
+            param="model",
+        )
     module = parameter.tensor.removesuffix("weight")
-    for part in parameter.storage.parts(parameter.shape):
+    for part in parameter.storage.parts(parameter.tensor_shape):
         _check_tensor(checkpoint, module + part.suffix, part.shapes, part.dtypes)
     for suffix in parameter.storage.refused:
         if module + suffix in checkpoint.tensors:

@@ -22,9 +22,10 @@ from quire.models.checkpoint import Checkpoint
 from quire.models.dtype import resolve_dtype
 from quire.models.fit import DTYPE_BYTES, Fit, build_ledger, format_bytes, judge
 from quire.models.machine import measure_bandwidth, measure_flops
-from quire.models.parameters import EMBEDDING, HEAD, Parameter, elements_per_row, list_parameters
+from quire.models.parameters import Parameter, elements_per_row, list_parameters
 from quire.models.registry import identify
 from quire.models.shapes import Shapes, guess_shapes, shapes_of
+from quire.models.slots import EMBEDDING, HEAD
 from quire.ops.cpu.library import REFERENCE, usable_isas
 
 CONTEXTS = (1024, 4096)
@@ -200,7 +201,7 @@ def _identify(checkpoint: Checkpoint, config: EngineConfig) -> _Model:
             else "config.json does not name the sizes that the KV cache depends on."
         )
         return _Model(name=name, known=known, shapes=shapes, notes=tuple(notes))
-    longest = arch.rope.longest_context
+    longest = arch.longest_context
     notes = []
     if config.max_model_len is not None and config.max_model_len > longest:
         notes.append(f"It will not start: max_model_len is {config.max_model_len}, its positions end at {longest}.")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from quire.core.errors import UnknownArchitecture
 from quire.core.registry import Registry
+from quire.models import families
 from quire.models.arch import Arch
-from quire.models.families.llama import LLAMA
-from quire.models.families.qwen2 import QWEN2
-from quire.models.families.qwen3 import QWEN3
-from quire.models.families.qwen3_moe import QWEN3_MOE
 from quire.models.family import Family
 from quire.models.model_config import ModelConfig
 
@@ -21,8 +21,9 @@ ENTRY_POINT_GROUP = "quire.models"
 def model_registry() -> Registry[Family]:
     """Families by the architecture's name in config.json."""
     registry: Registry[Family] = Registry("model architecture", ENTRY_POINT_GROUP)
-    for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE):
-        registry.add(family.architecture, family)
+    for found in pkgutil.iter_modules(families.__path__):
+        for family in importlib.import_module(f"{families.__name__}.{found.name}").FAMILIES:
+            registry.add(family.architecture, family)
     return registry
 
 
@@ -39,7 +40,7 @@ def identify(fields: Mapping[str, Any], file: str) -> tuple[Family, Arch]:
     for name in names:
         family = registry.get(name)
         if family is not None:
-            return family, family.arch(config)
+            return family, replace(family.arch(config), architecture=family.architecture)
     raise UnknownArchitecture(
         f"{file}: architecture {', '.join(map(repr, names))[:200]} is not known.",
         param="model",

@@ -12,23 +12,37 @@ _OLD_NAMES = {"su": "longrope"}
 _DEFAULT_THETA = 10_000.0
 
 
-def read_rope(config: ModelConfig, *, head_dim: int, max_positions: int) -> RopeConfig:
-    """Raises BadValue for a type that is not known, or one that lacks what it needs."""
-    section = _section(config)
+def read_rope(
+    config: ModelConfig,
+    *,
+    head_dim: int,
+    max_positions: int,
+    theta: float = _DEFAULT_THETA,
+    partial: float | None = None,
+    layer_type: str = "full_attention",
+) -> RopeConfig:
+    """`theta` is the family's default; so is `partial`, the share of a head's dimensions that is rotated, None for a
+    family that always rotates all. `layer_type`: which object to read where there is one per kind of layer.
+
+    Raises BadValue for a type that is not known, or one that lacks what it needs.
+    """
+    section = _section(config, layer_type)
     rope_type = _rope_type(section)
-    if rope_type != "default" and _partial_factor(config, section) != 1.0:
-        # Of the families that are known so far none rotates a part of a head. `transformers` ignores the field with the
-        # default type, and cannot run the others.
-        raise section.fault("partial_rotary_factor", _partial_factor(config, section), "1.0")
+    factor = _partial_factor(config, section, 1.0 if partial is None else partial)
+    if partial is not None:
+        head_dim = int(head_dim * factor)
+    elif rope_type != "default" and factor != 1.0:
+        # `transformers` ignores the field with the default type, and cannot run the others.
+        raise section.fault("partial_rotary_factor", factor, "1.0")
     if head_dim % 2:
-        raise config.fault("head_dim", head_dim, "an even number, since rotary embedding turns pairs")
+        raise config.fault("head_dim", head_dim, "an even number of rotated dimensions, since they are turned in pairs")
     original = max_positions
     if rope_type in ("llama3", "yarn", "longrope"):
         source = config if "original_max_position_embeddings" in config else section
         original = source.integer("original_max_position_embeddings", max_positions)
     return RopeConfig(
         rope_type=rope_type,
-        theta=section.number("rope_theta", config.number("rope_theta", _DEFAULT_THETA)),
+        theta=section.number("rope_theta", config.number("rope_theta", theta)),
         dim=head_dim,
         max_positions=max_positions,
         original_max_positions=original,
@@ -46,10 +60,10 @@ def read_rope(config: ModelConfig, *, head_dim: int, max_positions: int) -> Rope
     )
 
 
-def _section(config: ModelConfig) -> ModelConfig:
-    """Old form first. An object per kind of layer is read for full attention, the one kind there is."""
+def _section(config: ModelConfig, layer_type: str) -> ModelConfig:
+    """Old form first."""
     section = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
-    return section.section("full_attention") if "full_attention" in section else section
+    return section.section(layer_type) if layer_type in section else section
 
 
 def _rope_type(section: ModelConfig) -> RopeType:
@@ -61,8 +75,11 @@ def _rope_type(section: ModelConfig) -> RopeType:
     raise section.fault("rope_type", name, f"one of {', '.join(ROPE_TYPES)}")
 
 
-def _partial_factor(config: ModelConfig, section: ModelConfig) -> float:
-    return section.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+def _partial_factor(config: ModelConfig, section: ModelConfig, default: float) -> float:
+    factor = section.number("partial_rotary_factor", config.number("partial_rotary_factor", default))
+    if factor > 1.0:
+        raise section.fault("partial_rotary_factor", factor, "at most 1")
+    return factor
 
 
 def _factor(section: ModelConfig, rope_type: RopeType, ratio: float) -> float:

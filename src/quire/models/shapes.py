@@ -37,7 +37,7 @@ class Shapes:
 def shapes_of(arch: Arch) -> Shapes:
     """The sizes of an architecture that is known."""
     # Beside an expert's inner values, its rows are gathered and their results kept apart until they are added.
-    inside_experts = arch.moe_intermediate_size + arch.hidden_size if arch.num_experts else 0
+    inside_experts = arch.expert_size + arch.hidden_size if arch.experts is not None else 0
     return Shapes(
         num_layers=arch.num_layers,
         num_heads=arch.num_heads,
@@ -46,8 +46,8 @@ def shapes_of(arch: Arch) -> Shapes:
         hidden_size=arch.hidden_size,
         intermediate_size=max(arch.intermediate_size, inside_experts),
         vocab_size=arch.vocab_size,
-        longest=arch.rope.default_context,
-        rope_dim=arch.rope.dim,
+        longest=arch.default_context,
+        rope_dim=sum(rope.dim for rope in arch.ropes),
     )
 
 

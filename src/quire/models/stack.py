@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from quire.models.decoder import Decoder, DecoderLayer
-from quire.nn.layers import MLP, Linear, RMSNorm
+from quire.nn.attention import QueryTransform
+from quire.nn.layers import MLP, InputEmbedding, Linear, Norm, RMSNorm
+from quire.ops.attention import AttentionShape
 from quire.ops.stack import Stack, StackDescription, StackLayer, StackLinear
 
 
@@ -16,35 +18,54 @@ def stack_of(decoder: Decoder) -> Stack | None:
         return None
     layers = [_layer(layer) for layer in decoder.layers]
     described = [layer for layer in layers if layer is not None]
-    if len(described) < len(layers):
+    shapes = {layer.attention.shape for layer in decoder.layers}
+    ropes = {layer.attention.rope for layer in decoder.layers}
+    if len(described) < len(layers) or not _covered(shapes) or len(ropes) > 1 or not _is_plain(decoder.embedding):
         return None
+    (shape,), (rope,) = shapes, ropes
+    if rope is None or not _standard(decoder.norm):
+        return None
+    assert isinstance(decoder.norm, RMSNorm)
     return build(
         StackDescription(
             layers=described,
             embedding=decoder.embedding.weight,
             norm=decoder.norm.weight,
-            cos=decoder.rope.cos,
-            sin=decoder.rope.sin,
+            cos=rope.cos,
+            sin=rope.sin,
             eps=decoder.norm.eps,
-            attention=decoder.layers[0].attention.shape,
+            attention=shape,
         )
     )
 
 
 def _layer(layer: DecoderLayer) -> StackLayer | None:
-    """None for a feed-forward block of another build: a mixture of experts."""
+    """None for a layer that is not pre-norm attention and a gated feed-forward block with silu."""
     attention, mlp = layer.attention, layer.mlp
-    if not isinstance(mlp, MLP):
+    before, between = layer.attention_norm, layer.mlp_norm
+    if (
+        not isinstance(mlp, MLP)
+        or not mlp.is_silu
+        or not isinstance(before, RMSNorm)
+        or not isinstance(between, RMSNorm)
+    ):
+        return None
+    out_norms = (layer.attention_out_norm, layer.mlp_out_norm)
+    if layer.parallel or layer.multiplier != 1.0 or any(norm is not None for norm in out_norms):
+        return None
+    if attention.transform != QueryTransform():
+        return None
+    if not all(norm is None or _standard(norm) for norm in (before, between, attention.q_norm, attention.k_norm)):
         return None
     return StackLayer(
-        attention_norm=layer.attention_norm.weight,
+        attention_norm=before.weight,
         q=_linear(attention.q),
         k=_linear(attention.k),
         v=_linear(attention.v),
         o=_linear(attention.o),
         q_norm=_weight(attention.q_norm),
         k_norm=_weight(attention.k_norm),
-        mlp_norm=layer.mlp_norm.weight,
+        mlp_norm=between.weight,
         gate=_linear(mlp.gate),
         up=_linear(mlp.up),
         down=_linear(mlp.down),
@@ -55,5 +76,20 @@ def _linear(linear: Linear) -> StackLinear:
     return StackLinear(weight=linear.weight, bias=linear.bias)
 
 
-def _weight(norm: RMSNorm | None) -> Tensor | None:
+def _weight(norm: Norm | None) -> Tensor | None:
+    assert norm is None or isinstance(norm, RMSNorm)
     return None if norm is None else norm.weight
+
+
+def _standard(norm: Norm) -> bool:
+    return isinstance(norm, RMSNorm) and norm.weight_offset == 0.0
+
+
+def _is_plain(embedding: InputEmbedding) -> bool:
+    return embedding.positions is None and embedding.norm is None and embedding.multiplier == 1.0
+
+
+def _covered(shapes: set[AttentionShape]) -> bool:
+    return len(shapes) == 1 and all(
+        option is None for shape in shapes for option in (shape.window, shape.softcap, shape.slopes, shape.sinks)
+    )

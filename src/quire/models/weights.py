@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quire.core.errors import BadValue
 from quire.models.checkpoint import Checkpoint, TensorInfo
+from quire.models.cut import cut_out, cut_rows
 from quire.models.parameters import Parameter
 from quire.models.quantization.assemble import assemble
 from quire.models.quantization.rounding import round_weight, scales_of
@@ -77,12 +78,12 @@ class WeightStream(Mapping[str, Weight | PackedWeight]):
         """Whether `held`, what became of a parameter, still is a view of the mapped file."""
         if parameter.storage is not None or parameter.scheme is not None or not isinstance(held, Tensor):
             return False
-        return held.data_ptr() == self._source.get(parameter.tensor).data_ptr()
+        return held.data_ptr() == cut_out(self._source.get(parameter.tensor), parameter.cut).data_ptr()
 
     def _read(self, parameter: Parameter) -> Weight:
         if parameter.storage is not None:
-            return self._stored(parameter)
-        tensor = self._source.get(parameter.tensor)
+            return cut_rows(self._stored(parameter), parameter.cut)
+        tensor = cut_out(self._source.get(parameter.tensor), parameter.cut)
         if parameter.scheme is not None:
             weight = round_weight(tensor, parameter.scheme, self._rounding)
             check_finite(self._source.info(parameter.tensor), scales_of(weight), "weights of finite scale")
@@ -90,7 +91,7 @@ class WeightStream(Mapping[str, Weight | PackedWeight]):
         if tensor.ndim == 1:
             # Small, and one NaN in them spoils every output. The matrices are too large to read for this.
             check_finite(self._source.info(parameter.tensor), tensor, "finite")
-        return tensor.to(self._dtype)
+        return tensor.to(torch.float32 if parameter.wide else self._dtype)
 
     def _stored(self, parameter: Parameter) -> QuantizedWeight:
         assert parameter.storage is not None

@@ -1,35 +1,54 @@
 """Self-attention with grouped KV heads, rotary positions and a paged cache.
 
-Legend: t tokens, e hidden size, h query heads, g KV heads, d head dim.
+Legend: t tokens, e hidden size, h query heads, g KV heads, d head dim, r rotated dimensions of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from quire.nn.layers import Linear, RMSNorm
-from quire.ops.attention import AttentionShape
+from quire.nn.batch import ForwardBatch
+from quire.nn.layers import Linear, Norm
+from quire.nn.rope import RopeTable
+from quire.ops.attention import AttentionShape, PagedRequests
 from quire.ops.kernels import Kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepContext:
-    """What every layer's attention needs of this step. Made once per step by `Decoder.forward`.
+class QueryTransform:
+    """What happens to queries and keys besides projection and rotation.
 
-    `plan` is the attention kernel's own; `cos` and `sin` are `[t, r / 2]`, `slots_t` as in `ForwardBatch`.
+    `whole`: norms see all heads as one vector. `after_rope`: they come after the rotation. `clip` bounds queries, keys
+    and values. `growth` is (beta, period), see `Arch.query_growth`.
+    """
+
+    whole: bool = False
+    after_rope: bool = False
+    clip: float | None = None
+    growth: tuple[float, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What one kind of layer needs of this step. Made once per step by `step_contexts`.
+
+    `plan` is the attention kernel's own; `rotation` cosines and sines `[t, r / 2]`, None where nothing is rotated;
+    `slots_t` as in `ForwardBatch`; `growth_t11` multiplies queries.
     """
 
     plan: Any
-    cos: Tensor
-    sin: Tensor
+    rotation: tuple[Tensor, Tensor] | None
     slots_t: Tensor
+    growth_t11: Tensor | None
 
 
 class Attention:
-    """`q_norm` and `k_norm` normalise each head before it is rotated, where the model has them."""
+    """`q_norm` and `k_norm` normalise queries and keys, where the model has them. `rope` None: nothing is rotated."""
 
     def __init__(
         self,
@@ -38,9 +57,12 @@ class Attention:
         k: Linear,
         v: Linear,
         o: Linear,
-        q_norm: RMSNorm | None,
-        k_norm: RMSNorm | None,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        sinks: Tensor | None,
         shape: AttentionShape,
+        rope: RopeTable | None,
+        transform: QueryTransform,
         kernels: Kernels,
     ) -> None:
         self.q = q
@@ -49,19 +71,64 @@ class Attention:
         self.o = o
         self.q_norm = q_norm
         self.k_norm = k_norm
+        self.sinks = sinks
         self.shape = shape
+        self.rope = rope
+        self.transform = transform
         self._kernels = kernels
 
     def __call__(self, x_te: Tensor, kv_layer: Tensor, step: StepContext) -> Tensor:
         t, d = x_te.shape[0], self.shape.head_dim
-        q_thd = self.q(x_te).view(t, self.shape.num_heads, d)
-        k_tgd = self.k(x_te).view(t, self.shape.num_kv_heads, d)
-        v_tgd = self.v(x_te).view(t, self.shape.num_kv_heads, d)
-        if self.q_norm is not None:
-            q_thd = self.q_norm(q_thd)
-        if self.k_norm is not None:
-            k_tgd = self.k_norm(k_tgd)
-        q_thd = self._kernels.rope(q_thd, step.cos, step.sin)
-        k_tgd = self._kernels.rope(k_tgd, step.cos, step.sin)
-        self._kernels.attention.write(kv_layer, k_tgd, v_tgd, step.slots_t)
+        q_tn, k_tn, v_tn = self.q(x_te), self.k(x_te), self.v(x_te)
+        if self.transform.clip is not None:
+            q_tn, k_tn, v_tn = (x.clamp(-self.transform.clip, self.transform.clip) for x in (q_tn, k_tn, v_tn))
+        q_thd = self._positioned(q_tn, self.shape.num_heads, self.q_norm, step)
+        k_tgd = self._positioned(k_tn, self.shape.num_kv_heads, self.k_norm, step)
+        if step.growth_t11 is not None:
+            q_thd = q_thd * step.growth_t11.to(q_thd.dtype)
+        self._kernels.attention.write(kv_layer, k_tgd, v_tn.view(t, -1, d), step.slots_t)
         return self.o(self._kernels.attention(q_thd, kv_layer, step.plan).view(t, -1))
+
+    def _positioned(self, x_tn: Tensor, heads: int, norm: Norm | None, step: StepContext) -> Tensor:
+        """Normalised and rotated, in whichever order; `[t, heads, d]`."""
+        if norm is not None and self.transform.whole:
+            x_tn = norm(x_tn)
+        x_thd = x_tn.view(len(x_tn), heads, -1)
+        by_head = norm if not self.transform.whole else None
+        if by_head is not None and not self.transform.after_rope:
+            x_thd = by_head(x_thd)
+        if step.rotation is not None:
+            x_thd = self._kernels.rope(x_thd, *step.rotation)
+        return by_head(x_thd) if by_head is not None and self.transform.after_rope else x_thd
+
+
+def step_contexts(
+    attentions: Sequence[Attention], batch: ForwardBatch, requests: PagedRequests, kernels: Kernels
+) -> list[StepContext]:
+    """One per layer; layers of one kind share theirs."""
+    plans: dict[AttentionShape, Any] = {}
+    rotations: dict[int, tuple[Tensor, Tensor]] = {}
+    contexts: dict[tuple[AttentionShape, int], StepContext] = {}
+    found = []
+    for attention in attentions:
+        key = attention.shape, id(attention.rope)
+        if key not in contexts:
+            if attention.shape not in plans:
+                plans[attention.shape] = kernels.attention.plan(attention.shape, requests)
+            if attention.rope is not None and id(attention.rope) not in rotations:
+                rotations[id(attention.rope)] = attention.rope.rows(batch.positions_t)
+            contexts[key] = StepContext(
+                plan=plans[attention.shape],
+                rotation=rotations.get(id(attention.rope)),
+                slots_t=batch.slots_t,
+                growth_t11=_growth(attention, batch.positions_t),
+            )
+        found.append(contexts[key])
+    return found
+
+
+def _growth(attention: Attention, positions_t: Tensor) -> Tensor | None:
+    if attention.transform.growth is None or attention.rope is None:
+        return None
+    beta, period = attention.transform.growth
+    return (1 + beta * torch.log1p((positions_t // period).float()))[:, None, None]

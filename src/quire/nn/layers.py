@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 from torch import Tensor
 
 from quire.ops.kernels import Kernels
 from quire.ops.weight import PackedWeight, Weight
+
+Activation = Callable[[Tensor], Tensor]
+GatedActivation = Callable[[Tensor, Tensor], Tensor]
+"""act(gate) * up, elementwise."""
 
 
 class Linear:
@@ -24,19 +31,71 @@ class Linear:
         return self._kernel.wide(x, self.weight, self.bias)
 
 
+class Norm(Protocol):
+    """Of the last dimension."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `x + residual`, and the sum."""
+        ...
+
+
 class RMSNorm:
-    def __init__(self, weight: Tensor, eps: float, kernels: Kernels) -> None:
+    def __init__(self, weight: Tensor, eps: float, kernels: Kernels, *, weight_offset: float = 0.0) -> None:
         self.weight = weight
         self.eps = eps
+        self.weight_offset = weight_offset
         self._rms_norm = kernels.rms_norm
         self._add_rms_norm = kernels.add_rms_norm
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._rms_norm(x, self.weight, self.eps)
+        return self._rms_norm(x, self.weight, self.eps, self.weight_offset)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of `x + residual`, and the sum."""
-        return self._add_rms_norm(x, residual, self.weight, self.eps)
+        return self._add_rms_norm(x, residual, self.weight, self.eps, self.weight_offset)
+
+
+class LayerNorm:
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, kernels: Kernels) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+        self._layer_norm = kernels.layer_norm
+        self._add_layer_norm = kernels.add_layer_norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return self._add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+class NoNorm:
+    """Where other models have a norm."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return total, total
+
+
+class OwnHeadsNorm:
+    """Normalises each head by itself, then multiplies by a weight of its own. `weight` is `[heads * head dim]`."""
+
+    def __init__(self, norm: Norm, weight: Tensor) -> None:
+        self.weight = weight
+        self._norm = norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` is `[t, heads, head dim]`."""
+        return self._norm(x) * self.weight.view(x.shape[1:])
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self(total), total
 
 
 class Embedding:
@@ -50,14 +109,49 @@ class Embedding:
         return self._embedding(ids_t, self.weight)
 
 
-class MLP:
-    """The gated feed-forward block: down(silu(gate(x)) * up(x))."""
+class InputEmbedding:
+    """What goes into the first layer: the token's row times `multiplier`, plus its position's row, normed."""
 
-    def __init__(self, gate: Linear, up: Linear, down: Linear, kernels: Kernels) -> None:
+    def __init__(self, table: Embedding, *, multiplier: float, positions: Embedding | None, norm: Norm | None) -> None:
+        self.weight = table.weight
+        self.positions = positions
+        self.norm = norm
+        self._table = table
+        self.multiplier = multiplier
+
+    def __call__(self, ids_t: Tensor, positions_t: Tensor) -> Tensor:
+        x_te = self._table(ids_t)
+        if self.multiplier != 1.0:
+            # Rounded to the dtype before the product, as `transformers` does.
+            x_te = x_te * x_te.new_tensor(self.multiplier)
+        if self.positions is not None:
+            x_te = x_te + self.positions(positions_t)
+        return x_te if self.norm is None else self.norm(x_te)
+
+
+class MLP:
+    """The gated feed-forward block: down(act(gate(x)) * up(x)). `activation` None: silu, by the kernel for it."""
+
+    def __init__(
+        self, gate: Linear, up: Linear, down: Linear, kernels: Kernels, *, activation: GatedActivation | None = None
+    ) -> None:
         self.gate = gate
         self.up = up
         self.down = down
-        self._silu_mul = kernels.silu_mul
+        self.is_silu = activation is None
+        self._gated = kernels.silu_mul if activation is None else activation
 
     def __call__(self, x_te: Tensor) -> Tensor:
-        return self.down(self._silu_mul(self.gate(x_te), self.up(x_te)))
+        return self.down(self._gated(self.gate(x_te), self.up(x_te)))
+
+
+class PlainMLP:
+    """down(act(up(x)))."""
+
+    def __init__(self, up: Linear, down: Linear, activation: Activation) -> None:
+        self.up = up
+        self.down = down
+        self._activation = activation
+
+    def __call__(self, x_te: Tensor) -> Tensor:
+        return self.down(self._activation(self.up(x_te)))

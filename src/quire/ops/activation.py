@@ -1,10 +1,14 @@
-"""Gated activations of the feed-forward block.
+"""Activations of the feed-forward block.
 
-Built from exp, add and divide. torch's own `silu` and `sigmoid` round differently in the last few elements of a tensor
-(its scalar code) than in the others (its vector code), so that a row's bits would depend on where it stands.
+Built from exp, tanh, erf, add and divide. torch's own `silu`, `gelu` and `sigmoid` round differently in the last few
+elements of a tensor (its scalar code) than in the others (its vector code), so that a row's bits would depend on where
+it stands.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,11 +16,59 @@ from torch import Tensor
 from quire.ops.op import Inputs, Op, random_int, random_tensor
 
 
+def activation(x: Tensor, name: str) -> Tensor:
+    """One of `ACTIVATIONS`, elementwise: in float32, rounded once."""
+    return _FUNCTIONS[name](x.float()).to(x.dtype)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """Hendrycks and Gimpel, 2016."""
+    return x * 0.5 * ((x * math.sqrt(0.5)).erf() + 1.0)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return x * 0.5 * ((math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh() + 1.0)
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x / (x.neg().exp() + 1.0)
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x / ((x * -1.702).exp() + 1.0)
+
+
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x).square(),
+    "silu": _silu,
+}
+ACTIVATIONS = tuple(_FUNCTIONS)
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise; silu in float32, rounded to the dtype before the product."""
     wide = gate.float()
     activated = wide / wide.neg().exp_().add_(1.0)
     return activated.to(gate.dtype).mul_(up)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, *, limit: float, alpha: float) -> Tensor:
+    """gpt-oss's: gate * sigmoid(alpha * gate) * (up + 1), of a gate of at most `limit`, and up within it; in float32,
+    rounded once."""
+    gate_wide = gate.float().clamp(max=limit)
+    up_wide = up.float().clamp(-limit, limit)
+    return (gate_wide / ((gate_wide * -alpha).exp_() + 1.0) * (up_wide + 1.0)).to(gate.dtype)
+
+
+def _activation_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    return {
+        "x": random_tensor(rows, random_int(1, 700, generator), dtype=dtype, generator=generator, scale=4.0),
+        "name": ACTIVATIONS[random_int(0, len(ACTIVATIONS) - 1, generator)],
+    }
 
 
 def _inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -28,3 +80,4 @@ def _inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs
 
 
 SILU_MUL = Op(name="silu_mul", definition=silu_mul, inputs=_inputs, row_arguments=("gate", "up"))
+ACTIVATION = Op(name="activation", definition=activation, inputs=_activation_inputs, row_arguments=("x",))

@@ -22,6 +22,9 @@ from quire.ops.stack import BuildStack
 from quire.ops.target import Target
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, PackedWeight, Weight
 
+BESIDE_STACK = ("activation",)
+"""Ops that a stack's layers have none of."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelChoice:
@@ -36,8 +39,9 @@ class KernelChoice:
 class Kernels:
     """One callable per op, with the arguments of the op's definition (of `AttentionKernel` for attention)."""
 
+    activation: Callable[[Tensor, str], Tensor]
     add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
     attention: AttentionKernel
     embedding: Callable[[Tensor, Tensor], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
@@ -46,7 +50,7 @@ class Kernels:
     linear_int4: LinearKernel
     linear_int8: LinearKernel
     moe: MoeKernel
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     sample: Callable[[Tensor, Sequence[SamplingRow]], list[TokenLogprobs | QuireError]]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
@@ -88,7 +92,7 @@ def select(target: Target) -> Kernels:
 
 
 def _stack(target: Target, choices: list[KernelChoice]) -> BuildStack | None:
-    if any(choice.implementation != "cpu" for choice in choices):
+    if any(choice.implementation != "cpu" for choice in choices if choice.op not in BESIDE_STACK):
         return None
     return partial(build_stack, target)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quire.core.registry import Registry
-from quire.ops.activation import SILU_MUL
+from quire.ops.activation import ACTIVATION, SILU_MUL
 from quire.ops.attention import ATTENTION
 from quire.ops.cpu import attention, linear, moe, rows, sampling
 from quire.ops.embedding import EMBEDDING
@@ -20,6 +20,7 @@ from quire.ops.sampling import SAMPLE, TOKEN_LOGPROBS
 from quire.ops.target import Target
 
 AS_DEFINED = (
+    ACTIVATION,
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
     EMBEDDING,

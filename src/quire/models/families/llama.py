@@ -2,52 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from quire.models.arch import Arch
-from quire.models.family import Family, Weight, read_common
+from quire.models.arch_fields import read_arch
+from quire.models.family import Family, Names, alias
 from quire.models.model_config import ModelConfig
 
-WEIGHTS = (
-    Weight("embedding.weight", "model.embed_tokens.weight", ("vocab_size", "hidden_size")),
-    Weight("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", ("hidden_size",)),
-    Weight("layers.{}.attention.q.weight", "model.layers.{}.self_attn.q_proj.weight", ("q_size", "hidden_size")),
-    Weight("layers.{}.attention.k.weight", "model.layers.{}.self_attn.k_proj.weight", ("kv_size", "hidden_size")),
-    Weight("layers.{}.attention.v.weight", "model.layers.{}.self_attn.v_proj.weight", ("kv_size", "hidden_size")),
-    Weight("layers.{}.attention.o.weight", "model.layers.{}.self_attn.o_proj.weight", ("hidden_size", "q_size")),
-    Weight("layers.{}.attention.q.bias", "model.layers.{}.self_attn.q_proj.bias", ("q_size",), when="qkv_bias"),
-    Weight("layers.{}.attention.k.bias", "model.layers.{}.self_attn.k_proj.bias", ("kv_size",), when="qkv_bias"),
-    Weight("layers.{}.attention.v.bias", "model.layers.{}.self_attn.v_proj.bias", ("kv_size",), when="qkv_bias"),
-    Weight("layers.{}.attention.o.bias", "model.layers.{}.self_attn.o_proj.bias", ("hidden_size",), when="o_bias"),
-    Weight(
-        "layers.{}.attention.q_norm.weight", "model.layers.{}.self_attn.q_norm.weight", ("head_dim",), when="qk_norm"
-    ),
-    Weight(
-        "layers.{}.attention.k_norm.weight", "model.layers.{}.self_attn.k_norm.weight", ("head_dim",), when="qk_norm"
-    ),
-    Weight("layers.{}.mlp_norm.weight", "model.layers.{}.post_attention_layernorm.weight", ("hidden_size",)),
-    Weight("layers.{}.mlp.gate.weight", "model.layers.{}.mlp.gate_proj.weight", ("intermediate_size", "hidden_size")),
-    Weight("layers.{}.mlp.up.weight", "model.layers.{}.mlp.up_proj.weight", ("intermediate_size", "hidden_size")),
-    Weight("layers.{}.mlp.down.weight", "model.layers.{}.mlp.down_proj.weight", ("hidden_size", "intermediate_size")),
-    Weight("layers.{}.mlp.gate.bias", "model.layers.{}.mlp.gate_proj.bias", ("intermediate_size",), when="mlp_bias"),
-    Weight("layers.{}.mlp.up.bias", "model.layers.{}.mlp.up_proj.bias", ("intermediate_size",), when="mlp_bias"),
-    Weight("layers.{}.mlp.down.bias", "model.layers.{}.mlp.down_proj.bias", ("hidden_size",), when="mlp_bias"),
-    Weight("norm.weight", "model.norm.weight", ("hidden_size",)),
-    Weight("head.weight", "lm_head.weight", ("vocab_size", "hidden_size"), when="untied_head"),
-)
+NAMES: Names = {
+    "embedding": "model.embed_tokens",
+    "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
+    "layers.{}.attention.q": "model.layers.{}.self_attn.q_proj",
+    "layers.{}.attention.k": "model.layers.{}.self_attn.k_proj",
+    "layers.{}.attention.v": "model.layers.{}.self_attn.v_proj",
+    "layers.{}.attention.o": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+    "layers.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
+    "layers.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "layers.{}.mlp.gate": "model.layers.{}.mlp.gate_proj",
+    "layers.{}.mlp.up": "model.layers.{}.mlp.up_proj",
+    "layers.{}.mlp.down": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+"""The names that most families of `transformers` use."""
 
-# Written by old versions of `transformers`: a table that follows from the configuration.
 IGNORED = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+"""Written by old versions of `transformers`: a table that follows from the configuration."""
 
 
 def _arch(config: ModelConfig) -> Arch:
     bias = config.boolean("attention_bias", False)
-    return read_common(
-        config,
-        architecture="LlamaForCausalLM",
-        max_positions=2048,
+    return replace(
+        read_arch(config, architecture="LlamaForCausalLM", max_positions=2048),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=config.boolean("mlp_bias", False),
     )
 
 
-LLAMA = Family(architecture="LlamaForCausalLM", arch=_arch, weights=WEIGHTS, ignored=IGNORED)
+LLAMA = Family(architecture="LlamaForCausalLM", arch=_arch, names=NAMES, ignored=IGNORED)
+
+FAMILIES = (
+    LLAMA,
+    alias(LLAMA, "AquilaForCausalLM"),
+    alias(LLAMA, "AquilaModel"),
+    alias(LLAMA, "IQuestCoderForCausalLM"),
+    alias(LLAMA, "XverseForCausalLM"),
+)

@@ -10,6 +10,7 @@ Legend: t tokens, e hidden size, k input features.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quire.models.decoder import Decoder, build_decoder
-from quire.models.parameters import EMBEDDING, Parameter, list_parameters
+from quire.models.build import Builder
+from quire.models.decoder import DecoderLayer
+from quire.models.parameters import Parameter, list_parameters
 from quire.models.quantization.gptq import gptq
 from quire.models.quantization.write import Source, rounded
 from quire.models.sequences import BLOCK_SIZE, in_batches, lay_out, num_blocks
-from quire.models.tensors import CheckpointTensors
 from quire.models.weights import WeightStream, at_path
-from quire.nn.attention import StepContext
+from quire.nn.attention import step_contexts
 from quire.nn.kv import KVCache
 from quire.ops.attention import PagedRequests
 from quire.ops.kernels import Kernels, select
@@ -49,26 +50,28 @@ def calibrated(source: Source, sequences: Sequence[Sequence[int]]) -> Iterator[t
     plain = list_parameters(source.checkpoint, source.family, source.arch)
     stream = WeightStream(source.checkpoint, plain, torch.float32, torch.device("cpu"))
     batches = list(in_batches(sequences, _BATCH_TOKENS))
-    states = [_embed(source, batch, kernels) for batch in batches]
+    states = [_embed(source, stream, batch, kernels) for batch in batches]
     in_layers = {parameter.path for parameter in source.quantized if parameter.path.startswith("layers.")}
     for index in range(source.arch.num_layers):
         prefix = f"layers.{index}."
         recorder = InputRecorder()
         seen = _one_layer(source, stream, {}, index, replace(kernels, linear=recorder))
         for batch, state_te in zip(batches, states, strict=True):
-            _run_layer(seen, batch, state_te)
+            _run_layer(seen, batch, state_te, kernels)
         done: dict[str, QuantizedWeight] = {}
         for parameter in source.quantized:
             if parameter.path.startswith(prefix):
                 assert parameter.scheme is not None
-                layer = at_path(seen, parameter.path.replace(prefix, "layers.0.", 1))
+                layer = at_path(seen, parameter.path.removeprefix(prefix))
                 assert isinstance(layer, Recorded)
                 done[parameter.path] = gptq(layer.weight_nk, layer.energy_kk(), parameter.scheme)
                 yield parameter, done[parameter.path]
         del seen, recorder
         if index + 1 < source.arch.num_layers:
             quantized = _one_layer(source, stream, done, index, kernels)
-            states = [_run_layer(quantized, batch, state_te) for batch, state_te in zip(batches, states, strict=True)]
+            states = [
+                _run_layer(quantized, batch, state_te, kernels) for batch, state_te in zip(batches, states, strict=True)
+            ]
     yield from rounded(source, [parameter for parameter in source.quantized if parameter.path not in in_layers])
 
 
@@ -120,52 +123,37 @@ class InputRecorder:
         return self(x_tk, weight, bias_n).float()
 
 
-class _LayerParameters(Mapping[str, Weight | PackedWeight]):
-    """The parameters of a decoder of one layer, the index-th of a model; what stands around the layer is left empty.
-    `replaced`, by their path in the model, take the place of the model's own."""
-
-    def __init__(self, model: WeightStream, replaced: Mapping[str, Weight], index: int, hidden_size: int) -> None:
-        prefix = f"layers.{index}."
-        self._model = model
-        self._paths = {"layers.0." + path.removeprefix(prefix): path for path in model if path.startswith(prefix)}
-        zeros_1e = torch.zeros(1, hidden_size)
-        self._given: dict[str, Weight] = {EMBEDDING: zeros_1e, "norm.weight": zeros_1e[0], **replaced}
-
-    def __getitem__(self, path: str) -> Weight | PackedWeight:
-        path = self._paths.get(path, path)
-        return self._given[path] if path in self._given else self._model[path]
-
-    def __contains__(self, path: object) -> bool:
-        return path in self._paths or path in self._given
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-
 def _one_layer(
     source: Source, stream: WeightStream, replaced: Mapping[str, Weight], index: int, kernels: Kernels
-) -> Decoder:
-    arch = replace(source.arch, num_layers=1, tie_word_embeddings=True)
-    parameters = _LayerParameters(stream, replaced, index, arch.hidden_size)
-    return build_decoder(arch, parameters, kernels, max_model_len=_window(source))
+) -> DecoderLayer:
+    """The index-th layer, with `replaced` in the place of its own parameters of the same paths."""
+    parameters: ChainMap[str, Weight | PackedWeight] = ChainMap(dict(replaced), _Unwritten(stream))
+    return Builder(source.arch, parameters, kernels, max_model_len=_window(source)).layer(index)
+
+
+class _Unwritten(dict[str, Weight | PackedWeight]):
+    """A stream of parameters as the dictionary that `ChainMap` asks for, which keeps none of them."""
+
+    def __init__(self, stream: WeightStream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def __missing__(self, path: str) -> Weight | PackedWeight:
+        return self._stream[path]
 
 
 def _window(source: Source) -> int:
-    return min(WINDOW, source.arch.rope.default_context)
+    return min(WINDOW, source.arch.default_context)
 
 
-def _embed(source: Source, batch: Sequence[Sequence[int]], kernels: Kernels) -> Tensor:
-    embedding = next(parameter for parameter in source.parameters if parameter.path == EMBEDDING)
-    weight = CheckpointTensors(source.checkpoint).get(embedding.tensor)
-    return kernels.embedding(torch.tensor([token for ids in batch for token in ids]), weight).float()
+def _embed(source: Source, stream: WeightStream, batch: Sequence[Sequence[int]], kernels: Kernels) -> Tensor:
+    laid_out = lay_out(batch)
+    embedding = Builder(source.arch, stream, kernels, max_model_len=_window(source)).embedding()
+    return embedding(laid_out.token_ids_t, laid_out.positions_t)
 
 
-def _run_layer(decoder: Decoder, batch: Sequence[Sequence[int]], state_te: Tensor) -> Tensor:
-    """The residual stream after the one layer of `decoder`, which stood at `state_te` before it."""
-    (layer,) = decoder.layers
+def _run_layer(layer: DecoderLayer, batch: Sequence[Sequence[int]], state_te: Tensor, kernels: Kernels) -> Tensor:
+    """The residual stream after the layer, which stood at `state_te` before it."""
     laid_out = lay_out(batch)
     shape = layer.attention.shape
     requests = PagedRequests(
@@ -174,15 +162,13 @@ def _run_layer(decoder: Decoder, batch: Sequence[Sequence[int]], state_te: Tenso
         block_table_rb=laid_out.block_table_rb,
         block_size=BLOCK_SIZE,
     )
-    cos, sin = decoder.rope.rows(laid_out.positions_t)
-    plan = decoder.kernels.attention.plan(shape, requests)
     kv = KVCache(
         num_layers=1,
         num_kv_heads=shape.num_kv_heads,
         num_blocks=num_blocks(batch),
         block_size=BLOCK_SIZE,
-        block_bytes=decoder.kernels.attention.block_bytes(BLOCK_SIZE, shape.head_dim),
+        block_bytes=kernels.attention.block_bytes(BLOCK_SIZE, shape.head_dim),
     )
-    step = StepContext(plan=plan, cos=cos, sin=sin, slots_t=laid_out.slots_t)
+    (step,) = step_contexts([layer.attention], laid_out, requests, kernels)
     x_te, residual_te = layer(state_te, None, kv.layer(0), step)
     return x_te + residual_te

@@ -42,7 +42,7 @@ def is_linear(parameter: str, shape: tuple[int, ...]) -> bool:
 
     A router is none: it is small, decides between experts, and stays as it is in quantised checkpoints too.
     """
-    if len(shape) != 2 or parameter.endswith(".router.weight"):
+    if len(shape) != 2 or parameter.endswith((".router.weight", ".shared_gate.weight")):
         return False
     return parameter.endswith(".weight") and not parameter.startswith("embedding.")
 

@@ -22,11 +22,12 @@ from quire.core.errors import ConfigError
 from quire.models.arch import Arch
 from quire.models.checkpoint import SINGLE_FILE, Checkpoint
 from quire.models.family import Family
-from quire.models.parameters import HEAD, Parameter, list_parameters
+from quire.models.parameters import Parameter, list_parameters
 from quire.models.quantization.rounding import round_weight, scales_of
 from quire.models.quantization.scheme import Format, Scheme
 from quire.models.registry import identify
 from quire.models.safetensors_writer import SafetensorsWriter
+from quire.models.slots import HEAD
 from quire.models.tensors import CheckpointTensors
 from quire.models.weights import check_finite
 from quire.ops.target import Target
@@ -69,6 +70,13 @@ class Source:
         checkpoint = Checkpoint.open(directory)
         family, arch = identify(checkpoint.config, str(directory / "config.json"))
         parameters = list_parameters(checkpoint, family, arch, quantization=form, group_size=group_size)
+        if any(parameter.cut is not None for parameter in parameters):
+            raise ConfigError(
+                f"{directory}: {arch.architecture} keeps several layers in one tensor, or their rows in another order, "
+                "which cannot be written quantised.",
+                param="model",
+                remedy="Quantise it while it is loaded, with --quantization.",
+            )
         return Source(checkpoint, family, arch, parameters)
 
     @property
@@ -179,7 +187,7 @@ def _config(source: Source, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _head_layer(source: Source) -> str:
-    return next(weight.tensor for weight in source.family.weights if weight.parameter == HEAD).removesuffix(".weight")
+    return str(source.family.names_of(source.arch)["head"])
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

@@ -1,0 +1,211 @@
+"""From flags and parameters to the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quire.models.arch import Arch, NormKind
+from quire.models.decoder import Decoder, DecoderLayer
+from quire.nn.attention import Attention, QueryTransform
+from quire.nn.layers import (
+    MLP,
+    Embedding,
+    InputEmbedding,
+    LayerNorm,
+    Linear,
+    NoNorm,
+    Norm,
+    OwnHeadsNorm,
+    PlainMLP,
+    RMSNorm,
+)
+from quire.nn.moe import Routing, SparseMLP
+from quire.nn.rope import RopeTable
+from quire.nn.rope_config import RopeConfig
+from quire.ops.activation import clamped_swiglu
+from quire.ops.attention import AttentionShape
+from quire.ops.kernels import Kernels
+from quire.ops.weight import PackedWeight, Weight
+
+Parameters = Mapping[str, Weight | PackedWeight]
+
+
+def build_decoder(arch: Arch, parameters: Parameters, kernels: Kernels, *, max_model_len: int) -> Decoder:
+    """The decoder that `arch` describes, around `parameters` by path (see `models.slots`).
+
+    Each is packed before the next one is asked for. A tied head that is among them is a quantised copy.
+    """
+    builder = Builder(arch, parameters, kernels, max_model_len=max_model_len)
+    embedding = builder.embedding()
+    return Decoder(
+        embedding=embedding,
+        layers=[builder.layer(index) for index in range(arch.num_layers)],
+        norm=builder.norm("norm"),
+        head=builder.head(embedding.weight),
+        logit_multiplier=arch.logit_multiplier,
+        logit_softcap=arch.logit_softcap,
+        kernels=kernels,
+    )
+
+
+class Builder:
+    """Makes a decoder's parts one by one."""
+
+    def __init__(self, arch: Arch, parameters: Parameters, kernels: Kernels, *, max_model_len: int) -> None:
+        self._arch = arch
+        self._parameters = parameters
+        self._kernels = kernels
+        self._max_model_len = max_model_len
+        self._ropes: dict[RopeConfig, RopeTable] = {}
+
+    def embedding(self) -> InputEmbedding:
+        arch = self._arch
+        learned = arch.num_learned_positions > 0
+        return InputEmbedding(
+            Embedding(self._plain("embedding.weight"), self._kernels),
+            multiplier=arch.embedding_multiplier,
+            positions=Embedding(self._plain("embedding.positions.weight"), self._kernels) if learned else None,
+            norm=self.norm("embedding.norm") if arch.embedding_norm else None,
+        )
+
+    def layer(self, index: int) -> DecoderLayer:
+        arch, path = self._arch, f"layers.{index}"
+        before, after = arch.norms != "post", arch.norms != "pre"
+        attention_norm = self.norm(f"{path}.attention_norm") if before else NoNorm()
+        mlp_norm = self.norm(f"{path}.mlp_norm") if before and not arch.shared_norm else NoNorm()
+        return DecoderLayer(
+            attention_norm=attention_norm,
+            attention=self._attention(index),
+            attention_out_norm=self.norm(f"{path}.attention_out_norm") if after else None,
+            mlp_norm=None if arch.shared_norm else mlp_norm,
+            mlp=self._sparse_mlp(f"{path}.mlp") if arch.is_sparse(index) else self._mlp(f"{path}.mlp"),
+            mlp_out_norm=self.norm(f"{path}.mlp_out_norm") if after else None,
+            parallel=arch.parallel,
+            multiplier=arch.residual_multiplier,
+        )
+
+    def norm(self, path: str) -> Norm:
+        return self._norm(path, self._arch.norm, self._arch.hidden_size)
+
+    def head(self, embedding: Tensor) -> Linear:
+        weight = self._parameters.get("head.weight", embedding)
+        return Linear(weight, self._plain("head.bias") if self._arch.head_bias else None, self._kernels)
+
+    def _plain(self, path: str) -> Tensor:
+        weight = self._parameters[path]
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def _linear(self, path: str, bias: bool) -> Linear:
+        bias_n = self._plain(f"{path}.bias") if bias else None
+        return Linear(self._parameters[f"{path}.weight"], bias_n, self._kernels)
+
+    def _norm(self, path: str, kind: NormKind, size: int) -> Norm:
+        weight = self._plain(f"{path}.weight") if kind.weight else self._ones(size)
+        if kind.kind == "rms":
+            return RMSNorm(weight, kind.eps, self._kernels, weight_offset=kind.weight_offset)
+        bias = self._plain(f"{path}.bias") if kind.bias else None
+        return LayerNorm(weight + kind.weight_offset if kind.weight_offset else weight, bias, kind.eps, self._kernels)
+
+    def _ones(self, size: int) -> Tensor:
+        return torch.ones_like(self._plain("embedding.weight")[0, :1]).repeat(size)
+
+    def _attention(self, index: int) -> Attention:
+        arch, path, kind = self._arch, f"layers.{index}.attention", self._arch.layer_kinds[index]
+        qk_norm = arch.qk_norm
+        sinks = self._plain(f"{path}.sinks") if arch.sinks else None
+        return Attention(
+            q=self._linear(f"{path}.q", arch.qkv_bias),
+            k=self._linear(f"{path}.k", arch.qkv_bias),
+            v=self._linear(f"{path}.v", arch.qkv_bias),
+            o=self._linear(f"{path}.o", arch.o_bias),
+            q_norm=self._qk_norm(f"{path}.q_norm", arch.num_heads),
+            k_norm=self._qk_norm(f"{path}.k_norm", arch.num_kv_heads),
+            sinks=sinks,
+            shape=AttentionShape(
+                num_heads=arch.num_heads,
+                num_kv_heads=arch.num_kv_heads,
+                head_dim=arch.head_dim,
+                scale=arch.attention_scale,
+                window=kind.window,
+                softcap=arch.attention_softcap,
+                slopes=arch.alibi_slopes,
+                sinks=None if sinks is None else tuple(sinks.float().tolist()),
+            ),
+            rope=None if kind.rope is None else self._rope(kind.rope),
+            transform=QueryTransform(
+                whole=qk_norm is not None and qk_norm.over == "whole",
+                after_rope=qk_norm is not None and qk_norm.after_rope,
+                clip=arch.clip_qkv,
+                growth=None if arch.query_growth is None else (arch.query_growth.beta, arch.query_growth.period),
+            ),
+            kernels=self._kernels,
+        )
+
+    def _qk_norm(self, path: str, heads: int) -> Norm | None:
+        qk_norm = self._arch.qk_norm
+        if qk_norm is None:
+            return None
+        d = self._arch.head_dim
+        if qk_norm.over == "own_heads":
+            plain = self._norm(path, replace(qk_norm.norm, weight=False), d)
+            return OwnHeadsNorm(plain, self._plain(f"{path}.weight"))
+        return self._norm(path, qk_norm.norm, d if qk_norm.over == "head" else heads * d)
+
+    def _rope(self, config: RopeConfig) -> RopeTable:
+        if config not in self._ropes:
+            device = self._plain("embedding.weight").device
+            self._ropes[config] = RopeTable(config, self._max_model_len, device)
+        return self._ropes[config]
+
+    def _mlp(self, path: str) -> MLP | PlainMLP:
+        arch = self._arch
+        up = self._linear(f"{path}.up", arch.mlp_bias) if not arch.gated else None
+        if up is not None:
+            return PlainMLP(up, self._linear(f"{path}.down", arch.mlp_bias), self._activation)
+        return self._gated_mlp(path, arch.mlp_bias)
+
+    def _gated_mlp(self, path: str, bias: bool) -> MLP:
+        return MLP(
+            gate=self._linear(f"{path}.gate", bias),
+            up=self._linear(f"{path}.up", bias),
+            down=self._linear(f"{path}.down", bias),
+            kernels=self._kernels,
+            activation=None if self._is_silu_mul() else self._gated_activation,
+        )
+
+    def _is_silu_mul(self) -> bool:
+        return self._arch.activation == "silu" and self._arch.swiglu_limit is None
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return self._kernels.activation(x, self._arch.activation)
+
+    def _gated_activation(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self._arch.swiglu_limit is not None:
+            return clamped_swiglu(gate, up, limit=self._arch.swiglu_limit, alpha=self._arch.swiglu_alpha)
+        return self._activation(gate) * up
+
+    def _sparse_mlp(self, path: str) -> SparseMLP:
+        experts = self._arch.experts
+        assert experts is not None
+        return SparseMLP(
+            self._linear(f"{path}.router", experts.router_bias),
+            [self._gated_mlp(f"{path}.experts.{expert}", experts.bias) for expert in range(experts.num)],
+            routing=Routing(
+                top_k=experts.top_k,
+                scoring=experts.scoring,
+                renormalize=experts.renormalize,
+                scale=experts.scale,
+                num_groups=experts.num_groups,
+                top_groups=experts.top_groups,
+                jitter=experts.jitter,
+            ),
+            correction=self._plain(f"{path}.correction") if experts.correction else None,
+            shared=self._gated_mlp(f"{path}.shared", experts.bias) if experts.shared_size else None,
+            shared_gate=self._linear(f"{path}.shared_gate", False) if experts.shared_gate else None,
+            kernels=self._kernels,
+        )

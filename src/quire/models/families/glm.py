@@ -1,0 +1,83 @@
+"""GLM and GLM 4 (dense): half of each head rotated, interleaved; gate and up joined."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from quire.models.arch import Arch, Experts, QKNorm
+from quire.models.arch_fields import read_arch, read_experts, read_groups, rms_norm
+from quire.models.families.llama import IGNORED, NAMES
+from quire.models.family import Family, Names, experts, gate_up, shared_expert
+from quire.models.model_config import ModelConfig
+
+
+def _base(config: ModelConfig, architecture: str) -> Arch:
+    return replace(
+        read_arch(
+            config,
+            architecture=architecture,
+            max_positions=131072,
+            head_dim=128,
+            norm=rms_norm(config, 1.5625e-7),
+            partial=0.5,
+        ),
+        rope_interleaved=True,
+        qkv_bias=config.boolean("attention_bias", True),
+    )
+
+
+def _glm(config: ModelConfig) -> Arch:
+    return _base(config, "GlmForCausalLM")
+
+
+def _glm4(config: ModelConfig) -> Arch:
+    return replace(_base(config, "Glm4ForCausalLM"), norms="sandwich")
+
+
+def _glm4_moe(config: ModelConfig) -> Arch:
+    config = config.renamed(num_experts="n_routed_experts")
+    arch = read_arch(
+        config, architecture="Glm4MoeForCausalLM", max_positions=131072, norm=rms_norm(config, 1e-5), partial=0.5
+    )
+    num, top_k = read_experts(config, num=128, top_k=8)
+    groups, chosen = read_groups(config, num, top_k)
+    inner = config.integer("moe_intermediate_size", 1408)
+    return replace(
+        arch,
+        qkv_bias=config.boolean("attention_bias", False),
+        qk_norm=QKNorm(norm=arch.norm) if config.boolean("use_qk_norm", False) else None,
+        experts=Experts(
+            num=num,
+            top_k=top_k,
+            intermediate_size=inner,
+            scoring="sigmoid",
+            correction=True,
+            renormalize=config.boolean("norm_topk_prob", True),
+            scale=config.number("routed_scaling_factor", 1.0),
+            num_groups=groups,
+            top_groups=chosen,
+            shared_size=inner * config.integer("n_shared_experts", 1),
+            dense_layers=tuple(range(config.integer("first_k_dense_replace", 1, minimum=0))),
+        ),
+    )
+
+
+_MOE: Names = {
+    **NAMES,
+    "layers.{}.mlp.router": "model.layers.{}.mlp.gate",
+    "layers.{}.mlp.correction": "model.layers.{}.mlp.gate.e_score_correction_bias",
+    **experts("model.layers.{}.mlp.experts"),
+    **shared_expert("model.layers.{}.mlp.shared_experts"),
+}
+_GLM = {**NAMES, **gate_up("model.layers.{}.mlp.gate_up_proj")}
+_GLM4 = {
+    **_GLM,
+    "layers.{}.attention_out_norm": "model.layers.{}.post_self_attn_layernorm",
+    "layers.{}.mlp_out_norm": "model.layers.{}.post_mlp_layernorm",
+}
+
+FAMILIES = (
+    Family(architecture="GlmForCausalLM", arch=_glm, names=_GLM, ignored=IGNORED),
+    Family(architecture="Glm4MoeForCausalLM", arch=_glm4_moe, names=_MOE, ignored=IGNORED),
+    Family(architecture="Glm4ForCausalLM", arch=_glm4, names=_GLM4, ignored=IGNORED),
+)

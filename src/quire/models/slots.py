@@ -1,0 +1,112 @@
+"""Every parameter that a decoder of given flags has, by its path and shape. No torch: `quire plan` reads it too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from quire.models.arch import Arch, NormKind
+
+EMBEDDING, HEAD = "embedding.weight", "head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """`pattern` is the attribute path in `Decoder`, with `{}` for the layer and `{expert}` for the expert. `rotated`:
+    the first dimension is heads whose dimensions are rotated in pairs."""
+
+    pattern: str
+    shape: tuple[int, ...]
+    layer: int = 0
+    expert: int = 0
+    rotated: bool = False
+    wide: bool = False
+
+    @property
+    def path(self) -> str:
+        return self.pattern.format(self.layer, expert=self.expert)
+
+
+def slots(arch: Arch) -> Iterator[Slot]:
+    """In the order in which a decoder is built."""
+    e = arch.hidden_size
+    yield Slot(EMBEDDING, (arch.vocab_size, e))
+    if arch.num_learned_positions:
+        yield Slot("embedding.positions.weight", (arch.num_learned_positions, e))
+    if arch.embedding_norm:
+        yield from _norm(arch.norm, "embedding.norm", (e,), 0)
+    for layer in range(arch.num_layers):
+        yield from _layer_norms(arch, layer)
+        yield from _attention(arch, layer)
+        if arch.is_sparse(layer):
+            yield from _experts(arch, layer)
+        else:
+            yield from _mlp(arch, "layers.{}.mlp", arch.intermediate_size, layer, bias=arch.mlp_bias)
+    yield from _norm(arch.norm, "norm", (e,), 0)
+    if not arch.tie_word_embeddings:
+        yield Slot(HEAD, (arch.vocab_size, e))
+    if arch.head_bias:
+        yield Slot("head.bias", (arch.vocab_size,))
+
+
+def _linear(
+    path: str, shape: tuple[int, int], bias: bool, layer: int, *, expert: int = 0, rotated: bool = False
+) -> Iterator[Slot]:
+    yield Slot(f"{path}.weight", shape, layer, expert, rotated)
+    if bias:
+        yield Slot(f"{path}.bias", shape[:1], layer, expert, rotated)
+
+
+def _norm(norm: NormKind, path: str, shape: tuple[int, ...], layer: int, rotated: bool = False) -> Iterator[Slot]:
+    if norm.weight:
+        yield Slot(f"{path}.weight", shape, layer, rotated=rotated)
+    if norm.bias:
+        yield Slot(f"{path}.bias", shape, layer, rotated=rotated)
+
+
+def _layer_norms(arch: Arch, layer: int) -> Iterator[Slot]:
+    names = {
+        "pre": ("attention_norm", "mlp_norm"),
+        "post": ("attention_out_norm", "mlp_out_norm"),
+        "sandwich": ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm"),
+    }[arch.norms]
+    for name in names:
+        if not (arch.shared_norm and name == "mlp_norm"):
+            yield from _norm(arch.norm, f"layers.{{}}.{name}", (arch.hidden_size,), layer)
+
+
+def _attention(arch: Arch, layer: int) -> Iterator[Slot]:
+    path, e = "layers.{}.attention", arch.hidden_size
+    for name, size in (("q", arch.q_size), ("k", arch.kv_size), ("v", arch.kv_size)):
+        yield from _linear(f"{path}.{name}", (size, e), arch.qkv_bias, layer, rotated=name != "v")
+    yield from _linear(f"{path}.o", (e, arch.q_size), arch.o_bias, layer)
+    if arch.qk_norm is not None:
+        d = arch.head_dim
+        for name, heads in (("q_norm", arch.num_heads), ("k_norm", arch.num_kv_heads)):
+            size = d if arch.qk_norm.over == "head" else heads * d
+            yield from _norm(arch.qk_norm.norm, f"{path}.{name}", (size,), layer, rotated=True)
+    if arch.sinks:
+        yield Slot(f"{path}.sinks", (arch.num_heads,), layer)
+
+
+def _mlp(arch: Arch, path: str, inner: int, layer: int, *, expert: int = 0, bias: bool) -> Iterator[Slot]:
+    e = arch.hidden_size
+    if arch.gated:
+        yield from _linear(f"{path}.gate", (inner, e), bias, layer, expert=expert)
+    yield from _linear(f"{path}.up", (inner, e), bias, layer, expert=expert)
+    yield from _linear(f"{path}.down", (e, inner), bias, layer, expert=expert)
+
+
+def _experts(arch: Arch, layer: int) -> Iterator[Slot]:
+    experts, path = arch.experts, "layers.{}.mlp"
+    assert experts is not None
+    yield from _linear(f"{path}.router", (experts.num, arch.hidden_size), experts.router_bias, layer)
+    if experts.correction:
+        yield Slot(f"{path}.correction", (experts.num,), layer, wide=True)
+    for expert in range(experts.num):
+        inner = experts.intermediate_size
+        yield from _mlp(arch, f"{path}.experts.{{expert}}", inner, layer, expert=expert, bias=experts.bias)
+    if experts.shared_size:
+        yield from _mlp(arch, f"{path}.shared", experts.shared_size, layer, bias=experts.bias)
+    if experts.shared_gate:
+        yield Slot(f"{path}.shared_gate.weight", (1, arch.hidden_size), layer)

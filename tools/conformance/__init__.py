@@ -1,0 +1,1 @@
+"""The conformance matrix: every architecture against `transformers`, on tiny random checkpoints."""

@@ -1,0 +1,41 @@
+"""`python -m conformance [words]`: checks the cases whose names have all the words, and prints a table. Without words,
+writes docs/supported-models.md."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from conformance.cases import CASES
+from conformance.oracle import check
+from conformance.page import PAGE, page
+
+
+def main(words: list[str]) -> int:
+    torch.set_num_threads(1)  # small products: a second thread costs more than it brings
+    disable_progress_bar()
+    failed = 0
+    for case in CASES:
+        if not all(word.lower() in f"{case.family} {case.id}".lower() for word in words):
+            continue
+        start, status = time.perf_counter(), "same"
+        try:
+            with tempfile.TemporaryDirectory() as directory:
+                check(case, Path(directory))
+        except Exception:
+            failed += 1
+            lines = [line for line in traceback.format_exc().splitlines() if line.strip()]
+            status = "DIFFERS " + (" | ".join(lines[-6:])[-900:] if words else lines[-1][:150])
+        print(f"{case.family:16} {case.id:48} native {time.perf_counter() - start:5.1f} s  {status}", flush=True)
+    if not words and not failed:
+        PAGE.write_text(page(CASES), encoding="utf-8")
+    return failed
+
+
+sys.exit(main(sys.argv[1:]))

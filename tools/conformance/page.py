@@ -1,0 +1,33 @@
+"""docs/supported-models.md, written from the cases that are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from conformance.case import Case
+
+PAGE = Path(__file__).parents[2] / "docs" / "supported-models.md"
+_HEADER = """# Supported models
+
+Each of these architectures is compared with `transformers` on tiny random checkpoints, in float32: logits of a prefill,
+of a prefill in chunks and after a prefix-cache hit, and greedy tokens, over contexts that cross the window and several
+KV blocks. A row is in this table because its checks are among the tests; `make test` runs them, and
+`PYTHONPATH=tools python -m conformance` prints their results and writes this page.
+
+| family | architecture | served by | also checked |
+|---|---|---|---|
+"""
+
+
+def page(cases: Sequence[Case]) -> str:
+    variants: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        found = variants.setdefault((case.family, case.architecture), [])
+        if case.variant:
+            found.append(case.variant)
+    rows = [
+        f"| {family} | `{architecture}` | quire | {', '.join(names)} |"
+        for (family, architecture), names in sorted(variants.items())
+    ]
+    return _HEADER + "\n".join(rows) + f"\n\n{len(rows)} architectures.\n"
