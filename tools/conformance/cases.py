@@ -44,6 +44,7 @@ CASES: tuple[Case, ...] = (
         {
             "": {},
             "head dim 40": {"head_dim": 40},
+            "scaled by layer": {**GPT, "scale_attn_by_inverse_layer_idx": True},
             "odd sizes": {
                 "hidden_size": 100,
                 "num_attention_heads": 5,
@@ -355,6 +356,7 @@ CASES: tuple[Case, ...] = (
         "StableLmConfig",
         {
             "": {"hidden_size": 64},
+            "qk layernorm": {"hidden_size": 64, "qk_layernorm": True},
             "parallel": {"hidden_size": 64, "use_parallel_residual": True, "use_qkv_bias": True},
         },
     ),
@@ -404,7 +406,11 @@ CASES: tuple[Case, ...] = (
         "GPT",
         "GPT2LMHeadModel",
         "GPT2Config",
-        {"": GPT, "odd sizes": {**GPT, "n_inner": 70, "activation_function": "relu", "scale_attn_weights": False}},
+        {
+            "": GPT,
+            "scaled by layer": {**GPT, "scale_attn_by_inverse_layer_idx": True},
+            "odd sizes": {**GPT, "n_inner": 70, "activation_function": "relu", "scale_attn_weights": False},
+        },
         sizes=False,
     ),
     *cases(
@@ -615,5 +621,37 @@ CASES: tuple[Case, ...] = (
             },
             "tight bound": {**LOCAL, "head_dim": 16, "swiglu_limit": 0.5, **WINDOW, **rope("default")},
         },
+    ),
+    *cases("Apertus", "ApertusForCausalLM", "ApertusConfig", {"": LLAMA3}),
+    *cases(
+        "Solar", "SolarOpenForCausalLM", "SolarOpenConfig", {"": {**ROUTED, "head_dim": 16, "first_k_dense_replace": 1}}
+    ),
+    *cases(
+        "EXAONE",
+        "ExaoneMoeForCausalLM",
+        "ExaoneMoeConfig",
+        {
+            "": {
+                **ALTERNATING,
+                "head_dim": 16,
+                "num_experts": 6,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 40,
+                "n_group": 3,
+                "topk_group": 2,
+            }
+        },
+    ),
+    *cases(
+        "Qwen",
+        "MellumForCausalLM",
+        "MellumConfig",
+        {"": {**EXPERTS, **ALTERNATING, "head_dim": 16, "mlp_layer_types": ["sparse", "dense", "sparse"]}},
+    ),
+    *cases(
+        "Granite",
+        "GraniteSWAForCausalLM",
+        "GraniteSWAConfig",
+        {"": {**ALTERNATING, "layer_rope_theta": [1000.0, 0, 500.0], "attention_multiplier": 0.2}},
     ),
 )

@@ -33,10 +33,11 @@ class QKNorm:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerKind:
     """What differs between the layers of one model. `rope` None: positions are not told to its attention; `window`: a
-    token sees so many tokens, itself included."""
+    token sees so many tokens, itself included; `scale` multiplies `attention_scale`."""
 
     rope: RopeConfig | None
     window: int | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ _ACTIVATIONS = {
     "relu2": "relu2",
     "silu": "silu",
     "swish": "silu",
+    "xielu": "xielu",
 }
 """From the names of `transformers` to those of `ops.activation`."""
 
@@ -93,6 +94,20 @@ def read_experts(config: ModelConfig, *, num: int | None = None, top_k: int | No
     return found, seen
 
 
+def dense_layers(config: ModelConfig, num_layers: int, *, first_sparse: int) -> tuple[int, ...]:
+    """Those that `mlp_layer_types` calls so, or the first ones: `first_k_dense_replace`, whose default is given."""
+    kinds = config.raw("mlp_layer_types")
+    if kinds is None:
+        return tuple(range(config.integer("first_k_dense_replace", first_sparse, minimum=0)))
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or not all(kind in ("dense", "sparse") for kind in kinds)
+    ):
+        raise config.fault("mlp_layer_types", kinds, f"a list of {num_layers} times 'dense' or 'sparse'")
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == "dense")
+
+
 def read_groups(config: ModelConfig, num: int, top_k: int) -> tuple[int, int]:
     """(groups of experts, how many of them may be chosen from) by `n_group` and `topk_group`."""
     groups = config.integer("n_group", 1)
@@ -107,7 +122,7 @@ def read_groups(config: ModelConfig, num: int, top_k: int) -> tuple[int, int]:
 def read_activation(config: ModelConfig, default: str, field: str = "hidden_act") -> str:
     """The name in `ops.activation`."""
     name = config.text(field, default)
-    if name not in _ACTIVATIONS:
+    if name not in _ACTIVATIONS or (name == "xielu") != (default == "xielu"):
         raise config.fault(field, name, f"one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 

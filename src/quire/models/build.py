@@ -10,9 +10,11 @@ from torch import Tensor
 
 from quire.models.arch import Arch, NormKind
 from quire.models.decoder import Decoder, DecoderLayer
+from quire.models.slots import XIELU_SHAPES
 from quire.nn.attention import Attention, QueryTransform
 from quire.nn.layers import (
     MLP,
+    XIELU,
     Embedding,
     InputEmbedding,
     LayerNorm,
@@ -130,7 +132,7 @@ class Builder:
                 num_heads=arch.num_heads,
                 num_kv_heads=arch.num_kv_heads,
                 head_dim=arch.head_dim,
-                scale=arch.attention_scale,
+                scale=arch.attention_scale * kind.scale,
                 window=kind.window,
                 softcap=arch.attention_softcap,
                 slopes=arch.alibi_slopes,
@@ -153,7 +155,7 @@ class Builder:
         d = self._arch.head_dim
         if qk_norm.over == "own_heads":
             plain = self._norm(path, replace(qk_norm.norm, weight=False), d)
-            return OwnHeadsNorm(plain, self._plain(f"{path}.weight"))
+            return OwnHeadsNorm(plain, [self._plain(f"{path}.heads.{head}.weight") for head in range(heads)])
         return self._norm(path, qk_norm.norm, d if qk_norm.over == "head" else heads * d)
 
     def _rope(self, config: RopeConfig) -> RopeTable:
@@ -164,10 +166,13 @@ class Builder:
 
     def _mlp(self, path: str) -> MLP | PlainMLP:
         arch = self._arch
-        up = self._linear(f"{path}.up", arch.mlp_bias) if not arch.gated else None
-        if up is not None:
-            return PlainMLP(up, self._linear(f"{path}.down", arch.mlp_bias), self._activation)
-        return self._gated_mlp(path, arch.mlp_bias)
+        if arch.gated:
+            return self._gated_mlp(path, arch.mlp_bias)
+        up, down = (self._linear(f"{path}.{name}", arch.mlp_bias) for name in ("up", "down"))
+        if arch.activation != "xielu":
+            return PlainMLP(up, down, self._activation)
+        learned = {name: self._plain(f"{path}.activation.{name}") for name in XIELU_SHAPES}
+        return PlainMLP(up, down, XIELU(**learned))
 
     def _gated_mlp(self, path: str, bias: bool) -> MLP:
         return MLP(

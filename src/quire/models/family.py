@@ -23,7 +23,8 @@ class Part:
       sections stand in each of so many equal groups of rows. `skip` rows stand before.
     * `transposed`: a weight is stored `[in, out]`.
     * `flat`: the shape that a vector is stored in.
-    * `stacked`: the tensor holds all experts, one after the other: as a first dimension, or as more `rows`.
+    * `stacked`: the tensor holds all experts one after the other, as a first dimension or as more `rows`. `count`: how
+      many, where it is not experts.
     """
 
     tensor: str
@@ -34,6 +35,7 @@ class Part:
     transposed: bool = False
     flat: tuple[str | int, ...] = ()
     stacked: Literal["", "first", "rows"] = ""
+    count: str = "num_experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +137,7 @@ def _cut(part: Part, slot: Slot, arch: Arch) -> Cut | None:
     shape = shape[::-1] if turned else shape
     stored = tuple(_size(size, arch) for size in part.flat) or shape
     if part.stacked:
-        shape = (arch.num_experts, *shape)
+        shape = (_size(part.count, arch), *shape)
         stored = shape if part.stacked == "first" else (shape[0] * shape[1], *shape[2:])
     return Cut(
         stored=stored,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from quire.models.arch import Arch, NormKind
 
+XIELU_SHAPES: Mapping[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
+"""What the activation xIELU learns."""
 EMBEDDING, HEAD = "embedding.weight", "head.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """`pattern` is the attribute path in `Decoder`, with `{}` for the layer and `{expert}` for the expert. `rotated`:
+    """`pattern` is the attribute path in `Decoder`, with `{}` for the layer and `{expert}` for the
+    expert, or for the head of a norm that has a weight for each. `rotated`:
     the first dimension is heads whose dimensions are rotated in pairs."""
 
     pattern: str
@@ -42,6 +45,9 @@ def slots(arch: Arch) -> Iterator[Slot]:
             yield from _experts(arch, layer)
         else:
             yield from _mlp(arch, "layers.{}.mlp", arch.intermediate_size, layer, bias=arch.mlp_bias)
+            if arch.activation == "xielu":
+                for name, shape in XIELU_SHAPES.items():
+                    yield Slot(f"layers.{{}}.mlp.activation.{name}", shape, layer)
     yield from _norm(arch.norm, "norm", (e,), 0)
     if not arch.tie_word_embeddings:
         yield Slot(HEAD, (arch.vocab_size, e))
@@ -83,6 +89,10 @@ def _attention(arch: Arch, layer: int) -> Iterator[Slot]:
     if arch.qk_norm is not None:
         d = arch.head_dim
         for name, heads in (("q_norm", arch.num_heads), ("k_norm", arch.num_kv_heads)):
+            if arch.qk_norm.over == "own_heads":
+                for head in range(heads):
+                    yield Slot(f"{path}.{name}.heads.{{expert}}.weight", (d,), layer, head, rotated=True)
+                continue
             size = d if arch.qk_norm.over == "head" else heads * d
             yield from _norm(arch.qk_norm.norm, f"{path}.{name}", (size,), layer, rotated=True)
     if arch.sinks:

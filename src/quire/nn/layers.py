@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from quire.ops.kernels import Kernels
@@ -82,16 +84,22 @@ class NoNorm:
         return total, total
 
 
-class OwnHeadsNorm:
-    """Normalises each head by itself, then multiplies by a weight of its own. `weight` is `[heads * head dim]`."""
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    weight: Tensor
 
-    def __init__(self, norm: Norm, weight: Tensor) -> None:
-        self.weight = weight
+
+class OwnHeadsNorm:
+    """Normalises each head by itself, then multiplies by a weight of its own, `[head dim]`."""
+
+    def __init__(self, norm: Norm, weights: Sequence[Tensor]) -> None:
+        self.heads = [Weighted(weight) for weight in weights]
+        self._weight_hd = torch.stack(list(weights))
         self._norm = norm
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` is `[t, heads, head dim]`."""
-        return self._norm(x) * self.weight.view(x.shape[1:])
+        return self._norm(x) * self._weight_hd
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         total = x + residual
@@ -151,7 +159,25 @@ class PlainMLP:
     def __init__(self, up: Linear, down: Linear, activation: Activation) -> None:
         self.up = up
         self.down = down
-        self._activation = activation
+        self.activation = activation
 
     def __call__(self, x_te: Tensor) -> Tensor:
-        return self.down(self._activation(self.up(x_te)))
+        return self.down(self.activation(self.up(x_te)))
+
+
+class XIELU:
+    """An activation that learns its slopes (Huang and Schlag, 2024), in float32, rounded once. Each is one number."""
+
+    def __init__(self, alpha_p: Tensor, alpha_n: Tensor, beta: Tensor, eps: Tensor) -> None:
+        self.alpha_p = alpha_p
+        self.alpha_n = alpha_n
+        self.beta = beta
+        self.eps = eps
+        self._rising = torch.nn.functional.softplus(alpha_p.float()).item()
+        self._falling = (beta.float() + torch.nn.functional.softplus(alpha_n.float())).item()
+        self._linear, self._bend = beta.item(), eps.item()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        below = (wide.clamp(max=self._bend).expm1() - wide) * self._falling
+        return (torch.where(wide > 0, self._rising * wide * wide, below) + self._linear * wide).to(x.dtype)

@@ -56,8 +56,12 @@ def _cohere2(config: ModelConfig) -> Arch:
 
 _NAMES = {
     **NAMES,
-    "layers.{}.attention.q_norm": Part(tensor="model.layers.{}.self_attn.q_norm", flat=("num_heads", "head_dim")),
-    "layers.{}.attention.k_norm": Part(tensor="model.layers.{}.self_attn.k_norm", flat=("num_kv_heads", "head_dim")),
+    "layers.{}.attention.q_norm.heads.{expert}": Part(
+        tensor="model.layers.{}.self_attn.q_norm", stacked="first", count="num_heads"
+    ),
+    "layers.{}.attention.k_norm.heads.{expert}": Part(
+        tensor="model.layers.{}.self_attn.k_norm", stacked="first", count="num_kv_heads"
+    ),
 }
 
 FAMILIES = (

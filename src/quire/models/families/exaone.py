@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quire.models.arch import Arch, QKNorm
-from quire.models.arch_fields import FULL, SLIDING, every_nth_full, read_arch, read_layer_types, rms_norm, sliding_kinds
+from quire.models.arch import Arch, Experts, QKNorm
+from quire.models.arch_fields import (
+    FULL,
+    SLIDING,
+    dense_layers,
+    every_nth_full,
+    read_arch,
+    read_experts,
+    read_groups,
+    read_layer_types,
+    rms_norm,
+    sliding_kinds,
+)
 from quire.models.families.llama import IGNORED, NAMES
-from quire.models.family import Family
+from quire.models.family import Family, Names, experts, shared_expert
 from quire.models.model_config import ModelConfig
 
 
@@ -19,7 +30,36 @@ def _exaone3(config: ModelConfig) -> Arch:
 
 
 def _exaone4(config: ModelConfig) -> Arch:
-    arch = read_arch(config, architecture="Exaone4ForCausalLM", max_positions=2048, norm=rms_norm(config, 1e-5))
+    arch = _hybrid(config, "Exaone4ForCausalLM")
+    return replace(arch, norms="post")
+
+
+def _exaone_moe(config: ModelConfig) -> Arch:
+    arch = _hybrid(config, "ExaoneMoeForCausalLM")
+    num, top_k = read_experts(config, num=64, top_k=8)
+    groups, chosen = read_groups(config, num, top_k)
+    inner = config.integer("moe_intermediate_size", 1024)
+    dense = dense_layers(config, arch.num_layers, first_sparse=1)
+    return replace(
+        arch,
+        experts=Experts(
+            num=num,
+            top_k=top_k,
+            intermediate_size=inner,
+            scoring="sigmoid",
+            correction=True,
+            renormalize=config.boolean("norm_topk_prob", True),
+            scale=config.number("routed_scaling_factor", 2.5),
+            num_groups=groups,
+            top_groups=chosen,
+            shared_size=inner * config.integer("num_shared_experts", 1),
+            dense_layers=dense,
+        ),
+    )
+
+
+def _hybrid(config: ModelConfig, architecture: str) -> Arch:
+    arch = read_arch(config, architecture=architecture, max_positions=2048, norm=rms_norm(config, 1e-5))
     rope = arch.layer_kinds[0].rope
     hybrid = not config.says_null("sliding_window")
     pattern = config.raw("sliding_window_pattern")
@@ -30,7 +70,6 @@ def _exaone4(config: ModelConfig) -> Arch:
     ropes = {FULL: None if hybrid else rope, SLIDING: rope}
     return replace(
         arch,
-        norms="post",
         qk_norm=QKNorm(norm=arch.norm),
         layer_kinds=sliding_kinds(config, types, ropes, window=4096),
     )
@@ -56,7 +95,16 @@ _EXAONE4 = {
     "layers.{}.mlp_out_norm": "model.layers.{}.post_feedforward_layernorm",
 }
 
+_MOE: Names = {
+    **NAMES,
+    "layers.{}.mlp.router": "model.layers.{}.mlp.gate",
+    "layers.{}.mlp.correction": "model.layers.{}.mlp.e_score_correction_bias",
+    **experts("model.layers.{}.mlp.experts"),
+    **shared_expert("model.layers.{}.mlp.shared_experts"),
+}
+
 FAMILIES = (
+    Family(architecture="ExaoneMoeForCausalLM", arch=_exaone_moe, names=_MOE, ignored=IGNORED),
     Family(
         architecture="ExaoneForCausalLM",
         arch=_exaone3,

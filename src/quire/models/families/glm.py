@@ -35,9 +35,19 @@ def _glm4(config: ModelConfig) -> Arch:
 
 
 def _glm4_moe(config: ModelConfig) -> Arch:
+    return _moe(config, "Glm4MoeForCausalLM", partial=0.5)
+
+
+def _solar_open(config: ModelConfig) -> Arch:
+    arch = _moe(config, "SolarOpenForCausalLM", partial=1.0)
+    assert arch.experts is not None
+    return replace(arch, qk_norm=None, experts=replace(arch.experts, dense_layers=()))
+
+
+def _moe(config: ModelConfig, architecture: str, *, partial: float) -> Arch:
     config = config.renamed(num_experts="n_routed_experts")
     arch = read_arch(
-        config, architecture="Glm4MoeForCausalLM", max_positions=131072, norm=rms_norm(config, 1e-5), partial=0.5
+        config, architecture=architecture, max_positions=131072, norm=rms_norm(config, 1e-5), partial=partial
     )
     num, top_k = read_experts(config, num=128, top_k=8)
     groups, chosen = read_groups(config, num, top_k)
@@ -78,6 +88,7 @@ _GLM4 = {
 
 FAMILIES = (
     Family(architecture="GlmForCausalLM", arch=_glm, names=_GLM, ignored=IGNORED),
+    Family(architecture="SolarOpenForCausalLM", arch=_solar_open, names=_MOE, ignored=IGNORED),
     Family(architecture="Glm4MoeForCausalLM", arch=_glm4_moe, names=_MOE, ignored=IGNORED),
     Family(architecture="Glm4ForCausalLM", arch=_glm4, names=_GLM4, ignored=IGNORED),
 )

@@ -46,11 +46,11 @@ def _renamed(config: ModelConfig) -> ModelConfig:
 
 
 def _gpt2(config: ModelConfig) -> Arch:
-    if config.boolean("scale_attn_by_inverse_layer_idx", False):
-        raise config.fault(
-            "scale_attn_by_inverse_layer_idx", True, "false: scales that differ by layer are not supported"
-        )
-    return _base(_renamed(config), "GPT2LMHeadModel")
+    arch = _base(_renamed(config), "GPT2LMHeadModel")
+    if not config.boolean("scale_attn_by_inverse_layer_idx", False):
+        return arch
+    kinds = tuple(LayerKind(rope=None, scale=1 / (layer + 1)) for layer in range(arch.num_layers))
+    return replace(arch, layer_kinds=kinds)
 
 
 def _bigcode(config: ModelConfig) -> Arch:

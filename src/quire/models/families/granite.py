@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quire.models.arch import Arch, Experts
-from quire.models.arch_fields import read_arch, read_experts, rms_norm
+from quire.models.arch_fields import FULL, SLIDING, read_arch, read_experts, read_layer_types, rms_norm, sliding_kinds
 from quire.models.families.llama import IGNORED, NAMES
 from quire.models.family import Family, Names, Part
 from quire.models.model_config import ModelConfig
@@ -30,6 +30,30 @@ def _granite(config: ModelConfig) -> Arch:
         attention_scale=config.number("attention_multiplier", 1.0),
         logit_multiplier=1 / config.number("logits_scaling", 1.0),
     )
+
+
+def _granite_swa(config: ModelConfig) -> Arch:
+    """Windows and sinks, and a rotation base for each layer, 0 for none."""
+    arch = replace(_granite(config), architecture="GraniteSWAForCausalLM", sinks=True)
+    default = [SLIDING if layer % 4 else FULL for layer in range(arch.num_layers)]
+    types = read_layer_types(config, arch.num_layers, default)
+    rope = arch.layer_kinds[0].rope
+    assert rope is not None
+    bases = config.raw("layer_rope_theta") or [rope.theta] * arch.num_layers
+    if not isinstance(bases, list) or len(bases) != arch.num_layers or not all(_is_base(base) for base in bases):
+        raise config.fault("layer_rope_theta", bases, f"a list of {arch.num_layers} numbers that are not negative")
+    kinds = sliding_kinds(config, types, {FULL: rope, SLIDING: rope}, window=128)
+    return replace(
+        arch,
+        layer_kinds=tuple(
+            replace(kind, rope=replace(rope, theta=float(base)) if base else None)
+            for kind, base in zip(kinds, bases, strict=True)
+        ),
+    )
+
+
+def _is_base(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def _hyperclova_x(config: ModelConfig) -> Arch:
@@ -106,6 +130,12 @@ _POST = {
 
 FAMILIES = (
     Family(architecture="GraniteForCausalLM", arch=_granite, names=NAMES, ignored=IGNORED),
+    Family(
+        architecture="GraniteSWAForCausalLM",
+        arch=_granite_swa,
+        names={**NAMES, "layers.{}.attention.sinks": "model.layers.{}.self_attn.sinks"},
+        ignored=IGNORED,
+    ),
     Family(architecture="GraniteMoeForCausalLM", arch=_granite_moe, names=_EXPERTS, ignored=IGNORED),
     Family(architecture="GraniteMoeSharedForCausalLM", arch=_granite_moe_shared, names=_EXPERTS, ignored=IGNORED),
     Family(architecture="HyperCLOVAXForCausalLM", arch=_hyperclova_x, names=_POST, ignored=IGNORED),

@@ -5,10 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quire.models.arch import Arch, Experts, QKNorm
-from quire.models.arch_fields import FULL, SLIDING, qwen_layer_types, read_arch, read_experts, sliding_kinds
+from quire.models.arch_fields import (
+    FULL,
+    SLIDING,
+    dense_layers,
+    qwen_layer_types,
+    read_arch,
+    read_experts,
+    read_layer_types,
+    sliding_kinds,
+)
 from quire.models.families.llama import IGNORED, NAMES
 from quire.models.family import Family, Names, experts, qkv, shared_expert
 from quire.models.model_config import ModelConfig
+from quire.models.rope_fields import read_rope
 
 
 def _base(config: ModelConfig, architecture: str, head_dim: int | None = None) -> Arch:
@@ -71,6 +81,25 @@ def _experts(config: ModelConfig, arch: Arch, *, num: int, top_k: int) -> Expert
     )
 
 
+def _mellum(config: ModelConfig) -> Arch:
+    """Qwen3 with experts, and with windows and their own rotation in some layers."""
+    arch = _normed(config, read_arch(config, architecture="MellumForCausalLM", max_positions=131072, head_dim=128))
+    types = read_layer_types(config, arch.num_layers, (FULL,) * arch.num_layers)
+    full = local = arch.layer_kinds[0].rope
+    if SLIDING in config.section("rope_parameters"):
+        local = read_rope(config, head_dim=arch.head_dim, max_positions=arch.max_positions, layer_type=SLIDING)
+    sparse = _experts(config, arch, num=64, top_k=8)
+    return replace(
+        arch,
+        layer_kinds=sliding_kinds(config, types, {FULL: full, SLIDING: local}, window=1024),
+        experts=replace(
+            sparse,
+            renormalize=config.boolean("norm_topk_prob", True),
+            dense_layers=dense_layers(config, arch.num_layers, first_sparse=0),
+        ),
+    )
+
+
 _EXPERTS: Names = {
     **NAMES,
     "layers.{}.mlp.router": "model.layers.{}.mlp.gate",
@@ -97,5 +126,6 @@ FAMILIES = (
     Family(architecture="Qwen2ForCausalLM", arch=_qwen2, names=NAMES, ignored=IGNORED),
     Family(architecture="Qwen3ForCausalLM", arch=_qwen3, names=NAMES, ignored=IGNORED),
     Family(architecture="Qwen2MoeForCausalLM", arch=_qwen2_moe, names=_EXPERTS, ignored=IGNORED),
+    Family(architecture="MellumForCausalLM", arch=_mellum, names=_EXPERTS, ignored=IGNORED),
     Family(architecture="Qwen3MoeForCausalLM", arch=_qwen3_moe, names=_EXPERTS, ignored=IGNORED),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quire.models.arch import Arch
+from quire.models.arch import Arch, QKNorm
 from quire.models.arch_fields import layer_norm, read_arch
 from quire.models.families.llama import IGNORED, NAMES
 from quire.models.family import Family
@@ -12,21 +12,29 @@ from quire.models.model_config import ModelConfig
 
 
 def _arch(config: ModelConfig) -> Arch:
-    if config.boolean("qk_layernorm", False):
-        raise config.fault("qk_layernorm", True, "false: a norm for each head is not supported for this family")
+    norm = layer_norm(config, bias=True)
     parallel = config.boolean("use_parallel_residual", False)
     return replace(
         read_arch(
             config,
             architecture="StableLmForCausalLM",
             max_positions=4096,
-            norm=layer_norm(config, bias=True),
+            norm=norm,
             partial=0.25,
         ),
         parallel=parallel,
         shared_norm=parallel,
         qkv_bias=config.boolean("use_qkv_bias", False),
+        qk_norm=QKNorm(norm=replace(norm, bias=False), over="own_heads")
+        if config.boolean("qk_layernorm", False)
+        else None,
     )
 
 
-FAMILIES = (Family(architecture="StableLmForCausalLM", arch=_arch, names=NAMES, ignored=IGNORED),)
+_NAMES = {
+    **NAMES,
+    "layers.{}.attention.q_norm.heads.{expert}": "model.layers.{}.self_attn.q_layernorm.norms.{expert}",
+    "layers.{}.attention.k_norm.heads.{expert}": "model.layers.{}.self_attn.k_layernorm.norms.{expert}",
+}
+
+FAMILIES = (Family(architecture="StableLmForCausalLM", arch=_arch, names=_NAMES, ignored=IGNORED),)
