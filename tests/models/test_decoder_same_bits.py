@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import BloomConfig, Gemma2Config, Glm4MoeConfig, GptOssConfig, Qwen3Config, Qwen3MoeConfig
 
 from quire.models.load import LoadedModel, load_model
 from quire.nn.batch import ForwardBatch
@@ -30,12 +30,30 @@ SIZES: dict[str, Any] = {
 }
 DENSE = Qwen3Config(**SIZES)
 SPARSE = Qwen3MoeConfig(**SIZES, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=96)
+WINDOWED = Gemma2Config(**SIZES | {"num_hidden_layers": 3}, sliding_window=48, query_pre_attn_scalar=40)
+SINKS = GptOssConfig(**SIZES, num_local_experts=8, num_experts_per_tok=3, sliding_window=48)
+CORRECTED = Glm4MoeConfig(
+    **SIZES,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    moe_intermediate_size=96,
+    use_qk_norm=True,
+)
+SLOPES = BloomConfig(vocab_size=300, hidden_size=192, n_layer=2, n_head=6)
 KINDS = [
     (DENSE, "float32", "auto"),
     (DENSE, "bfloat16", "auto"),
     (DENSE, "bfloat16", "int8"),
     (SPARSE, "float32", "auto"),
     (SPARSE, "bfloat16", "auto"),
+    (WINDOWED, "bfloat16", "auto"),
+    (WINDOWED, "float32", "auto"),
+    (SINKS, "bfloat16", "auto"),
+    (CORRECTED, "bfloat16", "auto"),
+    (SLOPES, "float32", "auto"),
+    (SLOPES, "bfloat16", "int8"),
 ]
 
 

@@ -8,12 +8,35 @@ import pytest
 import torch
 
 import quire
+from conformance.cases import CASES
+from conformance.oracle import save
 from quire.models.load import LoadedModel, load_model
 from quire.nn.batch import ForwardBatch
 from quire.ops.cpu.library import usable_isas
 
 TINY = Path(quire.__file__).parent / "assets" / "quire_tiny"
 BLOCK_SIZE = 16
+STANDARD = {
+    "AquilaForCausalLM",
+    "AquilaModel",
+    "BaiChuanForCausalLM",
+    "BaichuanForCausalLM",
+    "Ernie4_5ForCausalLM",
+    "ExaoneForCausalLM",
+    "GlmForCausalLM",
+    "HeliumForCausalLM",
+    "IQuestCoderForCausalLM",
+    "InternLM2ForCausalLM",
+    "InternLM3ForCausalLM",
+    "InternLMForCausalLM",
+    "LlamaForCausalLM",
+    "QWenLMHeadModel",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SeedOssForCausalLM",
+    "XverseForCausalLM",
+}
+"""Pre-norm attention and a gated feed-forward block with silu, one rotation for all layers, and nothing else."""
 
 pytestmark = pytest.mark.skipif(not usable_isas(), reason="this installation has no compiled kernels")
 
@@ -80,6 +103,17 @@ def _shortened(step: ForwardBatch, keep: list[int]) -> ForwardBatch:
         block_table_rb=step.block_table_rb,
         logits_rows_s=torch.tensor([end - 1 for end in starts[1:]]),
     )
+
+
+def test_a_model_of_another_build_goes_op_by_op(tmp_path: Path) -> None:
+    """Those whose blocks are standard have a stack, the others have none, whatever differs."""
+    stacked = {}
+    for case in CASES:
+        if not case.variant:
+            directory = tmp_path / case.id
+            save(case, directory, dtype=torch.bfloat16)
+            stacked[case.architecture] = load_model(directory, threads=1).decoder.stack is not None
+    assert {name for name, has_stack in stacked.items() if has_stack} == STANDARD
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])

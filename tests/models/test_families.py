@@ -1,0 +1,203 @@
+"""What the matrix does not say: that it can fail, what is refused, and parameters that are parts of tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from conformance.case import Case
+from conformance.cases import CASES
+from conformance.oracle import check, save
+from quire.core.errors import BadValue, ConfigError, MissingTensor, ShapeMismatch
+from quire.models.checkpoint import Checkpoint
+from quire.models.cut import cut_out, cut_rows
+from quire.models.family import Cut
+from quire.models.load import load_model
+from quire.models.quantization.rounding import round_weight
+from quire.models.quantization.scheme import Scheme
+from quire.models.quantization.write import Source
+from quire.models.registry import identify
+from quire.ops.weight import dequantize
+
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.id == name)
+
+
+def edited(case: Case, **fields: Any) -> Case:
+    """The same checkpoint with other fields in its config.json."""
+    return replace(case, rewrite=lambda tensors, config: (tensors, {**config, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 25}),
+        ("MinistralForCausalLM", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": 49.0}),
+        ("Gemma2ForCausalLM", {"final_logit_softcapping": None}),
+        ("GraniteForCausalLM", {"residual_multiplier": 0.41}),
+        ("CohereForCausalLM", {"layer_norm_eps": 1e-3}),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 1, 1, 1]}),
+        ("Glm4MoeForCausalLM-groups", {"topk_group": 3}),
+        ("Glm4MoeForCausalLM", {"routed_scaling_factor": 1.71}),
+        ("GptOssForCausalLM-tight-bound", {"swiglu_limit": 0.6}),
+        ("PhimoeForCausalLM-wide-mixer", {"router_jitter_noise": 0.1}),
+        ("MptForCausalLM-clipped", {"attn_config": {"clip_qkv": 0.6, "softmax_scale": 0.2}}),
+        ("GPTNeoForCausalLM", {"window_size": 25}),
+        ("StableLmForCausalLM", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    ],
+)
+def test_the_matrix_sees_a_setting_that_is_a_little_off(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        check(edited(case_of(name), **fields), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("MixtralForCausalLM", {"num_experts_per_tok": 9}),
+        ("Glm4MoeForCausalLM", {"n_group": 4}),
+        ("Glm4MoeForCausalLM", {"n_group": 3, "topk_group": 4}),
+        ("Dots1ForCausalLM", {"n_routed_experts": None}),
+        ("OlmoeForCausalLM", {"clip_qkv": 8.0}),
+        ("OPTForCausalLM", {"do_layer_norm_before": False}),
+        ("OPTForCausalLM", {"word_embed_proj_dim": 24}),
+        ("BloomForCausalLM", {"apply_residual_connection_post_layernorm": True}),
+        ("MptForCausalLM", {"no_bias": False}),
+        ("MptForCausalLM", {"attn_config": {"qk_ln": True}}),
+        ("GPTNeoForCausalLM", {"attention_layers": ["global", "sparse"]}),
+        ("GPTJForCausalLM", {"rotary_dim": 20}),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}),
+        ("GraniteSWAForCausalLM", {"layer_rope_theta": [1.0, -1.0, 2.0]}),
+        ("ExaoneMoeForCausalLM", {"mlp_layer_types": ["dense", "thick", "sparse"]}),
+        ("DbrxForCausalLM", {"ffn_config": {"moe_num_experts": 2, "moe_top_k": 3}}),
+        ("Ernie4_5_MoeForCausalLM", {"use_bias": True}),
+        ("Phi3ForCausalLM", {"partial_rotary_factor": 1.5, "rope_parameters": None}),
+        ("FalconForCausalLM-new-decoder", {"num_kv_heads": 3}),
+        ("LlamaForCausalLM", {"hidden_act": "xielu"}),
+    ],
+)
+def test_a_setting_that_cannot_be_honoured_is_named(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    save(case_of(name), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    identify(config, "config.json")
+    field, value = next(reversed(fields.items()))
+    if isinstance(value, dict):
+        field = next(reversed(value))
+    with pytest.raises(BadValue, match=field.replace("rope_parameters", "partial_rotary_factor")):
+        identify({**config, **fields}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("GPT2LMHeadModel", "transformer.h.1.attn.c_attn.bias"),
+        ("Phi3ForCausalLM", "model.layers.1.mlp.gate_up_proj.weight"),
+        ("GptOssForCausalLM", "model.layers.0.self_attn.sinks"),
+        ("GptOssForCausalLM", "model.layers.1.mlp.experts.down_proj_bias"),
+        ("Glm4MoeForCausalLM", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("StableLmForCausalLM-qk-layernorm", "model.layers.0.self_attn.q_layernorm.norms.3.weight"),
+    ],
+)
+def test_a_tensor_of_many_parameters_that_is_missing_is_named(name: str, tensor: str, tmp_path: Path) -> None:
+    save(case_of(name), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    shape = list(stored.pop(tensor).shape)
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(MissingTensor) as caught:
+        load_model(tmp_path)
+    assert tensor in caught.value.message
+    assert str(shape) in caught.value.message
+
+
+def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> None:
+    save(edited(case_of("Phi3ForCausalLM"), num_key_value_heads=4), tmp_path)
+    with pytest.raises(ShapeMismatch, match=r"qkv_proj.*\[144, 48\].*\[96, 48\]"):
+        load_model(tmp_path)
+
+
+def test_names_without_the_prefix_of_the_class_are_found_as_well(tmp_path: Path) -> None:
+    def without(tensors: Any, config: Any) -> Any:
+        return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, config
+
+    check(replace(case_of("GPT2LMHeadModel"), rewrite=without), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Phi3ForCausalLM", "GlmForCausalLM", "GPT2LMHeadModel", "GptOssForCausalLM"])
+def test_parts_of_tensors_can_be_rounded_while_they_are_loaded(name: str, tmp_path: Path, lay_out: Any) -> None:
+    save(case_of(name), tmp_path, dtype=torch.bfloat16)
+    tokens = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch, logits = lay_out([(tokens, 0, 60, [1, 2, 3, 4])], 16), []
+    for quantization in (None, "int8"):
+        model = load_model(tmp_path, quantization=quantization)
+        logits.append(model.decoder.logits(model.decoder.forward(batch, model.new_kv_cache(5, 16))).flatten())
+    assert torch.corrcoef(torch.stack(logits))[0, 1] > 0.98
+
+
+def test_a_checkpoint_of_joined_tensors_is_not_written_quantised(tmp_path: Path) -> None:
+    save(case_of("Phi3ForCausalLM"), tmp_path)
+    with pytest.raises(ConfigError, match="Phi3ForCausalLM"):
+        Source.open(tmp_path, "int8", 32)
+
+
+def test_what_runs_in_float32_whatever_the_dtype(tmp_path: Path) -> None:
+    save(case_of("Glm4MoeForCausalLM"), tmp_path)
+    model = load_model(tmp_path, dtype="bfloat16")
+    assert model.decoder.layers[1].mlp.correction.dtype == torch.float32
+    assert model.decoder.layers[1].mlp.router.bias is None
+
+
+def test_memory_and_parameters_are_counted_once(tmp_path: Path) -> None:
+    for name in ("GptOssForCausalLM", "FalconForCausalLM", "CohereForCausalLM-qk-norm", "OPTForCausalLM"):
+        save(case_of(name), tmp_path)
+        model = load_model(tmp_path)
+        stored = Checkpoint.open(tmp_path).tensors.items()
+        skipped = 2 * 48 if name == "OPTForCausalLM" else 0  # rows of the table of positions that nobody uses
+        tied = 97 * model.arch.hidden_size if any(name == "lm_head.weight" for name, _ in stored) else 0
+        tied *= model.arch.tie_word_embeddings
+        assert model.num_parameters == sum(info.num_elements for _, info in stored) - skipped - tied
+
+
+@given(
+    groups=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    half=st.integers(0, 3),
+    before=st.integers(0, 5),
+    after=st.integers(0, 5),
+    data=st.data(),
+)
+def test_a_cut_is_the_same_of_plain_and_of_rounded_weights(
+    groups: int, heads: int, half: int, before: int, after: int, data: st.DataObject
+) -> None:
+    head_dim = 2 * half + data.draw(st.integers(1, 3))
+    rows = before + heads * head_dim + after
+    weight = torch.randn(groups * rows, 64)
+    cut = Cut(
+        stored=tuple(weight.shape),
+        shape=tuple(weight.shape),
+        groups=groups,
+        start=before,
+        stop=before + heads * head_dim,
+        head_dim=head_dim,
+        rotary_dim=2 * half,
+    )
+    order = [*range(0, 2 * half, 2), *range(1, 2 * half, 2), *range(2 * half, head_dim)]
+    expected = [
+        weight[group * rows + before + head * head_dim + row]
+        for group in range(groups)
+        for head in range(heads)
+        for row in order
+    ]
+    assert torch.equal(cut_out(weight, cut), torch.stack(expected))
+    for scheme in (Scheme(format="int8"), Scheme(format="int4", group_size=32), Scheme(format="fp8")):
+        rounded = round_weight(weight, scheme)
+        assert torch.equal(dequantize(cut_rows(rounded, cut)), cut_out(dequantize(rounded), cut))
