@@ -167,6 +167,48 @@ def test_memory_and_parameters_are_counted_once(tmp_path: Path) -> None:
         assert model.num_parameters == sum(info.num_elements for _, info in stored) - skipped - tied
 
 
+def to_mxfp4(weight_nxk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(blocks, scales, the rounded weight) of experts' weights `[experts, n, k]`, by the definition."""
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    blocks = weight_nxk.unflatten(-1, (-1, 32))
+    exponent = blocks.abs().amax(-1, keepdim=True).log2().floor() - 2
+    scaled = blocks / 2**exponent
+    codes = (scaled.abs()[..., None] - values).abs().argmin(-1)
+    rounded = values[codes] * scaled.sign() * 2**exponent
+    codes = codes + 8 * (scaled < 0)
+    packed = (codes[..., 0::2] | (codes[..., 1::2] << 4)).to(torch.uint8)
+    return packed, (exponent[..., 0] + 127).to(torch.uint8), rounded.flatten(-2)
+
+
+def test_experts_in_mxfp4_are_those_that_are_written_out(tmp_path: Path, lay_out: Any) -> None:
+    case = case_of("GptOssForCausalLM")
+    case = replace(case, fields={**case.fields, "hidden_size": 64, "intermediate_size": 96})
+    save(case, tmp_path / "plain")
+    tensors, packed = load_file(tmp_path / "plain" / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        # A plain checkpoint has them transposed.
+        packed[f"{name}_blocks"], packed[f"{name}_scales"], rounded = to_mxfp4(tensors[name].transpose(1, 2))
+        tensors[name] = rounded.transpose(1, 2).contiguous()
+    save_file(tensors, tmp_path / "plain" / "model.safetensors")
+    (tmp_path / "packed").mkdir()
+    others = {name: tensor for name, tensor in tensors.items() if f"{name}_blocks" not in packed}
+    save_file({**others, **packed}, tmp_path / "packed" / "model.safetensors")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    tokens = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = lay_out([(tokens, 0, 60, [1, 2, 3, 4])], 16)
+    for quantization in (None, "int8"):
+        models = [load_model(tmp_path / name, quantization=quantization) for name in ("plain", "packed")]
+        one, other = (model.decoder.logits(model.decoder.forward(batch, model.new_kv_cache(5, 16))) for model in models)
+        assert torch.equal(one, other)
+        assert models[1].unexpected_tensors == ()
+    del packed["model.layers.1.mlp.experts.down_proj_scales"]
+    save_file({**others, **packed}, tmp_path / "packed" / "model.safetensors")
+    with pytest.raises(MissingTensor, match="down_proj_scales"):
+        load_model(tmp_path / "packed")
+
+
 @given(
     groups=st.integers(1, 4),
     heads=st.integers(1, 3),

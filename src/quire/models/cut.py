@@ -18,7 +18,13 @@ def cut_out(tensor: Tensor, cut: Cut | None) -> Tensor:
     tensor = tensor.reshape(cut.shape)
     if cut.expert is not None:
         tensor = tensor[cut.expert]
-    return _take(tensor.T if cut.transposed else tensor, cut)
+    return take_rows(tensor.T if cut.transposed else tensor, cut)
+
+
+def cut_expert(tensor: Tensor, cut: Cut) -> Tensor:
+    """One expert of a stack of which the first dimension is theirs."""
+    assert cut.expert is not None
+    return tensor[cut.expert]
 
 
 def cut_rows(weight: Weight, cut: Cut | None) -> Weight:
@@ -27,16 +33,17 @@ def cut_rows(weight: Weight, cut: Cut | None) -> Weight:
         return weight
     match weight:
         case Int8Weight() | Fp8Weight():
-            return replace(weight, values_nk=_take(weight.values_nk, cut), scale_n=_take(weight.scale_n, cut))
+            return replace(weight, values_nk=take_rows(weight.values_nk, cut), scale_n=take_rows(weight.scale_n, cut))
         case Int4Weight():
-            zero = None if weight.zero_ng is None else _take(weight.zero_ng, cut)
-            scale, nibbles = _take(weight.scale_ng, cut), _take(weight.nibbles_nk2, cut)
+            zero = None if weight.zero_ng is None else take_rows(weight.zero_ng, cut)
+            scale, nibbles = take_rows(weight.scale_ng, cut), take_rows(weight.nibbles_nk2, cut)
             return split(replace(weight, nibbles_nk2=nibbles, scale_ng=scale, zero_ng=zero, split_scales=None))
         case _:
             return cut_out(weight, cut)
 
 
-def _take(tensor: Tensor, cut: Cut) -> Tensor:
+def take_rows(tensor: Tensor, cut: Cut) -> Tensor:
+    """The rows of a weight that is laid out and turned already."""
     rest = tensor.shape[1:]
     taken = tensor.reshape(cut.groups, -1, *rest)[:, cut.start : cut.stop]
     taken = taken[0] if cut.groups == 1 else taken.reshape(-1, *rest)

@@ -18,7 +18,7 @@ from quire.models.family import Cut, Family
 from quire.models.model_config import ModelConfig
 from quire.models.quantization.config import read_quantization
 from quire.models.quantization.scheme import DEFAULT_GROUP_SIZE, Format, Scheme, is_linear, rounded_scheme
-from quire.models.quantization.storage import Storage
+from quire.models.quantization.storage import Storage, mxfp4_parts
 from quire.models.slots import EMBEDDING, HEAD, slots
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -32,6 +32,7 @@ class Parameter:
     `storage`: its values are stored quantised, in several tensors that are named after `tensor`. `scheme`: the format
     that it runs in, quantised; None for one that runs in the model's dtype. `share`: of a step's rows, those that meet
     it; of an expert's parameters a few. `wide`: it runs in float32 whatever the dtype.
+    `mxfp4`: its values are stored in that format, in tensors named after `tensor`, and written out.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Parameter:
     scheme: Scheme | None = None
     share: float = 1.0
     wide: bool = False
+    mxfp4: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -62,6 +64,8 @@ class Parameter:
     @property
     def stored(self) -> tuple[str, ...]:
         """The names of the checkpoint's tensors that it is made of."""
+        if self.mxfp4:
+            return tuple(self.tensor + part.suffix for part in mxfp4_parts(self.tensor_shape))
         if self.storage is None:
             return (self.tensor,)
         module = self.tensor.removesuffix("weight")
@@ -82,7 +86,8 @@ def list_parameters(
     """
     file = str(checkpoint.directory / "config.json")
     stored = read_quantization(ModelConfig(checkpoint.config, file))
-    if stored is not None and quantization is not None:
+    expands = stored is not None and stored.method == "mxfp4"
+    if stored is not None and quantization is not None and not expands:
         raise ConfigError(
             f"quantization is {quantization!r}, but the checkpoint is quantised already ({stored.method}).",
             param="quantization",
@@ -95,7 +100,7 @@ def list_parameters(
             tensor = tensor.removeprefix(family.optional_prefix)
         path, shape = slot.path, slot.shape
         storage, scheme = None, None
-        if stored is not None and is_linear(path, shape):
+        if stored is not None and not expands and is_linear(path, shape):
             storage = stored.storage_of(tensor.removesuffix(".weight"))
             scheme = storage.scheme(shape, f"{file}: the weights of {tensor!r}") if storage is not None else None
         elif quantization is not None:
@@ -110,6 +115,7 @@ def list_parameters(
             scheme=scheme,
             share=share,
             wide=slot.wide,
+            mxfp4=expands and cut is not None and f"{tensor}_blocks" in checkpoint.tensors,
         )
         _check(checkpoint, parameter)
         parameters.append(parameter)
@@ -152,6 +158,16 @@ def _tied_head(parameters: Sequence[Parameter], quantization: Format) -> list[Pa
 
 
 def _check(checkpoint: Checkpoint, parameter: Parameter) -> None:
+    if parameter.mxfp4:
+        if parameter.tensor_shape[1] % 32:
+            raise BadValue(
+                f"{checkpoint.directory}: the weights of {parameter.tensor!r} have {parameter.tensor_shape[1]} input "
+                "features, which MXFP4's blocks of 32 do not divide.",
+                param="model",
+            )
+        for part in mxfp4_parts(parameter.tensor_shape):
+            _check_tensor(checkpoint, parameter.tensor + part.suffix, part.shapes, part.dtypes)
+        return
     if parameter.storage is None:
         _check_tensor(checkpoint, parameter.tensor, (parameter.tensor_shape,), _FLOATS)
         return

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from quire.core.errors import BadValue
 from quire.models.checkpoint import Checkpoint, TensorInfo
-from quire.models.cut import cut_out, cut_rows
+from quire.models.cut import cut_expert, cut_out, cut_rows, take_rows
 from quire.models.parameters import Parameter
 from quire.models.quantization.assemble import assemble
+from quire.models.quantization.mxfp4 import expand
 from quire.models.quantization.rounding import round_weight, scales_of
 from quire.models.tensors import CheckpointTensors
 from quire.ops.cpu.rounding import CpuRounding
@@ -76,22 +77,34 @@ class WeightStream(Mapping[str, Weight | PackedWeight]):
 
     def is_mapped(self, parameter: Parameter, held: object) -> bool:
         """Whether `held`, what became of a parameter, still is a view of the mapped file."""
-        if parameter.storage is not None or parameter.scheme is not None or not isinstance(held, Tensor):
+        if parameter.mxfp4 or parameter.storage is not None or parameter.scheme is not None:
+            return False
+        if not isinstance(held, Tensor):
             return False
         return held.data_ptr() == cut_out(self._source.get(parameter.tensor), parameter.cut).data_ptr()
 
     def _read(self, parameter: Parameter) -> Weight:
         if parameter.storage is not None:
             return cut_rows(self._stored(parameter), parameter.cut)
-        tensor = cut_out(self._source.get(parameter.tensor), parameter.cut)
+        tensor = self._expanded(parameter) if parameter.mxfp4 else self._plain(parameter)
         if parameter.scheme is not None:
             weight = round_weight(tensor, parameter.scheme, self._rounding)
-            check_finite(self._source.info(parameter.tensor), scales_of(weight), "weights of finite scale")
+            check_finite(self._source.info(parameter.stored[0]), scales_of(weight), "weights of finite scale")
             return weight
         if tensor.ndim == 1:
             # Small, and one NaN in them spoils every output. The matrices are too large to read for this.
             check_finite(self._source.info(parameter.tensor), tensor, "finite")
         return tensor.to(torch.float32 if parameter.wide else self._dtype)
+
+    def _plain(self, parameter: Parameter) -> Tensor:
+        return cut_out(self._source.get(parameter.tensor), parameter.cut)
+
+    def _expanded(self, parameter: Parameter) -> Tensor:
+        """Of one expert at a time: the whole stack would take four times the file."""
+        cut = parameter.cut
+        assert cut is not None
+        blocks, scales = (cut_expert(self._source.get(name), cut) for name in parameter.stored)
+        return take_rows(expand(blocks, scales), cut)
 
     def _stored(self, parameter: Parameter) -> QuantizedWeight:
         assert parameter.storage is not None

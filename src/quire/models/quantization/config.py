@@ -1,7 +1,7 @@
 """`quantization_config` of a checkpoint's config.json: which layers are stored how. No torch here.
 
 What is supported: quant_method "compressed-tensors" (int-quantized, float-quantized, pack-quantized, and mixtures of
-them), "gptq" and "awq" with 4 bits. Whatever else, down to a single field, is refused by name.
+them), "gptq" and "awq" with 4 bits, "mxfp4" of experts. Whatever else, down to a single field, is refused by name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quire.models.model_config import ModelConfig
 from quire.models.quantization.scheme import GROUP_SIZES
 from quire.models.quantization.storage import Awq, Gptq, PackedBytes, PackedNibbles, Storage, WholeBytes
 
-METHODS = ("compressed-tensors", "gptq", "awq")
+METHODS = ("compressed-tensors", "gptq", "awq", "mxfp4")
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
 
 _HEAD = "lm_head"
@@ -48,6 +48,8 @@ def read_quantization(config: ModelConfig) -> StoredQuantization | None:
             return StoredQuantization(method, _gptq(section))
         case "awq":
             return StoredQuantization(method, _awq(section))
+        case "mxfp4":
+            return StoredQuantization(method, lambda _layer: None)  # known by the names of its tensors
     raise section.fault("quant_method", method, f"one of {', '.join(METHODS)}: no other method is supported")
 
 

@@ -147,6 +147,15 @@ class Awq:
         )
 
 
+def mxfp4_parts(shape: _Shape) -> tuple[Part, Part]:
+    """Of a stack of experts `[experts, k, n]`: in blocks of 32 along k, which comes last here."""
+    experts, k, n = shape
+    return (
+        Part("_blocks", ("U8",), ((experts, n, k // 32, 16),)),
+        Part("_scales", ("U8",), ((experts, n, k // 32),)),
+    )
+
+
 Storage = WholeBytes | PackedBytes | PackedNibbles | Gptq | Awq
 
 
