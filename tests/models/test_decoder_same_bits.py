@@ -10,7 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BloomConfig, Gemma2Config, Glm4MoeConfig, GptOssConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    BloomConfig,
+    Gemma2Config,
+    Glm4MoeConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from quire.models.load import LoadedModel, load_model
 from quire.nn.batch import ForwardBatch
@@ -41,6 +49,15 @@ CORRECTED = Glm4MoeConfig(
     moe_intermediate_size=96,
     use_qk_norm=True,
 )
+CHUNKED = Llama4TextConfig(
+    **SIZES,
+    intermediate_size_mlp=320,
+    num_local_experts=6,
+    moe_layers=[1],
+    no_rope_layers=[1, 0],
+    attention_chunk_size=64,
+    floor_scale=50,
+)
 SLOPES = BloomConfig(vocab_size=300, hidden_size=192, n_layer=2, n_head=6)
 KINDS = [
     (DENSE, "float32", "auto"),
@@ -52,6 +69,8 @@ KINDS = [
     (WINDOWED, "float32", "auto"),
     (SINKS, "bfloat16", "auto"),
     (CORRECTED, "bfloat16", "auto"),
+    (CHUNKED, "bfloat16", "auto"),
+    (CHUNKED, "float32", "auto"),
     (SLOPES, "float32", "auto"),
     (SLOPES, "bfloat16", "int8"),
 ]

@@ -125,6 +125,14 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> Non
         load_model(tmp_path)
 
 
+def test_a_block_that_does_not_divide_the_chunks_of_attention_is_refused(tmp_path: Path) -> None:
+    save(case_of("Llama4ForCausalLM"), tmp_path)
+    model = load_model(tmp_path)
+    model.new_kv_cache(4, 32)
+    with pytest.raises(ConfigError, match=r"64.*chunks of 32"):
+        model.new_kv_cache(4, 64)
+
+
 def test_names_without_the_prefix_of_the_class_are_found_as_well(tmp_path: Path) -> None:
     def without(tensors: Any, config: Any) -> Any:
         return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, config

@@ -36,6 +36,18 @@ ROUTED: dict[str, Any] = {
     "routed_scaling_factor": 1.7,
 }
 
+LLAMA4: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 1,
+    "intermediate_size": 40,
+    "intermediate_size_mlp": 72,
+    "attention_chunk_size": 32,
+    "floor_scale": 40,
+    "no_rope_layers": [1, 0, 1, 1],
+}
+
 CASES: tuple[Case, ...] = (
     *cases(
         "Llama",
@@ -653,5 +665,21 @@ CASES: tuple[Case, ...] = (
         "GraniteSWAForCausalLM",
         "GraniteSWAConfig",
         {"": {**ALTERNATING, "layer_rope_theta": [1000.0, 0, 500.0], "attention_multiplier": 0.2}},
+    ),
+    *cases(
+        "Llama",
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            "": LLAMA4,
+            "two experts": {
+                **LLAMA4,
+                "num_experts_per_tok": 2,
+                "moe_layers": [1, 2],
+                "use_qk_norm": False,
+                "attention_chunk_size": 64,
+                **LLAMA3,
+            },
+        },
     ),
 )

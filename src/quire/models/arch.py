@@ -23,29 +23,39 @@ class NormKind:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QKNorm:
     """How queries and keys are normalised. `over`: each `head` by itself, all with one weight; each head with its own
-    (`own_heads`); or all heads as one vector (`whole`). `after_rope`: once they are rotated."""
+    (`own_heads`); or all heads as one vector (`whole`). `after_rope`: once they are rotated. `rotated_only`: only in
+    layers that rotate them."""
 
     norm: NormKind
     over: Literal["head", "own_heads", "whole"] = "head"
     after_rope: bool = False
+    rotated_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerKind:
-    """What differs between the layers of one model. `rope` None: positions are not told to its attention; `window`: a
-    token sees so many tokens, itself included; `scale` multiplies `attention_scale`."""
+    """What differs between the layers of one model.
+
+    `rope` None: positions are not told to its attention. `window`: a token sees so many tokens, itself included.
+    `chunk`: positions are cut into chunks of so many, and a token sees its own chunk only. `scale` multiplies
+    `attention_scale`.
+    """
 
     rope: RopeConfig | None
     window: int | None = None
+    chunk: int | None = None
     scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryGrowth:
-    """Queries are multiplied by 1 + beta * log(1 + floor(position / period)) (Llama 4's temperature)."""
+    """Queries are multiplied by 1 + beta * log(1 + floor((position + offset) / period)): Llama 4's temperature.
+    `unrotated_only`: only in layers that do not rotate them; otherwise only in those that do."""
 
     beta: float
     period: int
+    offset: int = 0
+    unrotated_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +65,7 @@ class Experts:
     * `scoring`: how the router's outputs become scores (see `nn.moe.Routing`, for `jitter` as well). `correction`: a
       bias is added to scores where experts are chosen, and not where they are weighed. `renormalize`: a row's scores
       are made to add up to 1. `scale` multiplies them then.
+      `weigh_input`: they multiply what goes into an expert, not what comes out.
     * `num_groups`, `top_groups`: only experts of the best groups may be chosen.
     * `router_bias`, `bias`: whether the router, and the experts' projections, have one.
     * `shared_size`: features inside an expert that every row sees besides; `shared_gate`: weighed by a gate of its own.
@@ -69,6 +80,7 @@ class Experts:
     correction: bool = False
     renormalize: bool = False
     scale: float = 1.0
+    weigh_input: bool = False
     num_groups: int = 1
     top_groups: int = 1
     router_bias: bool = False

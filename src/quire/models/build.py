@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quire.models.arch import Arch, NormKind
+from quire.models.arch import Arch, LayerKind, NormKind
 from quire.models.decoder import Decoder, DecoderLayer
 from quire.models.slots import XIELU_SHAPES
 from quire.nn.attention import Attention, QueryTransform
@@ -125,8 +125,8 @@ class Builder:
             k=self._linear(f"{path}.k", arch.qkv_bias),
             v=self._linear(f"{path}.v", arch.qkv_bias),
             o=self._linear(f"{path}.o", arch.o_bias),
-            q_norm=self._qk_norm(f"{path}.q_norm", arch.num_heads),
-            k_norm=self._qk_norm(f"{path}.k_norm", arch.num_kv_heads),
+            q_norm=self._qk_norm(f"{path}.q_norm", arch.num_heads, kind),
+            k_norm=self._qk_norm(f"{path}.k_norm", arch.num_kv_heads, kind),
             sinks=sinks,
             shape=AttentionShape(
                 num_heads=arch.num_heads,
@@ -143,14 +143,21 @@ class Builder:
                 whole=qk_norm is not None and qk_norm.over == "whole",
                 after_rope=qk_norm is not None and qk_norm.after_rope,
                 clip=arch.clip_qkv,
-                growth=None if arch.query_growth is None else (arch.query_growth.beta, arch.query_growth.period),
+                growth=self._growth(kind),
+                chunk=kind.chunk,
             ),
             kernels=self._kernels,
         )
 
-    def _qk_norm(self, path: str, heads: int) -> Norm | None:
+    def _growth(self, kind: LayerKind) -> tuple[float, int, int] | None:
+        growth = self._arch.query_growth
+        if growth is None or growth.unrotated_only != (kind.rope is None):
+            return None
+        return growth.beta, growth.period, growth.offset
+
+    def _qk_norm(self, path: str, heads: int, kind: LayerKind) -> Norm | None:
         qk_norm = self._arch.qk_norm
-        if qk_norm is None:
+        if qk_norm is None or (qk_norm.rotated_only and kind.rope is None):
             return None
         d = self._arch.head_dim
         if qk_norm.over == "own_heads":
@@ -205,6 +212,7 @@ class Builder:
                 scoring=experts.scoring,
                 renormalize=experts.renormalize,
                 scale=experts.scale,
+                weigh_input=experts.weigh_input,
                 num_groups=experts.num_groups,
                 top_groups=experts.top_groups,
                 jitter=experts.jitter,

@@ -63,6 +63,13 @@ class LoadedModel:
                 param="block_size",
                 remedy=f"It takes {', '.join(map(str, sizes))}.",
             )
+        for kind in self.arch.layer_kinds:
+            if kind.chunk is not None and kind.chunk % block_size:
+                raise ConfigError(
+                    f"A block size of {block_size} does not divide the model's attention chunks of {kind.chunk}.",
+                    param="block_size",
+                    remedy=f"Take one of {', '.join(str(size) for size in sizes if kind.chunk % size == 0)}.",
+                )
         return KVCache(
             num_layers=self.arch.num_layers,
             num_kv_heads=self.arch.num_kv_heads,

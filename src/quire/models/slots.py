@@ -86,7 +86,8 @@ def _attention(arch: Arch, layer: int) -> Iterator[Slot]:
     for name, size in (("q", arch.q_size), ("k", arch.kv_size), ("v", arch.kv_size)):
         yield from _linear(f"{path}.{name}", (size, e), arch.qkv_bias, layer, rotated=name != "v")
     yield from _linear(f"{path}.o", (e, arch.q_size), arch.o_bias, layer)
-    if arch.qk_norm is not None:
+    rotated = arch.layer_kinds[layer].rope is not None
+    if arch.qk_norm is not None and (rotated or not arch.qk_norm.rotated_only):
         d = arch.head_dim
         for name, heads in (("q_norm", arch.num_heads), ("k_norm", arch.num_kv_heads)):
             if arch.qk_norm.over == "own_heads":

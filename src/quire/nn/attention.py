@@ -24,13 +24,16 @@ class QueryTransform:
     """What happens to queries and keys besides projection and rotation.
 
     `whole`: norms see all heads as one vector. `after_rope`: they come after the rotation. `clip` bounds queries, keys
-    and values. `growth` is (beta, period), see `Arch.query_growth`.
+    and values. `growth` is (beta, period, offset): queries are multiplied by
+    1 + beta * log(1 + floor((position + offset) / period)). `chunk`: a token sees only its own chunk of so many
+    positions, a multiple of the cache's block size.
     """
 
     whole: bool = False
     after_rope: bool = False
     clip: float | None = None
-    growth: tuple[float, int] | None = None
+    growth: tuple[float, int, int] | None = None
+    chunk: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,19 +109,22 @@ def step_contexts(
     attentions: Sequence[Attention], batch: ForwardBatch, requests: PagedRequests, kernels: Kernels
 ) -> list[StepContext]:
     """One per layer; layers of one kind share theirs."""
-    plans: dict[AttentionShape, Any] = {}
+    plans: dict[tuple[AttentionShape, int | None], Any] = {}
     rotations: dict[int, tuple[Tensor, Tensor]] = {}
-    contexts: dict[tuple[AttentionShape, int], StepContext] = {}
+    contexts: dict[tuple[AttentionShape, QueryTransform, int], StepContext] = {}
     found = []
     for attention in attentions:
-        key = attention.shape, id(attention.rope)
+        key = attention.shape, attention.transform, id(attention.rope)
         if key not in contexts:
-            if attention.shape not in plans:
-                plans[attention.shape] = kernels.attention.plan(attention.shape, requests)
+            chunk = attention.transform.chunk
+            seen = attention.shape, chunk
+            if seen not in plans:
+                visible = requests if chunk is None else cut_into_chunks(requests, chunk)
+                plans[seen] = kernels.attention.plan(attention.shape, visible)
             if attention.rope is not None and id(attention.rope) not in rotations:
                 rotations[id(attention.rope)] = attention.rope.rows(batch.positions_t)
             contexts[key] = StepContext(
-                plan=plans[attention.shape],
+                plan=plans[seen],
                 rotation=rotations.get(id(attention.rope)),
                 slots_t=batch.slots_t,
                 growth_t11=_growth(attention, batch.positions_t),
@@ -127,8 +133,32 @@ def step_contexts(
     return found
 
 
+def cut_into_chunks(requests: PagedRequests, chunk: int) -> PagedRequests:
+    """Each request as several, one for each chunk of positions that it has rows in: its table begins with that chunk's
+    blocks. What attention computes depends on distances alone, so nothing else changes."""
+    assert chunk % requests.block_size == 0
+    blocks_of_chunk = chunk // requests.block_size
+    query_start, context_lens, tables = [0], [], []
+    for request, context in enumerate(requests.context_lens):
+        position = context - (requests.query_start[request + 1] - requests.query_start[request])
+        while position < context:
+            index = position // chunk
+            end = min(context, (index + 1) * chunk)
+            query_start.append(query_start[-1] + end - position)
+            context_lens.append(end - index * chunk)
+            first = index * blocks_of_chunk
+            tables.append(requests.block_table_rb[request, first : first + blocks_of_chunk])
+            position = end
+    return PagedRequests(
+        query_start=query_start,
+        context_lens=context_lens,
+        block_table_rb=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True),
+        block_size=requests.block_size,
+    )
+
+
 def _growth(attention: Attention, positions_t: Tensor) -> Tensor | None:
-    if attention.transform.growth is None or attention.rope is None:
+    if attention.transform.growth is None:
         return None
-    beta, period = attention.transform.growth
-    return (1 + beta * torch.log1p((positions_t // period).float()))[:, None, None]
+    beta, period, offset = attention.transform.growth
+    return (1 + beta * torch.log1p(((positions_t + offset) // period).float()))[:, None, None]

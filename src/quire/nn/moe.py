@@ -25,13 +25,14 @@ class Routing:
     over those experts only that come within `2 * jitter` of the best one, after which the best one is left out.
     `num_groups` and `top_groups`: the experts stand in groups, and only those of the best groups may be chosen, by the
     sum of the best two of each (DeepSeek-V3). `renormalize`: a row's scores are made to add up to 1; `scale` multiplies
-    them then.
+    them then. `weigh_input`: weights multiply what goes into an expert, not what comes out.
     """
 
     top_k: int
     scoring: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
     renormalize: bool = False
     scale: float = 1.0
+    weigh_input: bool = False
     num_groups: int = 1
     top_groups: int = 1
     jitter: float = 0.01
@@ -108,7 +109,18 @@ class SparseMLP:
 
     def _routed(self, x_te: Tensor) -> Tensor:
         weights_tk, experts_tk = self.routing.choose(self.router.wide(x_te), self.correction)
+        if self.routing.weigh_input:
+            return self._weighed_before(x_te, weights_tk, experts_tk)
         return add_experts(x_te, weights_tk, experts_tk, lambda expert, x_me: self.experts[expert](x_me))
+
+    def _weighed_before(self, x_te: Tensor, weights_tk: Tensor, experts_tk: Tensor) -> Tensor:
+        """Added up in float32 by rising number of the expert, as `add_experts` does."""
+        sums_te = torch.zeros(x_te.shape, dtype=torch.float32, device=x_te.device)
+        for expert in sorted(set(experts_tk.flatten().tolist())):
+            rows_m, places_m = torch.where(experts_tk == expert)
+            weighed_me = x_te[rows_m] * weights_tk[rows_m, places_m, None].to(x_te.dtype)
+            sums_te[rows_m] += self.experts[expert](weighed_me).float()
+        return sums_te.to(x_te.dtype)
 
     def _is_usual(self) -> bool:
         usual = Routing(top_k=self.routing.top_k, renormalize=self.routing.renormalize, jitter=self.routing.jitter)
