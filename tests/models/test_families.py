@@ -125,6 +125,15 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> Non
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("fields", [{"vocab_size": 125_696}, {"z_loss_weight": 0}])
+def test_baichuan_2_is_refused_for_its_head(tmp_path: Path, fields: dict[str, object]) -> None:
+    save(case_of("BaichuanForCausalLM"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    identify(config, "config.json")
+    with pytest.raises(BadValue, match="Baichuan 2 is not supported"):
+        identify({**config, **fields}, "config.json")
+
+
 def test_a_block_that_does_not_divide_the_chunks_of_attention_is_refused(tmp_path: Path) -> None:
     save(case_of("Llama4ForCausalLM"), tmp_path)
     model = load_model(tmp_path)

@@ -10,9 +10,14 @@ from quire.models.families.llama import IGNORED, NAMES
 from quire.models.family import Family, alias, qkv
 from quire.models.model_config import ModelConfig
 
+_VOCAB_OF_BAICHUAN_2 = 125_696
+
 
 def _arch(config: ModelConfig) -> Arch:
-    """The models with slopes call their context `model_max_length`, the others do not."""
+    """The models with slopes call their context `model_max_length`, the others do not. Baichuan 2, which says nowhere
+    that its head is normalised, is told by its vocabulary, or by a field that came with it."""
+    if "z_loss_weight" in config or config.integer("vocab_size") == _VOCAB_OF_BAICHUAN_2:
+        raise config.fault("vocab_size", config.raw("vocab_size"), "Baichuan 1's: Baichuan 2 is not supported")
     alibi = "model_max_length" in config and "max_position_embeddings" not in config
     if alibi:
         config = config.renamed(max_position_embeddings="model_max_length")
