@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from quire.models.arch import Arch, LayerKind, NormKind
+from quire.models.arch import Arch, Experts, LayerKind, NormKind
 from quire.models.model_config import ModelConfig
 from quire.models.rope_fields import read_rope
 from quire.nn.rope_config import RopeConfig
@@ -117,6 +117,36 @@ def read_groups(config: ModelConfig, num: int, top_k: int) -> tuple[int, int]:
     if chosen > groups or chosen * (num // groups) < top_k:
         raise config.fault("topk_group", chosen, f"at most {groups} groups, with at least {top_k} experts")
     return groups, chosen
+
+
+def read_corrected_experts(
+    config: ModelConfig,
+    *,
+    num: int | None = None,
+    top_k: int | None = None,
+    inner: int | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    shared: int,
+    dense: tuple[int, ...],
+) -> Experts:
+    """DeepSeek-V3's kind: scored by a sigmoid, chosen by groups with a correction, `shared` experts beside them."""
+    num, top_k = read_experts(config, num=num, top_k=top_k)
+    groups, chosen = read_groups(config, num, top_k)
+    inner = config.integer("moe_intermediate_size", inner)
+    return Experts(
+        num=num,
+        top_k=top_k,
+        intermediate_size=inner,
+        scoring="sigmoid",
+        correction=True,
+        renormalize=config.boolean("norm_topk_prob", renormalize),
+        scale=config.number("routed_scaling_factor", scale),
+        num_groups=groups,
+        top_groups=chosen,
+        shared_size=inner * shared,
+        dense_layers=dense,
+    )
 
 
 def read_activation(config: ModelConfig, default: str, field: str = "hidden_act") -> str:

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quire.models.arch import Arch, Experts, QKNorm
-from quire.models.arch_fields import (
-    FULL,
-    SLIDING,
-    read_arch,
-    read_experts,
-    read_groups,
-    read_layer_types,
-    sliding_kinds,
-)
+from quire.models.arch import Arch, QKNorm
+from quire.models.arch_fields import FULL, SLIDING, read_arch, read_corrected_experts, read_layer_types, sliding_kinds
 from quire.models.families.llama import IGNORED, NAMES
 from quire.models.family import Family, Names, experts, shared_expert
 from quire.models.model_config import ModelConfig
@@ -28,27 +20,17 @@ def _arch(config: ModelConfig) -> Arch:
     )
     default = [SLIDING if layer >= first else FULL for layer in range(arch.num_layers)]
     types = read_layer_types(config, arch.num_layers, default)
-    num, top_k = read_experts(config)
-    groups, chosen = read_groups(config, num, top_k)
-    inner = config.integer("moe_intermediate_size")
     return replace(
         arch,
         layer_kinds=sliding_kinds(config, types, {FULL: rope, SLIDING: rope}, window=4096),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm=QKNorm(norm=arch.norm),
-        experts=Experts(
-            num=num,
-            top_k=top_k,
-            intermediate_size=inner,
-            scoring="sigmoid",
-            correction=True,
-            renormalize=config.boolean("norm_topk_prob", False),
-            scale=config.number("routed_scaling_factor", 1.0),
-            num_groups=groups,
-            top_groups=chosen,
-            shared_size=inner * config.integer("n_shared_experts"),
-            dense_layers=tuple(range(config.integer("first_k_dense_replace", 0, minimum=0))),
+        experts=read_corrected_experts(
+            config,
+            renormalize=False,
+            shared=config.integer("n_shared_experts"),
+            dense=tuple(range(config.integer("first_k_dense_replace", 0, minimum=0))),
         ),
     )
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quire.models.arch import Arch, Experts, QKNorm
+from quire.models.arch import Arch, QKNorm
 from quire.models.arch_fields import (
     FULL,
     SLIDING,
     dense_layers,
     every_nth_full,
     read_arch,
-    read_experts,
-    read_groups,
+    read_corrected_experts,
     read_layer_types,
     rms_norm,
     sliding_kinds,
@@ -36,24 +35,16 @@ def _exaone4(config: ModelConfig) -> Arch:
 
 def _exaone_moe(config: ModelConfig) -> Arch:
     arch = _hybrid(config, "ExaoneMoeForCausalLM")
-    num, top_k = read_experts(config, num=64, top_k=8)
-    groups, chosen = read_groups(config, num, top_k)
-    inner = config.integer("moe_intermediate_size", 1024)
-    dense = dense_layers(config, arch.num_layers, first_sparse=1)
     return replace(
         arch,
-        experts=Experts(
-            num=num,
-            top_k=top_k,
-            intermediate_size=inner,
-            scoring="sigmoid",
-            correction=True,
-            renormalize=config.boolean("norm_topk_prob", True),
-            scale=config.number("routed_scaling_factor", 2.5),
-            num_groups=groups,
-            top_groups=chosen,
-            shared_size=inner * config.integer("num_shared_experts", 1),
-            dense_layers=dense,
+        experts=read_corrected_experts(
+            config,
+            num=64,
+            top_k=8,
+            inner=1024,
+            scale=2.5,
+            shared=config.integer("num_shared_experts", 1),
+            dense=dense_layers(config, arch.num_layers, first_sparse=1),
         ),
     )
 

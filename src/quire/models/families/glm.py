@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quire.models.arch import Arch, Experts, QKNorm
-from quire.models.arch_fields import read_arch, read_experts, read_groups, rms_norm
+from quire.models.arch import Arch, QKNorm
+from quire.models.arch_fields import read_arch, read_corrected_experts, rms_norm
 from quire.models.families.llama import IGNORED, NAMES
 from quire.models.family import Family, Names, experts, gate_up, shared_expert
 from quire.models.model_config import ModelConfig
@@ -49,25 +49,17 @@ def _moe(config: ModelConfig, architecture: str, *, partial: float) -> Arch:
     arch = read_arch(
         config, architecture=architecture, max_positions=131072, norm=rms_norm(config, 1e-5), partial=partial
     )
-    num, top_k = read_experts(config, num=128, top_k=8)
-    groups, chosen = read_groups(config, num, top_k)
-    inner = config.integer("moe_intermediate_size", 1408)
     return replace(
         arch,
         qkv_bias=config.boolean("attention_bias", False),
         qk_norm=QKNorm(norm=arch.norm) if config.boolean("use_qk_norm", False) else None,
-        experts=Experts(
-            num=num,
-            top_k=top_k,
-            intermediate_size=inner,
-            scoring="sigmoid",
-            correction=True,
-            renormalize=config.boolean("norm_topk_prob", True),
-            scale=config.number("routed_scaling_factor", 1.0),
-            num_groups=groups,
-            top_groups=chosen,
-            shared_size=inner * config.integer("n_shared_experts", 1),
-            dense_layers=tuple(range(config.integer("first_k_dense_replace", 1, minimum=0))),
+        experts=read_corrected_experts(
+            config,
+            num=128,
+            top_k=8,
+            inner=1408,
+            shared=config.integer("n_shared_experts", 1),
+            dense=tuple(range(config.integer("first_k_dense_replace", 1, minimum=0))),
         ),
     )
 
