@@ -52,7 +52,7 @@ def serve(
         import structlog
         import uvloop
 
-        from quire.serve.logs import configure_logs
+        from quire.config.logs import configure_logs
         from quire.serve.run import Launch, run
 
         configure_logs(server_settings.value.log_level, as_json=server_settings.value.log_json)
