@@ -39,10 +39,10 @@ class Gate(ABC):
 class OpenGate(Gate):
     """No flow control: everything goes through at once."""
 
-    async def enter(self, request: InferenceRequest) -> None:  # noqa: ARG002
+    async def enter(self, request: InferenceRequest) -> None:
         return
 
-    def leave(self, request: InferenceRequest) -> None:  # noqa: ARG002
+    def leave(self, request: InferenceRequest) -> None:
         return
 
 
