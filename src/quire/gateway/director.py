@@ -83,6 +83,7 @@ class Director:
             and endpoint.key not in excluded
             and (endpoint.models is None or not request.target_model or request.target_model in endpoint.models)
             and (request.subset is None or endpoint.address in request.subset)
+            and all(endpoint.labels.get(name) == value for name, value in request.selector.items())
         ]
 
     async def choose(self, request: InferenceRequest) -> Choice:
