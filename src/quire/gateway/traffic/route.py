@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quire.gateway.director import Director
 from quire.gateway.request import InferenceRequest
 from quire.gateway.traffic.policy import Match, Policy, Rewrite, Route, ShadowSpec, Target, TrafficSpec
 
@@ -113,3 +114,19 @@ def _rewritten(rewrites: Sequence[Rewrite], model: str, rng: random.Random) -> t
                     chosen = rng.choices(rule.targets, weights=weights)[0]
                     return Target(model=chosen.model_rewrite), f"rewrite {rewrite.name}"
     return Target(model=model), ""
+
+
+def aim(director: Director, request: InferenceRequest, targets: Sequence[Target], start: int = 0) -> int:
+    """Point the request at the first target, from `start` on, that some endpoint could serve; where none could, at the
+    one of `start`, whose queue then holds it. Returns its index."""
+    for index in range(start, len(targets)):
+        point_at(request, targets[index])
+        if director.candidates(request):
+            return index
+    point_at(request, targets[start])
+    return start
+
+
+def point_at(request: InferenceRequest, target: Target) -> None:
+    request.target_model = target.model
+    request.selector = target.selector
