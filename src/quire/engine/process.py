@@ -20,10 +20,12 @@ import msgspec
 import zmq
 
 from quire.config.engine import EngineConfig
+from quire.config.kv_events import read_kv_events
 from quire.core.errors import EngineStartFailed, QuireError
 from quire.core.request import EngineOutput
 from quire.core.threads import limit_spinning
 from quire.engine.early import EarlyWeights
+from quire.engine.kv_publisher import KVEventPublisher
 from quire.wire.rpc import (
     MAX_MESSAGE_BYTES,
     STATS_INTERVAL,
@@ -63,10 +65,11 @@ def main() -> int:
         socket.connect(f"ipc://{order.socket}")
         try:
             early = EarlyWeights(order.config)
+            kv_events = open_kv_events(order.config, context)
             # Late, so that an import that fails is reported to the parent like any other failure to start.
             from quire.engine.build import build_engine
 
-            engine = build_engine(order.config, early=early)
+            engine = build_engine(order.config, early=early, kv_events=kv_events)
         except QuireError as error:
             socket.send(encode(StartFailed(error.to_info())))
             return 1
@@ -79,7 +82,15 @@ def main() -> int:
         gc.enable()
         socket.send(encode(Ready(engine.info, os.getpid())))
         serve(engine, socket)
+        if kv_events is not None:
+            kv_events.close()
     return 0
+
+
+def open_kv_events(config: EngineConfig, context: zmq.Context[zmq.Socket[bytes]]) -> KVEventPublisher | None:
+    """What publishes KV events, if they are wanted. The front end has filled in where and under which topic."""
+    wanted = read_kv_events(config.kv_events_config)
+    return KVEventPublisher(wanted.resolved("127.0.0.1", 0, config.model), context) if wanted.enabled else None
 
 
 def serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
