@@ -38,13 +38,13 @@ class CacheJournal:
         `hashes` and `token_ids` are the whole text's, `salt` what its hashes are salted with.
         """
         self._flush()
-        first = previous = indices[0]
-        for index in indices[1:]:
-            if index != previous + 1:
-                self._stored_run(group, first, previous + 1, hashes, token_ids, salt)
-                first = index
-            previous = index
-        self._stored_run(group, first, previous + 1, hashes, token_ids, salt)
+        runs: list[range] = []
+        for index in indices:
+            if runs and index == runs[-1].stop:
+                runs[-1] = range(runs[-1].start, index + 1)
+            else:
+                runs.append(range(index, index + 1))
+        self._events.extend(self._stored_run(group, run, hashes, token_ids, salt) for run in runs)
 
     def removed(self, group: int, block_hash: bytes) -> None:
         if group != self._gone_group:
@@ -63,26 +63,23 @@ class CacheJournal:
         return taken
 
     def _stored_run(
-        self, group: int, start: int, stop: int, hashes: Sequence[bytes], token_ids: Sequence[int], salt: str
-    ) -> None:
+        self, group: int, run: range, hashes: Sequence[bytes], token_ids: Sequence[int], salt: str
+    ) -> BlockStored:
         size = self._block_size
         sight = self._sights[group]
-        kind = "full_attention" if sight.reach is None else "sliding_window" if sight.window else "chunked_local_attention"
         extra_keys = None
-        if salt and start == 0:  # the first block's hash has it, and so have all that are chained from it
-            extra_keys = [encode_extra_keys([salt]), *([encode_extra_keys(None)] * (stop - 1))]
-        self._events.append(
-            BlockStored(
-                block_hashes=hashes[start:stop],
-                parent_block_hash=hashes[start - 1] if start else None,
-                token_ids=token_ids[start * size : stop * size],
-                block_size=size,
-                medium=MEDIUM_DEVICE,
-                extra_keys=extra_keys,
-                group_idx=None if self._plain else group,
-                kv_cache_spec_kind=None if self._plain else kind,
-                kv_cache_spec_sliding_window=None if self._plain else sight.reach,
-            )
+        if salt and run.start == 0:  # the first block's hash has it, and so have all that are chained from it
+            extra_keys = [encode_extra_keys([salt]), *([encode_extra_keys(None)] * (len(run) - 1))]
+        return BlockStored(
+            block_hashes=hashes[run.start : run.stop],
+            parent_block_hash=hashes[run.start - 1] if run.start else None,
+            token_ids=token_ids[run.start * size : run.stop * size],
+            block_size=size,
+            medium=MEDIUM_DEVICE,
+            extra_keys=extra_keys,
+            group_idx=None if self._plain else group,
+            kv_cache_spec_kind=None if self._plain else _kind(sight),
+            kv_cache_spec_sliding_window=None if self._plain else sight.reach,
         )
 
     def _flush(self) -> None:
@@ -90,3 +87,10 @@ class CacheJournal:
             group = None if self._plain else self._gone_group
             self._events.append(BlockRemoved(block_hashes=self._gone, medium=MEDIUM_DEVICE, group_idx=group))
             self._gone = []
+
+
+def _kind(sight: Sight) -> str:
+    """vLLM's word for it."""
+    if sight.reach is None:
+        return "full_attention"
+    return "sliding_window" if sight.window is not None else "chunked_local_attention"

@@ -70,7 +70,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     """Reuse KV blocks of equal prefixes."""
     kv_events_config: str | None = None
-    """JSON object with vLLM's keys that tells where to publish what is in the prefix cache, for routers; off otherwise."""
+    """JSON object with vLLM's keys: where to publish what is in the prefix cache, for routers; off if not set."""
     max_num_seqs: int = 64
     """Most requests that run at once."""
     max_num_batched_tokens: int = 1024

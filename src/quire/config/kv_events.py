@@ -11,6 +11,8 @@ from quire.core.errors import ConfigError
 
 PARAM = "kv_events_config"
 DEFAULT_PORT = 5557
+ANYWHERE = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - compared, not listened on
+"""Hosts by which a server listens on all of the machine's addresses."""
 _EXAMPLE = '{"enable_kv_cache_events": true}'
 _MOST = 10_000_000
 
@@ -23,8 +25,8 @@ class KVEventsConfig:
     publisher: Literal["null", "zmq"] | None = None
     """zmq if events are enabled; null gives none."""
     endpoint: str | None = None
-    """Where the events are published; port 5557 of the address that the server listens on, if not set. One with a *, ::,
-    ipc:// or inproc:// is bound, as vLLM does; to others the engine connects, unless `bind` says otherwise."""
+    """Where the events are published; port 5557 of the address that the server listens on, if not set. As in vLLM, one
+    with a *, ::, ipc:// or inproc:// is bound, and to others the engine connects, unless `bind` says otherwise."""
     bind: bool | None = None
     """Whether `endpoint` is bound or connected to, where its looks do not tell. Not one of vLLM's settings."""
     replay_endpoint: str | None = None
@@ -49,20 +51,23 @@ class KVEventsConfig:
             return self.bind
         return "*" in endpoint or "::" in endpoint or endpoint.startswith(("ipc://", "inproc://"))
 
-    def resolved(self, host: str, port: int, model_name: str) -> KVEventsConfig:
-        """With an endpoint and a topic, for a server that can be reached at `host` (an address; 0.0.0.0 or :: for all)
-        and `port`."""
-        everywhere = host in ("0.0.0.0", "::", "")  # noqa: S104 - compared, not listened on
-        there = f"[{host}]" if ":" in host else host
+    def resolved(self, host: str, reachable: str, port: int, model_name: str) -> KVEventsConfig:
+        """With an endpoint and a topic, for a server that listens at `host` and `port`, and that others know by the
+        address `reachable`."""
         made = self
         if self.endpoint is None:
-            made = replace(made, endpoint=f"tcp://{'*' if everywhere else there}:{DEFAULT_PORT}", bind=True)
+            there = "*" if host in ANYWHERE else _bracketed(host)
+            made = replace(made, endpoint=f"tcp://{there}:{DEFAULT_PORT}", bind=True)
         if self.topic is None:
-            made = replace(made, topic=f"kv@{there}:{port}@{model_name}")
+            made = replace(made, topic=f"kv@{_bracketed(reachable)}:{port}@{model_name}")
         return made
 
     def to_json(self) -> str:
         return json.dumps({field.name: getattr(self, field.name) for field in fields(self)})
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def read_kv_events(text: str | None) -> KVEventsConfig:

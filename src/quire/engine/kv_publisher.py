@@ -22,7 +22,8 @@ from quire.core.model_info import KVEventsInfo
 from quire.wire.kv_events import END_OF_REPLAY, KVCacheEvent, KVEventBatch, encode_batch, encode_sequence
 
 MAX_BUFFER_BYTES = 64 * 1024 * 1024
-MAX_REQUEST_BYTES = 64
+MAX_REQUEST_BYTES = 4096
+"""Of what a reader may send: a topic to subscribe to, or a sequence number."""
 _Batch = tuple[int, float, Sequence[KVCacheEvent]]
 
 
@@ -162,7 +163,7 @@ def _open(
     opened.setsockopt(zmq.SNDHWM, hwm)
     opened.setsockopt(zmq.LINGER, 0)
     opened.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
-    opened.setsockopt(zmq.IPV6, 1)
+    opened.setsockopt(zmq.IPV6, "[" in endpoint or "::" in endpoint)
     if kind == zmq.ROUTER:
         opened.setsockopt(zmq.ROUTER_MANDATORY, 1)
     try:

@@ -111,9 +111,9 @@ class Metrics:
         self._lora = Gauge(
             "vllm:lora_requests_info",
             "Adapters in use; the value is when that was so, in seconds since the epoch.",
-            ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+            [*_LABELS, "max_lora", "running_lora_adapters", "waiting_lora_adapters"],
             registry=self._registry,
-        ).labels("0", "", "")
+        ).labels(self._model_name, _ENGINE, "0", "", "")
         self._kv_events = Gauge(
             "quire_kv_events_info",
             "Where the engine publishes its KV events.",

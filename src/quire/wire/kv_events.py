@@ -2,9 +2,9 @@
 
 The format is vLLM's (`vllm/distributed/kv_events.py`), which routers such as llm-d's and Dynamo's read. A PUB socket
 sends `[topic, sequence, payload]`; the payload is msgpack of `[ts, events, data_parallel_rank]`. Each event is
-`[tag, field, …]`, trailing defaults left out, or, from newer engines, a map with the tag under "type"; both are
-read, the array is written, which older readers know too. A ROUTER socket replays: the request is the first sequence
-wanted, each answer `[topic, sequence, payload]` (older engines leave the topic out), and the last one has the
+`[tag, field, …]` (from older engines without the last fields) or, from newer ones, a map with the tag under "type".
+All are read; whole arrays are written, which older readers know too. A ROUTER socket replays: the request is the first
+sequence wanted, each answer `[topic, sequence, payload]` (older engines leave the topic out), and the last one has the
 sequence -1.
 
 What is read comes from outside: sizes and numbers are bounded, fields that are not known are passed over, and so are
@@ -39,7 +39,7 @@ _TokenIds = Annotated[Sequence[Annotated[int, Meta(ge=0, lt=2**32)]], Meta(max_l
 _ExtraKeys = Annotated[Sequence[msgspec.Raw], Meta(max_length=_MAX_ITEMS)]
 
 
-class BlockStored(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, tag="BlockStored"):
+class BlockStored(msgspec.Struct, frozen=True, array_like=True, tag="BlockStored"):
     """Blocks that follow each other have come into the cache.
 
     * `block_hashes`: the engine's names of them; `parent_block_hash`: of the block before the first, None if that is
@@ -65,7 +65,7 @@ class BlockStored(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     kv_cache_spec_sliding_window: _Count | None = None
 
 
-class BlockRemoved(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, tag="BlockRemoved"):
+class BlockRemoved(msgspec.Struct, frozen=True, array_like=True, tag="BlockRemoved"):
     """Blocks, by the engine's names, are no longer in one tier (of one group of layers)."""
 
     block_hashes: _Hashes
@@ -80,7 +80,7 @@ class AllBlocksCleared(msgspec.Struct, frozen=True, array_like=True, tag="AllBlo
 KVCacheEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 
-class KVEventBatch(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+class KVEventBatch(msgspec.Struct, frozen=True, array_like=True):
     """What one step changed, in order. `ts`: seconds since the epoch."""
 
     ts: float
@@ -137,6 +137,7 @@ class _ArrayTag(msgspec.Struct, frozen=True, array_like=True):
 
 
 _KNOWN = frozenset({"BlockStored", "BlockRemoved", "AllBlocksCleared"})
+_NOT_OURS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()
 _batches = msgspec.msgpack.Decoder(KVEventBatch)
 _raw_batches = msgspec.msgpack.Decoder(_RawBatch)
@@ -165,7 +166,7 @@ def decode_batch(payload: bytes) -> KVEventBatch:
         raise BadKVEvents(f"A payload of {len(payload)} bytes; at most {MAX_PAYLOAD_BYTES} are read.")
     try:
         return _batches.decode(payload)  # what most engines send, most of the time
-    except (msgspec.DecodeError, RecursionError):
+    except _NOT_OURS:
         return _decode_carefully(payload)
 
 
@@ -174,7 +175,7 @@ def _decode_carefully(payload: bytes) -> KVEventBatch:
         decoder = _raw_batches if payload[:1] and payload[0] in _ARRAY_CODES else _raw_batch_maps
         batch = decoder.decode(payload)
         events = [event for raw in batch.events if (event := _decode_event(bytes(raw))) is not None]
-    except (msgspec.DecodeError, RecursionError) as error:
+    except _NOT_OURS as error:
         raise BadKVEvents(f"Not a batch of KV events: {error}") from None
     return KVEventBatch(batch.ts, events, batch.data_parallel_rank)
 

@@ -16,7 +16,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from quire.core.errors import QuireError, Refusal, RequestError
-from quire.serve.answers import HeadersTooLarge, RequestTimeout, encode_json, error_body
+from quire.web.answers import HeadersTooLarge, RequestTimeout, encode_json, error_body
 
 FRAMING_PER_BODY_BYTE = 8
 """Chunks of one byte have six bytes of framing; more than this is no body."""
