@@ -51,7 +51,7 @@ def test_rewrites_go_exact_before_generic_then_the_oldest_and_by_weight() -> Non
     assert set(counts) == {"v1", "v2"}
     assert 140 < counts["v2"] < 260  # a tenth, within 4 standard deviations
     assert plan_route(policy, request(model="other"), rng).targets[0].model == "any"
-    named = request(headers={"x-gateway-model-name-rewrite": "mine"})
+    named = request(target_model="mine")
     assert plan_route(policy, named, rng).targets[0].model == "mine"
 
 
@@ -149,16 +149,16 @@ async def test_a_shadow_is_compared_counted_and_bounded() -> None:
     release = asyncio.Event()
     answers = iter([stream("same"), stream("diff"), b"x" * (MAX_ANSWER_BYTES + 1), None])
 
-    async def send(mirrored: InferenceRequest, target: Target) -> AsyncIterator[bytes]:
+    async def send() -> AsyncIterator[bytes]:
         answer = next(answers)
         await release.wait()
         if answer is None:
             raise OSError("connection refused")
         yield answer
 
-    shadow = Shadow(send, lambda: 0.0, max_running=4)
+    shadow = Shadow(lambda: 0.0, max_running=4)
     target = Target(model="v2")
-    mirrors = [shadow.begin(request(id=f"r{number}"), target, compare=True) for number in range(5)]
+    mirrors = [shadow.begin(request(id=f"r{number}"), target, send, compare=True) for number in range(5)]
     assert mirrors[4] is None
     for mirror in mirrors[:4]:
         assert mirror is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,6 +17,7 @@ from quire.gateway.proxy.usage import Usage
 from quire.gateway.request import InferenceRequest, Outcome
 from quire.gateway.resilience.budget import Budget
 from quire.gateway.schedule import Choice
+from quire.gateway.traffic.shadow import Mirror
 
 BUSY_OR_BROKEN: Final = frozenset({429, 502, 503, 504})
 """Answers of one endpoint that another may not give."""
@@ -66,15 +68,19 @@ class Forwarder:
     connections: Connections
     settings: ProxySettings
     retries: Budget
+    mirror: Callable[[Call], Mirror | None] = lambda _call: None
+    """Starts a copy of the call elsewhere, where the traffic policy wants one."""
 
     async def forward(self, call: Call) -> None:
         """Answer the call from an endpoint. Raises `Dropped`, and `UpstreamError` when no endpoint answered."""
         choice: Choice | None = await self.director.choose(call.request)
         self.retries.earn()
         tried: frozenset[str] = frozenset()
+        mirror = self.mirror(call)
+        served = False
         try:
             while choice is not None:
-                current = self._start(call, choice)
+                current = self._start(call, choice, mirror)
                 tried |= {current.endpoint.key}
                 try:
                     answer = await self._begin(call, current, choice)
@@ -82,6 +88,7 @@ class Forwarder:
                     if choice is None:
                         await call.deliver(answer, current.endpoint, current.usage, self.settings.max_buffered_answer)
                     current.error = ""
+                    served = choice is None and answer.status < 400
                 except UpstreamError as error:
                     current.error = error.kind
                     choice = self._elsewhere(call, tried) if _may_repeat(call, current, error) else None
@@ -91,10 +98,12 @@ class Forwarder:
                     current.close(self.connections)
         finally:
             self.director.abandon(call.request)
+            if mirror is not None:
+                mirror.end(served)
 
-    def _start(self, call: Call, choice: Choice) -> Try:
+    def _start(self, call: Call, choice: Choice, mirror: Mirror | None) -> Try:
         attempt = self.director.sent(call.request, choice.endpoint, choice)
-        return Try(self.director, call.request, attempt)
+        return Try(self.director, call.request, attempt, usage=Usage(None if mirror is None else mirror.feed))
 
     async def _begin(self, call: Call, current: Try, choice: Choice) -> Connection:
         """Send the request, and wait for the first byte of an answer."""

@@ -8,11 +8,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quire.gateway.director import Director
 from quire.gateway.request import InferenceRequest
 from quire.gateway.traffic.policy import Match, Policy, Rewrite, Route, ShadowSpec, Target, TrafficSpec
-
-REWRITE_HEADERS = ("x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +25,8 @@ class Itinerary:
 
 def plan_route(policy: Policy, request: InferenceRequest, rng: random.Random) -> Itinerary:
     """An outer gateway's header first, then the model's TrafficPolicy, then rewrites."""
-    for header in REWRITE_HEADERS:
-        if request.headers.get(header):
-            return Itinerary([Target(model=request.headers[header])], rule=f"header {header}")
+    if request.target_model not in ("", request.model):
+        return Itinerary([Target(model=request.target_model)], rule="header")
     spec = policy.traffic.get(request.model)
     if spec is None:
         target, rule = _rewritten(policy.rewrites, request.model, rng)
@@ -116,17 +112,8 @@ def _rewritten(rewrites: Sequence[Rewrite], model: str, rng: random.Random) -> t
     return Target(model=model), ""
 
 
-def aim(director: Director, request: InferenceRequest, targets: Sequence[Target], start: int = 0) -> int:
-    """Point the request at the first target, from `start` on, that some endpoint could serve; where none could, at the
-    one of `start`, whose queue then holds it. Returns its index."""
-    for index in range(start, len(targets)):
-        point_at(request, targets[index])
-        if director.candidates(request):
-            return index
-    point_at(request, targets[start])
-    return start
-
-
-def point_at(request: InferenceRequest, target: Target) -> None:
-    request.target_model = target.model
-    request.selector = target.selector
+def send_along(itinerary: Itinerary, request: InferenceRequest) -> None:
+    """Write the itinerary into the request."""
+    first, *others = itinerary.targets
+    request.target_model, request.selector = first.model, first.selector
+    request.fallbacks = [(target.model, target.selector) for target in others]

@@ -21,8 +21,8 @@ from quire.gateway.traffic.policy import Target
 MAX_ANSWER_BYTES = 1024 * 1024
 _decoder = msgspec.json.Decoder()
 
-Send = Callable[[InferenceRequest, Target], AsyncIterator[bytes]]
-"""Sends a copy of the request to a target and gives the body of the answer as it comes. Raises what went wrong."""
+Send = Callable[[], AsyncIterator[bytes]]
+"""Sends the copy, and gives the body of its answer as it comes. Raises what went wrong."""
 
 
 @dataclass(slots=True)
@@ -43,6 +43,7 @@ class Mirror:
     request: InferenceRequest
     target: Target
     compare: bool
+    send: Send
     _shadow: Shadow
     _answer: bytearray = field(default_factory=bytearray)
     _whole: bool = True
@@ -63,21 +64,20 @@ class Mirror:
 
 
 class Shadow:
-    def __init__(self, send: Send, clock: Clock, max_running: int = 32) -> None:
-        self._send = send
+    def __init__(self, clock: Clock, max_running: int = 32) -> None:
         self._clock = clock
         self._max_running = max_running
         self._tasks: set[asyncio.Task[None]] = set()
         self._answers: dict[str, asyncio.Future[bytes | None]] = {}
         self.counts: dict[str, ShadowCounts] = {}
 
-    def begin(self, request: InferenceRequest, target: Target, *, compare: bool) -> Mirror | None:
+    def begin(self, request: InferenceRequest, target: Target, send: Send, *, compare: bool) -> Mirror | None:
         """Starts the mirror; None when there are too many."""
         counts = self.counts.setdefault(target.model, ShadowCounts())
         if len(self._tasks) >= self._max_running:
             counts.skipped += 1
             return None
-        mirror = Mirror(request, target, compare, self)
+        mirror = Mirror(request, target, compare, send, self)
         self._answers[request.id] = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(self._run(mirror, counts))
         self._tasks.add(task)
@@ -120,7 +120,7 @@ class Shadow:
     async def _collect(self, mirror: Mirror) -> bytes | None:
         body = bytearray()
         whole = True
-        async for chunk in self._send(mirror.request, mirror.target):
+        async for chunk in mirror.send():
             whole = whole and len(body) + len(chunk) <= MAX_ANSWER_BYTES
             if whole:
                 body += chunk
