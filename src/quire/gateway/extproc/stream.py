@@ -25,10 +25,8 @@ class Door:
     """What every stream needs."""
 
     director: Director
-    parse: Callable[[str, Mapping[str, str], bytes], InferenceRequest]
+    read: Callable[[str, Mapping[str, str], bytes], InferenceRequest]
     """Path with query, headers, body. Raises `QuireError`."""
-    aim: Callable[[InferenceRequest], None]
-    """Applies the traffic policy: sets the request's target."""
     rewritten: Callable[[InferenceRequest], bytes | None]
     """The body that asks for the target's model; None where it stays."""
     usage: Callable[[bytes], tuple[int | None, int | None]]
@@ -97,9 +95,8 @@ class ExchangeStream:
 
     async def _choose(self, *, buffered: bool) -> Response:
         path = self.headers.get(":path", "/")
-        request = self.door.parse(path, self.headers, bytes(self.body))
+        request = self.door.read(path, self.headers, bytes(self.body))
         request.subset = self.subset if self.subset is not None else request.subset
-        self.door.aim(request)
         choice = await self.door.director.choose(request)
         self.request = request  # from here on, `close` gives its place back
         self.attempt = self.door.director.sent(request, choice.endpoint, choice)
