@@ -31,6 +31,7 @@ from typing import (
 from cyclopts import Parameter
 
 from quire.config.engine import EngineConfig
+from quire.config.gateway import GatewayConfig
 from quire.config.resolve import Resolved, flag_name, read_file, resolve
 from quire.config.server import ServerConfig
 
@@ -40,7 +41,14 @@ ARGUMENTS = frozenset({"model"})  # an argument of its own in every command, not
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:
-    """The docstring under each field of a dataclass, from its source."""
+    """The docstring under each field of a dataclass and of what it inherits from, from their source."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(cls: type[Any]) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     docs: dict[str, str] = {}
@@ -98,12 +106,14 @@ if TYPE_CHECKING:
     OwnEngineFlags = Mapping[str, object] | None
     IsaFlag = Mapping[str, object] | None
     ServerFlags = Mapping[str, object] | None
+    GatewayFlags = Mapping[str, object] | None
 else:
     EngineFlags = flags_of(EngineConfig, "Engine")
     # For commands whose --seed is their one request's, which the engine's would only stand in for.
     OwnEngineFlags = flags_of(EngineConfig, "Engine", ARGUMENTS | {"seed"})
     IsaFlag = flags_of(EngineConfig, "Engine", frozenset(field.name for field in fields(EngineConfig)) - {"isa"})
     ServerFlags = flags_of(ServerConfig, "Server")
+    GatewayFlags = flags_of(GatewayConfig, "Gateway")
 
 ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="A YAML file with settings by these names, with underscores.")
