@@ -22,7 +22,7 @@ class StaticLimit(UsageLimitPolicy):
     def __init__(self, threshold: float = 1.0) -> None:
         self._threshold = threshold
 
-    def ceilings(self, saturation: float, priorities: Sequence[int]) -> Sequence[float]:  # noqa: ARG002
+    def ceilings(self, saturation: float, priorities: Sequence[int]) -> Sequence[float]:
         return (self._threshold,) * len(priorities)
 
 
@@ -33,7 +33,7 @@ class PriorityHoldback(UsageLimitPolicy):
     def __init__(self, min_ceiling: float, max_ceiling: float = 1.0, domain: Literal["rank", "value"] = "rank") -> None:
         self._min, self._max, self._domain = min_ceiling, max_ceiling, domain
 
-    def ceilings(self, saturation: float, priorities: Sequence[int]) -> Sequence[float]:  # noqa: ARG002
+    def ceilings(self, saturation: float, priorities: Sequence[int]) -> Sequence[float]:
         if len(priorities) < 2:
             return (self._max,) * len(priorities)
         span = self._max - self._min
@@ -49,7 +49,7 @@ class ExplicitHoldback(UsageLimitPolicy):
     def __init__(self, ceilings: Mapping[int, float]) -> None:
         self._ceilings = dict(ceilings)
 
-    def ceilings(self, saturation: float, priorities: Sequence[int]) -> Sequence[float]:  # noqa: ARG002
+    def ceilings(self, saturation: float, priorities: Sequence[int]) -> Sequence[float]:
         return [self._ceilings.get(priority, 0.0) for priority in priorities]
 
 

@@ -16,11 +16,26 @@ from quire.gateway.plugin import Plugin
 from quire.gateway.request import InferenceRequest
 
 
+@dataclass(frozen=True, slots=True)
+class LaneKey:
+    """Requests with the same one have the same candidates."""
+
+    model: str
+    subset: frozenset[str] | None = None
+    selector: frozenset[tuple[str, str]] = frozenset()
+
+
+def lane_key(request: InferenceRequest) -> LaneKey:
+    return LaneKey(request.target_model or request.model, request.subset, frozenset(request.selector.items()))
+
+
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A request in the queue. Equal to itself only."""
 
     request: InferenceRequest
+    lane: LaneKey
+    priority: int
     flow: str
     enqueued: float
     """When it came, by the gateway's clock."""
@@ -106,7 +121,7 @@ class _StrictQueue(BandQueue):
     def remove(self, waiting: Waiting) -> None:
         self._waiting.discard(waiting)
 
-    def take(self, now: float) -> Waiting:  # noqa: ARG002
+    def take(self, now: float) -> Waiting:
         return self._waiting.pop()
 
     def __len__(self) -> int:
@@ -141,7 +156,7 @@ class _RoundRobinQueue(BandQueue):
         if not flow:
             del self._flows[waiting.flow]
 
-    def take(self, now: float) -> Waiting:  # noqa: ARG002
+    def take(self, now: float) -> Waiting:
         name = next(iter(self._flows), None)
         if name is None:
             raise KeyError("take from an empty queue")

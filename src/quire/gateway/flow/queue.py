@@ -21,8 +21,10 @@ from quire.gateway.flow.policies import (
     FairnessPolicy,
     FirstComeFirstServed,
     GlobalStrict,
+    LaneKey,
     OrderingPolicy,
     Waiting,
+    lane_key,
 )
 from quire.gateway.request import InferenceRequest
 
@@ -79,16 +81,6 @@ class QueueSettings:
         if priority < 0 and self.default_negative_band is not None:
             return self.default_negative_band
         return self.default_band
-
-
-@dataclass(frozen=True, slots=True)
-class LaneKey:
-    model: str
-    subset: frozenset[str] | None = None
-
-
-def lane_key(request: InferenceRequest) -> LaneKey:
-    return LaneKey(request.target_model or request.model, request.subset)
 
 
 class _Total:
@@ -173,8 +165,8 @@ class FlowQueue:
         if displaced is None:
             return Rejection.CAPACITY, ()
         flow = request.fairness_id or request.tenant
-        waiting = Waiting(request, flow, now, now + self._settings.ttl, size)
-        self._add(key, waiting, now, has_endpoints=has_endpoints)
+        waiting = Waiting(request, key, priority, flow, now, now + self._settings.ttl, size)
+        self._add(waiting, now, has_endpoints=has_endpoints)
         return waiting, displaced
 
     def _fits_band(self, priority: int, size: int) -> bool:
@@ -205,8 +197,8 @@ class FlowQueue:
                 size_over -= victim.size
         return displaced
 
-    def _add(self, key: LaneKey, waiting: Waiting, now: float, *, has_endpoints: bool) -> None:
-        priority = waiting.request.priority
+    def _add(self, waiting: Waiting, now: float, *, has_endpoints: bool) -> None:
+        key, priority = waiting.lane, waiting.priority
         lane = self._lanes.get(key)
         if lane is None:
             lane = self._lanes[key] = Lane(key, now)
@@ -248,10 +240,10 @@ class FlowQueue:
 
     def cancel(self, waiting: Waiting) -> bool:
         """Take it out wherever it stands; False if it has gone already."""
-        lane = self._lanes.get(lane_key(waiting.request))
+        lane = self._lanes.get(waiting.lane)
         if lane is None or waiting not in lane.waiting:
             return False
-        lane.bands[waiting.request.priority].remove(waiting)
+        lane.bands[waiting.priority].remove(waiting)
         self._forget(lane, waiting)
         return True
 
@@ -278,16 +270,14 @@ class FlowQueue:
         together."""
         settings = self._settings
         ttl = settings.ttl if lane.has_endpoints else settings.no_endpoint_ttl
-        return min(
-            max(waiting.enqueued, lane.since) + ttl, waiting.enqueued + settings.ttl + settings.no_endpoint_ttl
-        )
+        return min(max(waiting.enqueued, lane.since) + ttl, waiting.enqueued + settings.ttl + settings.no_endpoint_ttl)
 
     def next_deadline(self) -> float:
         """When `expire` has something to do; infinite if never."""
         return min((self.deadline(lane, lane.oldest) for lane in self._lanes.values()), default=inf)
 
     def _forget(self, lane: Lane, waiting: Waiting) -> None:
-        priority = waiting.request.priority
+        priority = waiting.priority
         del lane.waiting[waiting]
         if not len(lane.bands[priority]):
             del lane.bands[priority]
