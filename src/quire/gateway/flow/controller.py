@@ -11,10 +11,11 @@ from typing import Protocol
 
 from quire.gateway.director import DEFAULT_OUTPUT_TOKENS, Gate
 from quire.gateway.endpoint import Clock, Endpoint
-from quire.gateway.errors import Dropped, Evicted, Expired, NoEndpoint, QueueCapacity, Saturated, ShuttingDown
+from quire.gateway.errors import Dropped, NoEndpoint, ShuttingDown
 from quire.gateway.flow.policies import Waiting, lane_key
 from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
 from quire.gateway.flow.rate import DispatchRate
+from quire.gateway.flow.refusals import refusal
 from quire.gateway.flow.saturation import NOTHING, EngineQueues, OnTheWay, SaturationDetector
 from quire.gateway.plugin import Conclusion, Observer
 from quire.gateway.request import InferenceRequest, Outcome
@@ -207,8 +208,8 @@ class FlowController(Gate, Observer):
             self._settle(inside)
 
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
-        """What it cost goes to its flow's account."""
-        tokens = request.prompt_tokens + 2.0 * (outcome.output_tokens or 0)
+        """What it wrote goes to its flow's account; its prompt did when it was let go."""
+        tokens = 2.0 * (outcome.output_tokens or 0)
         band = self._settings.band(request.priority)
         band.fairness.served(request.fairness_id or request.tenant, tokens, self._clock())
 
@@ -245,8 +246,8 @@ class FlowController(Gate, Observer):
     def _cycle(self, now: float) -> None:
         """Let go what can go: the highest priority first, lanes of the same priority in turns."""
         ready = self._ready(now)
-        for waiting, reason in self._queue.expire(now):
-            self._reject(waiting, reason, now)
+        for expired, reason in self._queue.expire(now):
+            self._reject(expired, reason, now)
         heapify(ready)
         while ready:
             _, _, order, lane, candidates = heappop(ready)
@@ -310,20 +311,13 @@ class FlowController(Gate, Observer):
             future.set_exception(self._error(waiting.request, reason, now, now - waiting.enqueued))
 
     def _error(self, request: InferenceRequest, reason: Rejection, now: float, waited: float = 0.0) -> Dropped:
-        retry_after = self._rate.retry_after(len(self._queue) + 1, now)
-        model, priority = request.target_model or request.model, request.priority
-        match reason:
-            case Rejection.CAPACITY:
-                kind, text = QueueCapacity, f"The queue for priority {priority} is full; {len(self._queue)} wait."
-            case Rejection.SATURATED:
-                kind, text = Saturated, f"The endpoints of {model!r} are full; priority {priority} is not queued."
-            case Rejection.DISPLACED:
-                kind, text = Evicted, f"After {waited:.1f} s in the queue, displaced by a priority above {priority}."
-            case Rejection.EXPIRED:
-                kind, text = Expired, f"The endpoints of {model!r} had no room in {waited:.1f} s."
-            case Rejection.NO_ENDPOINT:
-                kind, text = NoEndpoint, f"No endpoint came to serve the model {model!r} in {waited:.1f} s."
-        return kind(text, retry_after=retry_after)
+        return refusal(
+            request,
+            reason,
+            waiting=len(self._queue),
+            waited=waited,
+            retry_after=self._rate.retry_after(len(self._queue) + 1, now),
+        )
 
     def _shutting_down(self) -> ShuttingDown:
         return ShuttingDown("The gateway is shutting down.", retry_after=1.0)

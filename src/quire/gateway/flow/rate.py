@@ -24,7 +24,7 @@ class DispatchRate:
     def per_second(self, now: float) -> float:
         """Decayed dispatches over decayed time: right from the beginning on."""
         age = max(now - self._started, 1.0)
-        seconds = HALF_LIFE / math.log(2) * (1.0 - 0.5 ** (age / HALF_LIFE))
+        seconds = HALF_LIFE / math.log(2) * (1.0 - math.exp2(-age / HALF_LIFE))
         return self._decayed(now) / seconds
 
     def retry_after(self, ahead: int, now: float) -> float:
@@ -35,4 +35,4 @@ class DispatchRate:
         return float(min(max(math.ceil(ahead / rate), SHORTEST), LONGEST)) if ahead else SHORTEST
 
     def _decayed(self, now: float) -> float:
-        return self._count * 0.5 ** (max(now - self._time, 0.0) / HALF_LIFE)
+        return self._count * math.exp2(-max(now - self._time, 0.0) / HALF_LIFE)

@@ -46,7 +46,8 @@ def waiting_now(endpoint: Endpoint, metrics: EndpointMetrics, on_the_way: float)
         seen = endpoint.attributes[_SEEN] = (metrics.time, endpoint.load.requests)
     if not metrics.waiting:
         return 0.0
-    return max(metrics.waiting + endpoint.load.requests - seen[1] + on_the_way, 0.0)
+    sent_since: int = endpoint.load.requests - seen[1]
+    return max(metrics.waiting + sent_since + on_the_way, 0.0)
 
 
 class EngineQueues(SaturationDetector):
