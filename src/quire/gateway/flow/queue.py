@@ -28,7 +28,7 @@ from quire.gateway.flow.policies import (
 )
 from quire.gateway.request import InferenceRequest
 
-MAX_LANES: Final = 1024
+MAX_LANES: Final = 256
 """Different models (and subsets) that may wait at once: their number is in the hands of the callers."""
 
 
