@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Protocol
@@ -16,7 +16,7 @@ from quire.gateway.flow.policies import Waiting, lane_key
 from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
 from quire.gateway.flow.rate import DispatchRate
 from quire.gateway.flow.refusals import refusal
-from quire.gateway.flow.saturation import NOTHING, EngineQueues, OnTheWay, SaturationDetector
+from quire.gateway.flow.saturation import EngineQueues, SaturationDetector, Shares
 from quire.gateway.plugin import Conclusion, Observer
 from quire.gateway.request import InferenceRequest, Outcome
 
@@ -37,8 +37,8 @@ class _Inside:
     """A request that was let go and has not left."""
 
     request: InferenceRequest
-    places: Sequence[str]
-    """Keys of the endpoints that it may go to, until it is sent."""
+    places: Sequence[Endpoint]
+    """Where it may go, until it is sent."""
     tokens: int
 
 
@@ -63,33 +63,6 @@ class FlowSnapshot:
     dispatch_rate: float
     """A second."""
     lanes: Sequence[LaneSnapshot]
-
-
-@dataclass(slots=True)
-class _Shares:
-    """How many requests on their way each endpoint is to expect, if every request spreads over its candidates."""
-
-    requests: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, float] = field(default_factory=dict)
-    count: int = 0
-
-    def add(self, places: Sequence[str], tokens: int, sign: int) -> None:
-        self.count += sign
-        if not self.count:  # also gets rid of rounding errors, and of endpoints that are no more
-            self.requests.clear()
-            self.tokens.clear()
-            return
-        share = sign / len(places)
-        for place in places:
-            self.requests[place] = self.requests.get(place, 0.0) + share
-            self.tokens[place] = self.tokens.get(place, 0.0) + share * tokens
-
-    def of(self, endpoints: Sequence[Endpoint]) -> OnTheWay:
-        if not self.count:
-            return NOTHING
-        keys = [endpoint.key for endpoint in endpoints]
-        requests = sum(self.requests.get(key, 0.0) for key in keys)
-        return OnTheWay(requests, sum(self.tokens.get(key, 0.0) for key in keys))
 
 
 class FlowController(Gate, Observer):
@@ -122,7 +95,7 @@ class FlowController(Gate, Observer):
         self._queue = FlowQueue(settings)
         self._futures: dict[Waiting, asyncio.Future[None]] = {}
         self._inside: dict[int, _Inside] = {}
-        self._shares = _Shares()
+        self._shares = Shares()
         self._rate = DispatchRate(clock())
         self._timer: Cancellable | None = None
         self._timer_at = inf
@@ -135,25 +108,23 @@ class FlowController(Gate, Observer):
         now = self._clock()
         if self._closed:
             raise self._shutting_down()
+        lane: Lane | None = None
         if len(self._queue):
             self._cycle(now)
-        candidates = self._candidates(request)
-        if self._goes_at_once(request, candidates, now):
-            self._let_go(request, candidates, now)
+            lane = self._queue.lane(lane_key(request))
+        if lane is not None and request.priority <= lane.priority:  # it would overtake
+            await self._wait(self._offer(request, now, has_endpoints=lane.has_endpoints))
             return
-        if not candidates and not self._awaited(request):
-            raise NoEndpoint(f"No endpoint serves the model {request.target_model!r}.", retry_after=1.0)
+        candidates = self._candidates(request)
+        if candidates:
+            saturation = self._saturation(candidates, now)
+            if saturation < self._queue.ceiling(request.priority, saturation, lane):
+                self._let_go(request, candidates, now)
+                return
+        elif not self._awaited(request):
+            model = request.target_model or request.model
+            raise NoEndpoint(f"No endpoint serves the model {model!r}.", retry_after=1.0)
         await self._wait(self._offer(request, now, has_endpoints=bool(candidates)))
-
-    def _goes_at_once(self, request: InferenceRequest, candidates: Sequence[Endpoint], now: float) -> bool:
-        """Unless it would overtake, or there is no room. What could go before it has gone."""
-        if not candidates:
-            return False
-        lane = self._queue.lane(lane_key(request)) if len(self._queue) else None
-        if lane is not None and request.priority <= lane.priority:
-            return False
-        saturation = self._saturation(candidates, now)
-        return saturation < self._queue.ceiling(request.priority, saturation, lane)
 
     def _offer(self, request: InferenceRequest, now: float, *, has_endpoints: bool) -> Waiting:
         place, displaced = self._queue.offer(request, now, has_endpoints=has_endpoints)
@@ -278,7 +249,7 @@ class FlowController(Gate, Observer):
 
     def _let_go(self, request: InferenceRequest, candidates: Sequence[Endpoint], now: float) -> None:
         output = DEFAULT_OUTPUT_TOKENS if request.max_tokens is None else request.max_tokens
-        inside = _Inside(request, [endpoint.key for endpoint in candidates], request.prompt_tokens + output)
+        inside = _Inside(request, candidates, request.prompt_tokens + output)
         self._inside[id(request)] = inside
         self._shares.add(inside.places, inside.tokens, 1)
         self._rate.add(now)

@@ -220,7 +220,9 @@ class FlowQueue:
 
     def ceiling(self, priority: int, saturation: float, lane: Lane | None = None) -> float:
         """Up to which saturation a priority may dispatch now, beside those configured and those that wait."""
-        active = set(self._settings.bands) | {priority} | (set(lane.bands) if lane is not None else set())
+        active = {priority, *self._settings.bands}
+        if lane is not None:
+            active.update(lane.bands)
         priorities = sorted(active, reverse=True)
         return self._settings.limits.ceilings(saturation, priorities)[priorities.index(priority)]
 

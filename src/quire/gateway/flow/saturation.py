@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from quire.gateway.endpoint import Clock, Endpoint, EndpointMetrics
@@ -25,6 +25,39 @@ class OnTheWay:
 
 
 NOTHING: Final = OnTheWay()
+
+
+@dataclass(slots=True)
+class Shares:
+    """How many requests on their way each endpoint is to expect, if every request spreads over its candidates."""
+
+    requests: dict[int, float] = field(default_factory=dict)
+    """By identity of the endpoint; those on their way hold it."""
+    tokens: dict[int, float] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, places: Sequence[Endpoint], tokens: int, sign: int) -> None:
+        """With `sign` -1, they have arrived or come to nothing."""
+        self.count += sign
+        if not self.count:  # also gets rid of rounding errors, and of endpoints that are no more
+            self.requests.clear()
+            self.tokens.clear()
+            return
+        share = sign / len(places)
+        requests, held = self.requests, self.tokens
+        for place in places:
+            key = id(place)
+            requests[key] = requests.get(key, 0.0) + share
+            held[key] = held.get(key, 0.0) + share * tokens
+
+    def of(self, endpoints: Sequence[Endpoint]) -> OnTheWay:
+        if not self.count:
+            return NOTHING
+        requests, tokens = self.requests, self.tokens
+        return OnTheWay(
+            sum(requests.get(id(endpoint), 0.0) for endpoint in endpoints),
+            sum(tokens.get(id(endpoint), 0.0) for endpoint in endpoints),
+        )
 
 
 class SaturationDetector(Plugin):
