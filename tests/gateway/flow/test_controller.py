@@ -445,3 +445,76 @@ def test_whatever_happens_nobody_is_forgotten(steps: list[int], seed: int) -> No
                 assert isinstance(error, Dropped)
 
     asyncio.run(run())
+
+
+# --- ending requests in flight --------------------------------------------------------------------------------
+
+
+class Evicting(Service):
+    """Requests are sent as soon as they are let go, all to one endpoint with so many places."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__(places)
+        self.ended: list[str] = []
+        self.control = FlowController(
+            QueueSettings(),
+            self.candidates,
+            self.time,
+            detector=Concurrency(places),
+            evict=lambda one: self.ended.append(one.id),
+            call_later=self.time.call_later,
+        )
+
+    async def send(self, request: InferenceRequest) -> None:
+        await self.come(request)
+        self.endpoints[0].load.requests += 1
+        self.control.sent(request, self.endpoints[0], Conclusion(self.endpoints))
+
+    async def end(self, request: InferenceRequest) -> None:
+        self.endpoints[0].load.requests -= 1
+        await self.leave(request)
+
+
+async def test_the_newest_of_the_lowest_priority_is_ended_for_those_who_wait() -> None:
+    service = Evicting(places=4)
+    running = [request("plain"), request("old", -1), request("new", -1), request("least", -5)]
+    for one in running:
+        await service.send(one)
+        service.time.advance(1.0)
+    await service.come(request("urgent"))
+    service.control.poke()
+    await settle()
+    assert service.ended == ["least"]
+    service.control.poke()  # it has not ended yet: nothing more is done
+    await settle()
+    assert service.ended == ["least"]
+    await service.end(running[3])
+    assert service.order[-1] == "urgent"
+    await service.come(request("second"))
+    service.control.poke()  # the metrics have had no time to show it
+    await settle()
+    assert service.ended == ["least"]
+    service.time.advance(1.1)
+    service.control.poke()
+    await settle()
+    assert service.ended == ["least", "new"]
+
+
+async def test_nobody_is_ended_for_its_own_priority_nor_anybody_of_none_below_zero() -> None:
+    service = Evicting(places=2)
+    await service.send(request("plain"))
+    await service.send(request("shed", -1))
+    first = await service.come(request("as low", -1))
+    assert reason(first) is Saturated
+    service.endpoints[0].load.requests = 2
+    for _ in range(3):
+        service.time.advance(2.0)
+        service.control.poke()
+        await settle()
+    assert service.ended == []
+    await service.come(request("urgent", 7))
+    for _ in range(8):
+        service.time.advance(6.0)
+        service.control.poke()
+        await settle()
+    assert service.ended == ["shed"]

@@ -15,6 +15,7 @@ from quire.gateway.errors import Dropped, NoEndpoint, ShuttingDown
 from quire.gateway.flow.policies import Waiting, lane_key
 from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
 from quire.gateway.flow.rate import DispatchRate
+from quire.gateway.flow.reclaim import Reclaimer
 from quire.gateway.flow.refusals import refusal
 from quire.gateway.flow.saturation import EngineQueues, SaturationDetector, Shares
 from quire.gateway.plugin import Conclusion, Observer
@@ -82,10 +83,12 @@ class FlowController(Gate, Observer):
         *,
         detector: SaturationDetector | None = None,
         awaited: Callable[[InferenceRequest], bool] = lambda _request: True,
+        evict: Callable[[InferenceRequest], None] | None = None,
         call_later: CallLater | None = None,
     ) -> None:
         """`awaited` says of a request without endpoints whether one may come (a model scaled to zero, say); if not it
-        is refused at once."""
+        is refused at once. With `evict`, which must break a request in flight off and not raise, those of negative
+        priority are ended when others wait."""
         self._settings = settings
         self._candidates = candidates
         self._clock = clock
@@ -97,6 +100,7 @@ class FlowController(Gate, Observer):
         self._inside: dict[int, _Inside] = {}
         self._shares = Shares()
         self._rate = DispatchRate(clock())
+        self._reclaimer = None if evict is None else Reclaimer(evict)
         self._timer: Cancellable | None = None
         self._timer_at = inf
         self._poked = False
@@ -152,6 +156,8 @@ class FlowController(Gate, Observer):
         inside = self._inside.pop(id(request), None)
         assert inside is not None, f"request {request.id} leaves, and has not entered"
         self._settle(inside)
+        if self._reclaimer is not None:
+            self._reclaimer.left(request, self._clock())
         self.poke()
 
     def poke(self) -> None:
@@ -175,8 +181,11 @@ class FlowController(Gate, Observer):
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
         inside = self._inside.get(id(request))
-        if inside is not None:
-            self._settle(inside)
+        if inside is None:
+            return
+        self._settle(inside)
+        if self._reclaimer is not None:
+            self._reclaimer.sent(request, endpoint, self._clock())
 
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
         """What it wrote goes to its flow's account; its prompt did when it was let go."""
@@ -224,8 +233,10 @@ class FlowController(Gate, Observer):
             _, _, order, lane, candidates = heappop(ready)
             if not lane.bands:
                 continue
-            waiting = self._queue.dispatch(lane, now, self._saturation(candidates, now))
+            saturation = self._saturation(candidates, now)
+            waiting = self._queue.dispatch(lane, now, saturation)
             if waiting is None:
+                self._reclaim(lane, candidates, saturation, now)
                 continue
             future = self._futures[waiting]
             if not future.done():  # else cancelled, and about to find out
@@ -246,6 +257,13 @@ class FlowController(Gate, Observer):
 
     def _saturation(self, candidates: Sequence[Endpoint], now: float) -> float:
         return self._detector.saturation(candidates, now, self._shares.of(candidates))
+
+    def _reclaim(self, lane: Lane, candidates: Sequence[Endpoint], saturation: float, now: float) -> None:
+        if self._reclaimer is None:
+            return
+        if 0.0 < lane.ceiling <= saturation:  # one of 0 is held back whatever room there is
+            footprint = saturation / max(len(self._inside), 1)
+            self._reclaimer.blocked(lane.priority, candidates, saturation - lane.ceiling, footprint, now)
 
     def _let_go(self, request: InferenceRequest, candidates: Sequence[Endpoint], now: float) -> None:
         output = DEFAULT_OUTPUT_TOKENS if request.max_tokens is None else request.max_tokens

@@ -103,6 +103,8 @@ class Lane:
         """When `has_endpoints` last changed."""
         self.turn = 0
         """When it was last served, in dispatches: lanes of equal priority take turns."""
+        self.ceiling = inf
+        """Of its highest priority, when it was last to be dispatched."""
         self.bands: dict[int, BandQueue] = {}
         """Without empty ones."""
         self.waiting: OrderedDict[Waiting, None] = OrderedDict()
@@ -232,7 +234,8 @@ class FlowQueue:
         if not lane.has_endpoints or not lane.bands:
             return None
         priority = lane.priority
-        if saturation >= self.ceiling(priority, saturation, lane):
+        lane.ceiling = self.ceiling(priority, saturation, lane)
+        if saturation >= lane.ceiling:
             return None
         waiting = lane.bands[priority].take(now)
         self._turn += 1
