@@ -205,8 +205,7 @@ class Connection(asyncio.Protocol):
 
     # --- the transport's calls ----------------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvloop's is no subclass
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
