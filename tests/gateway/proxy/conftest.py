@@ -139,7 +139,7 @@ async def _rig(*behaviours: list, settings: ProxySettings | None = None, **build
             server.should_exit = True
             server.force_exit = True
             await serving
-            app.close()
+            await app.stop()
             for one in servers:
                 await one.stop()
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+import aiohttp
 import msgspec
 import structlog
 from starlette.exceptions import HTTPException
@@ -26,6 +27,9 @@ from quire.gateway.proxy.forward import Forwarder
 from quire.gateway.proxy.settings import ProxySettings
 from quire.gateway.request import Api, InferenceRequest
 from quire.gateway.resilience.budget import Budget
+from quire.gateway.resilience.checks import Checks
+from quire.gateway.resilience.guard import Guard
+from quire.gateway.resilience.hedge import Hedging
 from quire.web.answers import for_status, json_response
 from quire.web.limits import request_id_of
 from quire.wire.openai import Model, ModelList
@@ -164,25 +168,41 @@ class OwnRoutes:
         return json_response(ModelList(data=[Model(id=name, created=self._started) for name in sorted(names)]))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Gateway:
-    """The ASGI application, and what has to be started and stopped with it."""
+    """The ASGI application, and what is started and stopped with it."""
 
     proxy: Proxy
     connections: Connections
-    _router: Router
+    guard: Guard
+    settings: ProxySettings
+    router: Router
+    _checks: Checks | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         scope["app"] = self  # tells Starlette's routes to raise their 405 rather than to answer it
         try:
-            await self._router(scope, receive, send)
+            await self.router(scope, receive, send)
         except HTTPException as error:
-            answer = error_answer(for_status(error.status_code, scope["path"][:200]), Api.OTHER, "")
+            ours = for_status(error.status_code, scope["path"][:200])
+            answer = error_answer(ours, Api.OTHER, request_id_of(scope).decode())
+            answer.headers.update(error.headers or {})  # Allow, which a 405 has to have
             await answer(scope, receive, send)
 
-    def close(self) -> None:
+    def start(self, http: aiohttp.ClientSession) -> None:
+        """Begin to look at the endpoints' health and models, over `http`."""
+        self._checks = Checks(pool=self.guard.pool, guard=self.guard, http=http, settings=self.settings.resilience)
+        self._checks.start()
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, and wait for those that are open, `timeout` seconds at most."""
+        await self.proxy.drain(timeout)
+
+    async def stop(self) -> None:
+        if self._checks is not None:
+            await self._checks.stop()
         self.connections.close()
 
 
@@ -194,12 +214,20 @@ def build_app(
     routes: Sequence[BaseRoute] = (),
 ) -> Gateway:
     """`hooks` are called before the director (authenticate, then admit); `routes` are the gateway's own beside those
-    that it always has: /metrics, /explain."""
+    that it always has: /metrics, /explain. Adds a `Guard` to the director's observers."""
     settings = settings or ProxySettings()
+    resilience = settings.resilience
     connections = Connections(settings)
     director.pool.watch(lambda _: None, connections.forget)
-    retries = Budget(share=settings.resilience.retry_share, burst=settings.resilience.retry_burst)
-    forwarder = Forwarder(director=director, connections=connections, settings=settings, retries=retries)
+    guard = Guard(pool=director.pool, clock=director.clock, settings=resilience)
+    director.observers = (*director.observers, guard)
+    forwarder = Forwarder(
+        director=director,
+        connections=connections,
+        settings=settings,
+        retries=Budget(share=resilience.retry_share, burst=resilience.retry_burst),
+        hedging=Hedging(resilience),
+    )
     proxy = Proxy(director=director, forwarder=forwarder, settings=settings, hooks=hooks)
     own = OwnRoutes(proxy, int(time.time()))
     table = [
@@ -208,4 +236,5 @@ def build_app(
         Route("/v1/models", own.models, methods=["GET"]),
         *routes,
     ]
-    return Gateway(proxy, connections, Router(table, redirect_slashes=False, default=proxy))
+    router = Router(table, redirect_slashes=False, default=proxy)
+    return Gateway(proxy=proxy, connections=connections, guard=guard, settings=settings, router=router)

@@ -28,6 +28,8 @@ class Call:
     """By the gateway's clock; the answer has to be whole by then."""
     started: bool = False
     """Something of an answer has gone to the client; from here on nothing can be tried again."""
+    tried: frozenset[str] = frozenset()
+    """Keys of the endpoints where it was, or is, attempted."""
     _body: bytes = field(init=False, default=b"")
     _body_model: str = field(init=False, default="")
 
