@@ -109,6 +109,11 @@ class Rig:
     def openai(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
+    async def settled(self) -> None:
+        """Wait until everything that came in has been counted off; a client sees its answer a moment earlier."""
+        while self.app.proxy.num_open:
+            await asyncio.sleep(0)
+
     @property
     def open_load(self) -> int:
         return sum(endpoint.load.requests for endpoint in self.pool)
