@@ -188,8 +188,8 @@ class FakeServer:
                 self.received.append(request)
                 behaviour = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
                 await behaviour(request, wire)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # streams complain of a handler that ends in any other way than returning
         finally:
             self.open -= 1
             self._tasks.discard(task)
