@@ -19,9 +19,11 @@ QUICK = ProxySettings(connect_timeout=0.5, first_byte_timeout=0.2, idle_timeout=
 
 
 async def ask(gateway, path: str = "/v1/chat/completions", **more: object) -> tuple[int, bytes, dict]:
-    async with aiohttp.ClientSession() as client:
-        async with client.post(gateway.url + path, json=CHAT | more) as answer:
-            return answer.status, await answer.read(), {name.lower(): value for name, value in answer.headers.items()}
+    async with (
+        aiohttp.ClientSession() as client,
+        client.post(gateway.url + path, json=CHAT | more) as answer,
+    ):
+        return answer.status, await answer.read(), {name.lower(): value for name, value in answer.headers.items()}
 
 
 def endless(*first: bytes, piece: bytes):
@@ -135,15 +137,19 @@ def breaks_off(fake, how: str, *pieces: bytes):
     return fake.raw(fake.STREAM_HEAD, *map(fake.chunk, pieces), then=how)
 
 
+async def read_words(stream, words: list[str]) -> None:
+    async for chunk in stream:
+        words.append(chunk.choices[0].delta.content)
+
+
 async def broken_stream(rig, fake, how: str) -> None:
     half_an_event = fake.delta(" never")[:-20]
     behave = breaks_off(fake, how, fake.delta("w0"), fake.delta(" w1"), half_an_event)
     async with rig([behave], [fake.answer], settings=QUICK) as gateway, gateway.openai() as client:
         stream = await client.chat.completions.create(model="m", messages=CHAT["messages"], stream=True)
-        words = []
+        words: list[str] = []
         with pytest.raises(openai.APIError) as caught:
-            async for chunk in stream:
-                words.append(chunk.choices[0].delta.content)
+            await read_words(stream, words)
         await gateway.settled()
         assert words == ["w0", " w1"]
         assert caught.value.code in ("upstream_error", "upstream_timeout")

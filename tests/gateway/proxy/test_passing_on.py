@@ -49,9 +49,12 @@ async def test_a_chat_comes_whole(rig, fake) -> None:
 
 async def test_the_body_goes_on_byte_for_byte(rig, fake) -> None:
     body = b'{ "messages":[ {"role":"user","content":"\\u00e9 \xc3\xa9"}],\n"model" : "m", "seed":1e0 ,"seed":2}'
-    async with rig([fake.answer]) as gateway, aiohttp.ClientSession() as client:
-        async with client.post(f"{gateway.url}/v1/chat/completions?x=%20y", data=body) as answer:
-            assert answer.status == 200
+    async with (
+        rig([fake.answer]) as gateway,
+        aiohttp.ClientSession() as client,
+        client.post(f"{gateway.url}/v1/chat/completions?x=%20y", data=body) as answer,
+    ):
+        assert answer.status == 200
     (received,) = gateway.servers[0].received
     assert received.body == body
     assert received.target == "/v1/chat/completions?x=%20y"
@@ -60,9 +63,12 @@ async def test_the_body_goes_on_byte_for_byte(rig, fake) -> None:
 async def test_a_rewritten_model_is_all_that_changes(rig, fake) -> None:
     headers = {"x-llm-d-model-name-rewrite": "other"}
     body = {"model": "m", "messages": MESSAGES, "extra": [1.50, {"a": None}]}
-    async with rig([fake.answer]) as gateway, aiohttp.ClientSession() as client:
-        async with client.post(f"{gateway.url}/v1/chat/completions", json=body, headers=headers) as answer:
-            assert answer.status == 200
+    async with (
+        rig([fake.answer]) as gateway,
+        aiohttp.ClientSession() as client,
+        client.post(f"{gateway.url}/v1/chat/completions", json=body, headers=headers) as answer,
+    ):
+        assert answer.status == 200
     assert gateway.servers[0].received[0].json == body | {"model": "other"}
 
 
@@ -81,9 +87,12 @@ async def test_heads_are_passed_on_without_what_is_for_one_hop(rig, fake) -> Non
         "x-llm-d-inference-objective": "fast",
         "authorization": "Bearer key",
     }
-    async with rig([well_behaved]) as gateway, aiohttp.ClientSession() as client:
-        async with client.post(f"{gateway.url}/v1/chat/completions", json=CHAT, headers=sent) as answer:
-            got = answer.headers
+    async with (
+        rig([well_behaved]) as gateway,
+        aiohttp.ClientSession() as client,
+        client.post(f"{gateway.url}/v1/chat/completions", json=CHAT, headers=sent) as answer,
+    ):
+        got = answer.headers
     received = gateway.servers[0].received[0].headers
     assert received["x-request-id"] == "mine-1"
     assert received["authorization"] == "Bearer key"
@@ -129,15 +138,21 @@ async def test_an_interim_answer_is_not_the_answer(rig, fake) -> None:
         await wire.write(b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n")
         await fake.answer(received, wire)
 
-    async with rig([hinting]) as gateway, aiohttp.ClientSession() as client:
-        async with client.post(f"{gateway.url}/v1/chat/completions", json=CHAT) as answer:
-            assert (answer.status, "link" in answer.headers) == (200, False)
+    async with (
+        rig([hinting]) as gateway,
+        aiohttp.ClientSession() as client,
+        client.post(f"{gateway.url}/v1/chat/completions", json=CHAT) as answer,
+    ):
+        assert (answer.status, "link" in answer.headers) == (200, False)
 
 
 async def test_an_answer_without_a_length_ends_with_its_connection(rig, fake) -> None:
-    async with rig([fake.raw(fake.head(200), b'{"a":', b"1}")]) as gateway, aiohttp.ClientSession() as client:
-        async with client.post(f"{gateway.url}/v1/chat/completions", json=CHAT) as answer:
-            assert await answer.json() == {"a": 1}
+    async with (
+        rig([fake.raw(fake.head(200), b'{"a":', b"1}")]) as gateway,
+        aiohttp.ClientSession() as client,
+        client.post(f"{gateway.url}/v1/chat/completions", json=CHAT) as answer,
+    ):
+        assert await answer.json() == {"a": 1}
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
@@ -149,9 +164,12 @@ async def test_an_answer_too_large_to_be_held_is_passed_on(rig, fake, framing) -
         pieces = [fake.chunk(data[at : at + 5000]) for at in range(0, len(data), 5000)]
         answer = fake.raw(fake.head(200, transfer_encoding="chunked"), *pieces, fake.LAST_CHUNK, then="next")
     settings = ProxySettings(max_buffered_answer=20_000)
-    async with rig([answer], settings=settings) as gateway, aiohttp.ClientSession() as client:
-        async with client.post(f"{gateway.url}/v1/embeddings", json={"model": "m", "input": "x"}) as got:
-            assert await got.read() == data
+    async with (
+        rig([answer], settings=settings) as gateway,
+        aiohttp.ClientSession() as client,
+        client.post(f"{gateway.url}/v1/embeddings", json={"model": "m", "input": "x"}) as got,
+    ):
+        assert await got.read() == data
 
 
 async def test_connections_are_reused(rig, fake) -> None:

@@ -49,7 +49,8 @@ class Call:
 
     def _body_for(self, model: str) -> bytes:
         request = self.request
-        if not model or model == request.model:
+        was_read = request.model or request.api is not Api.OTHER  # else it may be no JSON
+        if not was_read or not model or model == request.model:
             return request.body
         if model != self._body_model:
             self._body, self._body_model = with_model(request.body, model), model
