@@ -199,6 +199,21 @@ async def test_draining_ends_what_is_open_and_takes_nothing_new(rig, fake) -> No
         await draining
 
 
+async def test_what_does_not_end_in_time_is_told_so(rig, fake) -> None:
+    counted = []
+    async with (
+        rig([fake.stream(3, gate=asyncio.Event())], count=counted.append) as gateway,
+        aiohttp.ClientSession() as http,
+        http.post(f"{gateway.url}/v1/chat/completions", json=CHAT | {"stream": True}) as streaming,
+    ):
+        await gateway.app.drain(0.05)
+        last = (await streaming.read()).strip().split(b"\n\n")[-1]
+    assert "stopping" in json.loads(last.removeprefix(b"data: "))["error"]["message"]
+    assert gateway.open_load == 0
+    assert gateway.pool.all[0].available
+    assert [(one.status, one.error, one.tries) for one in counted] == [(200, "upstream_error", 1)]
+
+
 async def test_a_draining_endpoint_ends_what_it_has_and_gets_nothing_new(rig, fake) -> None:
     gate = asyncio.Event()
     async with rig([fake.stream(3, gate=gate)], [fake.answer]) as gateway, aiohttp.ClientSession() as http:

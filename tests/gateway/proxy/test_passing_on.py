@@ -172,6 +172,24 @@ async def test_an_answer_too_large_to_be_held_is_passed_on(rig, fake, framing) -
         assert await got.read() == data
 
 
+async def test_what_is_streamed_in_another_format_is_not_held(rig, fake) -> None:
+    gate = asyncio.Event()
+
+    async def speaks(_, wire) -> None:
+        await wire.write(fake.head(200, "audio/mpeg", transfer_encoding="chunked") + fake.chunk(b"first"))
+        await gate.wait()
+        await wire.write(fake.chunk(b"second") + fake.LAST_CHUNK)
+
+    async with (
+        rig([speaks]) as gateway,
+        aiohttp.ClientSession() as client,
+        client.post(f"{gateway.url}/v1/audio/speech", json={"model": "m", "input": "hi"}) as answer,
+    ):
+        assert await answer.content.readany() == b"first"
+        gate.set()
+        assert await answer.read() == b"second"
+
+
 async def test_connections_are_reused(rig, fake) -> None:
     async with rig([fake.answer]) as gateway, aiohttp.ClientSession() as client:
         for _ in range(5):

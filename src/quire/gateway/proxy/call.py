@@ -28,6 +28,8 @@ class Call:
     """By the gateway's clock; the answer has to be whole by then."""
     started: bool = False
     """Something of an answer has gone to the client; from here on nothing can be tried again."""
+    status: int = 0
+    """Sent to the client."""
     tried: frozenset[str] = frozenset()
     """Keys of the endpoints where it was, or is, attempted."""
     _body: bytes = field(init=False, default=b"")
@@ -63,6 +65,10 @@ class Call:
         if kind.startswith(b"text/event-stream"):
             await self._stream(answer, headers, usage)
             return
+        length_said = any(name == b"content-length" for name, _ in answer.headers)
+        if self.request.stream or (self.request.api is Api.OTHER and not length_said and not answer.complete):
+            await self._pass_on(answer, headers, b"")  # speech and the like
+            return
         pieces: list[bytes] = []
         size = 0
         while size <= max_buffered and (piece := await answer.read()):
@@ -73,18 +79,20 @@ class Call:
             await self._pass_on(answer, headers, body)
             return
         usage.whole(body)
-        self.started = True
         length = len(body)
         if self.scope["method"] == "HEAD":  # of the answer that GET would get
             length = next((int(value) for name, value in answer.headers if name == b"content-length"), 0)
         if answer.status not in (204, 304):
             headers.append((b"content-length", b"%d" % length))
-        await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self._start(answer.status, headers)
         await self.send({"type": "http.response.body", "body": body})
 
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.started, self.status = True, status
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
     async def _stream(self, answer: Connection, headers: list[tuple[bytes, bytes]], usage: Usage) -> None:
-        self.started = True
-        await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self._start(answer.status, headers)
         try:
             rest = await self._relay(answer, usage)
         except UpstreamError as error:
@@ -116,9 +124,9 @@ class Call:
         return events.rest()
 
     async def _pass_on(self, answer: Connection, headers: list[tuple[bytes, bytes]], begun: bytes) -> None:
-        """An answer too large to be held. If it breaks off so does ours, which the client sees by its framing."""
-        self.started = True
-        await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        """An answer that is not held until it is whole. If it breaks off so does ours, which the client sees by its
+        framing."""
+        await self._start(answer.status, headers)
         await self.send({"type": "http.response.body", "body": begun, "more_body": True})
         while piece := await answer.read():
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})

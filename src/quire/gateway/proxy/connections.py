@@ -99,9 +99,12 @@ class Connections:
             held.idle.pop().abort()
 
     def close(self) -> None:
+        """Close all. Whoever waits for an answer gets an `UpstreamError`."""
         for held in self._by_key.values():
             while held.idle:
                 held.idle.pop().abort()
+            for connection in tuple(held.open):
+                connection.fail(UpstreamError("The gateway is stopping.", kind="stopped", remedy="Ask again."))
         self._by_key.clear()
 
     def _tls_context(self) -> ssl.SSLContext:
