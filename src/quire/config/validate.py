@@ -8,6 +8,7 @@ from typing import Any
 
 from quire.config.engine import EngineConfig
 from quire.config.gateway import GatewayConfig
+from quire.config.kv_events import read_kv_events
 from quire.config.server import ListenConfig, ServerConfig
 from quire.core.errors import ConfigError
 from quire.core.sampling import MAX_LOGPROBS
@@ -119,6 +120,8 @@ def validate(config: object, shown: Mapping[str, str] | None = None) -> None:
             raise ConfigError(
                 f"{names.get(field, field)} is {value!r}.", param=field, remedy=f"It must be {rule.words}."
             )
+    if isinstance(config, EngineConfig):
+        read_kv_events(config.kv_events_config)
     if isinstance(config, EngineConfig) and config.preemption == "swap" and config.swap_space == 0:
         raise ConfigError(
             f"{names.get('preemption', 'preemption')} is 'swap', but swap_space is 0.",

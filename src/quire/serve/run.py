@@ -43,7 +43,9 @@ class Launch:
     chat_template: Path | None = None
     max_logprobs: int = 20
     announce: Callable[[str], None] = to_stdout
-    """Gets the one line that says where the server is, once it is ready."""
+    """Gets the line that says where the server is, once it is ready, and then one for the KV events, if there are."""
+    listener: socket.socket | None = None
+    """The socket to listen on, if the caller has opened it already; closed at the end."""
     on_listening: Callable[[str], None] | None = None
     """Gets the URL as soon as the server listens, which is before the engine is ready."""
 
@@ -89,7 +91,7 @@ async def run(
             ready_wait=supervision.start_wait,
         )
         metrics.watch(engine.heartbeat_age, lambda: engine.num_in_flight)
-        with bind(config) as listener:
+        with launch.listener or bind(config) as listener:
             return await _serve(service, listener, launch, orders)
     finally:
         await engine.stop()
@@ -119,6 +121,9 @@ async def _serve(
         if readying.done():
             readying.result()  # raises what kept the first engine from starting
             launch.announce(f"quire serves {service.model_names[0]} at {url(config, listener)}")
+            if (events := readying.result().kv_events) is not None:
+                replay = f", replayed at {events.replay_endpoint}" if events.replay_endpoint else ""
+                launch.announce(f"quire tells its KV events at {events.endpoint}{replay}, topic {events.topic}")
             await asyncio.wait({draining, serving}, return_when=asyncio.FIRST_COMPLETED)
         structlog.get_logger().info("stopping", running_calls=service.num_running)
         drained = asyncio.create_task(service.drain(config.shutdown_timeout))

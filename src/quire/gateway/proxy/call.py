@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.types import Scope, Send
@@ -32,6 +33,8 @@ class Call:
     """Sent to the client."""
     tried: frozenset[str] = frozenset()
     """Keys of the endpoints where it was, or is, attempted."""
+    tap: Callable[[bytes], None] | None = None
+    """Is given what the answer's body is made of, too."""
     _body: bytes = field(init=False, default=b"")
     _body_model: str = field(init=False, default="")
 
@@ -67,7 +70,7 @@ class Call:
             return
         length_said = any(name == b"content-length" for name, _ in answer.headers)
         if self.request.stream or (self.request.api is Api.OTHER and not length_said and not answer.complete):
-            await self._pass_on(answer, headers, b"")  # speech and the like
+            await self._pass_on(answer, headers, b"", usage)  # speech and the like
             return
         pieces: list[bytes] = []
         size = 0
@@ -76,7 +79,7 @@ class Call:
             size += len(piece)
         body = b"".join(pieces)
         if size > max_buffered:
-            await self._pass_on(answer, headers, body)
+            await self._pass_on(answer, headers, body, usage)
             return
         usage.whole(body)
         length = len(body)
@@ -123,11 +126,16 @@ class Call:
             await self.send({"type": "http.response.body", "body": b"", "more_body": True})  # waits for the client
         return events.rest()
 
-    async def _pass_on(self, answer: Connection, headers: list[tuple[bytes, bytes]], begun: bytes) -> None:
+    async def _pass_on(
+        self, answer: Connection, headers: list[tuple[bytes, bytes]], begun: bytes, usage: Usage
+    ) -> None:
         """An answer that is not held until it is whole. If it breaks off so does ours, which the client sees by its
         framing."""
         await self._start(answer.status, headers)
         await self.send({"type": "http.response.body", "body": begun, "more_body": True})
+        usage.see(begun)
         while piece := await answer.read():
+            usage.see(piece)
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})
+        usage.end()
         await self.send({"type": "http.response.body", "body": b""})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,9 +14,11 @@ from quire.gateway.proxy.call import Call
 from quire.gateway.proxy.connections import Connections
 from quire.gateway.proxy.settings import ProxySettings
 from quire.gateway.proxy.upstream import Connection, Waits
+from quire.gateway.proxy.usage import Usage
 from quire.gateway.resilience.budget import Budget
 from quire.gateway.resilience.hedge import Hedging
 from quire.gateway.schedule import Choice
+from quire.gateway.traffic.shadow import Mirror
 
 BUSY_OR_BROKEN: Final = frozenset({429, 502, 503, 504})
 """Answers of one endpoint that another may not give."""
@@ -29,12 +31,18 @@ class Forwarder:
     settings: ProxySettings
     retries: Budget
     hedging: Hedging
+    mirror: Callable[[Call], Mirror | None] = lambda _call: None
+    """Starts a copy of the call elsewhere, where the traffic policy wants one."""
 
     async def forward(self, call: Call) -> None:
         """Answer the call from an endpoint. Raises `Dropped`, and `UpstreamError` when no endpoint answered."""
         choice: Choice | None = await self.director.choose(call.request)
         self.retries.earn()
+        mirror: Mirror | None = None
+        served = False
         try:
+            mirror = self.mirror(call)
+            call.tap = None if mirror is None else mirror.feed
             while choice is not None:
                 current = self._start(call, choice)
                 try:
@@ -43,6 +51,7 @@ class Forwarder:
                     if choice is None:
                         await call.deliver(answer, current.endpoint, current.usage, self.settings.max_buffered_answer)
                     current.error = ""
+                    served = choice is None and answer.status < 400
                 except UpstreamError as error:
                     current.error = error.kind
                     choice = self._elsewhere(call) if may_repeat(call, current, error) else None
@@ -52,10 +61,12 @@ class Forwarder:
                     current.close(self.connections)
         finally:
             self.director.abandon(call.request)
+            if mirror is not None:
+                mirror.end(served)
 
     def _start(self, call: Call, choice: Choice) -> Try:
         call.tried |= {choice.endpoint.key}
-        return Try(self.director, call.request, choice)
+        return Try(self.director, call.request, choice, usage=Usage(call.tap))
 
     async def _begin(self, call: Call, current: Try) -> Connection:
         """Send the request, and wait for the first byte of an answer."""

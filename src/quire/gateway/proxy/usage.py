@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 MAX_TAIL: Final = 2048
@@ -16,15 +17,19 @@ class Usage:
     """Sees each piece of an answer pass. A quote inside a string of JSON is escaped, so that `"usage":` is always a
     field's name."""
 
-    __slots__ = ("_num_events", "_tail", "cached_tokens", "output_tokens")
+    __slots__ = ("_num_events", "_tail", "_tap", "cached_tokens", "output_tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, tap: Callable[[bytes], None] | None = None) -> None:
+        """`tap` is given every piece as well: an answer that is compared with another."""
+        self._tap = tap
         self.output_tokens: int | None = None
         self.cached_tokens: int | None = None
         self._num_events = 0
         self._tail: deque[bytes] = deque(maxlen=8)
 
     def see(self, piece: bytes) -> None:
+        if self._tap is not None:
+            self._tap(piece)
         self._num_events += piece.count(b"data: {")
         self._tail.append(piece if len(piece) <= MAX_TAIL else piece[-MAX_TAIL:])
 
@@ -35,6 +40,8 @@ class Usage:
             self.output_tokens = self._num_events
 
     def whole(self, body: bytes) -> None:
+        if self._tap is not None:
+            self._tap(body)
         self._read(body)
 
     def _read(self, text: bytes) -> None:

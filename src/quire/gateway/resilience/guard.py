@@ -44,18 +44,18 @@ class Guard(Observer):
 
     # --- what requests meet -------------------------------------------------------------------------------------
 
-    def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:  # noqa: ARG002
+    def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
         if (breaker := self.breaker(endpoint)) is not None:
             breaker.probe()
             self._decide(endpoint)
 
-    def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:  # noqa: ARG002
+    def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:
         breaker = self.breaker(endpoint)
         if breaker is not None and breaker.state is State.HALF_OPEN:  # an answer may be long: this is enough to know
             breaker.succeeded(self.clock())
             self._decide(endpoint)
 
-    def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:  # noqa: ARG002
+    def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
         breaker = self.breaker(endpoint)
         if breaker is None:
             return
