@@ -68,7 +68,7 @@ class KVEventSubscriber:
         *,
         address: str,
         replay_address: str | None = None,
-        patience: Patience = Patience(),  # noqa: B008 - frozen
+        patience: Patience = Patience(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._endpoint = endpoint

@@ -48,7 +48,7 @@ class PortsOf:
 
 
 def _port(text: str | None) -> int | None:
-    return int(text[:6]) if text is not None and text.isdecimal() and 0 < int(text[:6]) < 65_536 else None
+    return int(text) if text is not None and text.isdecimal() and len(text) < 6 and 0 < int(text) < 65_536 else None
 
 
 @dataclass(slots=True)
@@ -90,7 +90,18 @@ class KVSubscriptions:
             )
             for endpoint in self.pool.all
         }
-        return diagnose(self.index.health(), expected)
+        silent = [
+            KVFinding(
+                endpoint=endpoint.key,
+                status="warn",
+                detail="It does not say where it tells its KV events.",
+                remedy=f"Enable them in the engine; if it is not quire's, label the endpoint {PORT_LABEL}.",
+            )
+            for endpoint in self.pool.all
+            if endpoint.key not in self._tasks
+        ]
+        heard = {key: health for key, health in self.index.health().items() if key in self._tasks}
+        return [*diagnose(heard, expected), *silent]
 
     def _left(self, endpoint: Endpoint) -> None:
         known = self._tasks.pop(endpoint.key, None)
