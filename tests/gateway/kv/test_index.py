@@ -304,3 +304,13 @@ def test_bits_are_used_again():
         index.remove(f"e{number - 3}")
     assert set(index.lookup([1, 2])) == {"e97", "e98", "e99"}
     assert index._slots.used.bit_length() <= 4
+
+
+def test_two_names_of_one_block_are_two_blocks():
+    """Engines draw the seed of their hashes: each of several data-parallel ranks has its own name for one content."""
+    index = KVIndex()
+    index.apply("a", batch(stored([1], None, [1, 2]), stored([b"other"], None, [1, 2]), BlockRemoved([1])))
+    assert index.lookup([1, 2])
+    index.apply("a", batch(BlockRemoved([b"other"])))
+    assert not index.lookup([1, 2])
+    assert index.num_keys == 0
