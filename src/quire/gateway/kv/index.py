@@ -129,7 +129,11 @@ class KVIndex:
     def _weigh(self, tiers: dict[str, int], size: int) -> PrefixMatch:
         """What the best tier holds from the first block on has its credit; what only all together hold, the credit of
         the next best."""
-        total = tiers.pop("", None) or max(tiers.values())
+        if len(tiers) == 1:  # as nearly always
+            [(tier, run)] = tiers.items()
+            tokens = run * size
+            return PrefixMatch(tokens, tokens * self._credits.get(tier, OTHER_TIERS_CREDIT), {tier: tokens})
+        total = tiers.pop("")
         ranked = sorted((self._credits.get(tier, OTHER_TIERS_CREDIT), run) for tier, run in tiers.items())
         weighted, covered = 0.0, 0
         for credit, run in reversed(ranked):
