@@ -39,10 +39,10 @@ class Gate(ABC):
 class OpenGate(Gate):
     """No flow control: everything goes through at once."""
 
-    async def enter(self, request: InferenceRequest) -> None:  # noqa: ARG002
+    async def enter(self, request: InferenceRequest) -> None:
         return
 
-    def leave(self, request: InferenceRequest) -> None:  # noqa: ARG002
+    def leave(self, request: InferenceRequest) -> None:
         return
 
 
@@ -83,6 +83,7 @@ class Director:
             and endpoint.key not in excluded
             and (endpoint.models is None or not request.target_model or request.target_model in endpoint.models)
             and (request.subset is None or endpoint.address in request.subset)
+            and all(endpoint.labels.get(name) == value for name, value in request.selector.items())
         ]
 
     async def choose(self, request: InferenceRequest) -> Choice:
@@ -92,6 +93,7 @@ class Director:
         if not request.prompt_tokens:
             ids = request.prompt_token_ids
             request.prompt_tokens = len(ids) if ids is not None else -(-len(request.prompt) // BYTES_PER_TOKEN)
+        self._aim(request, frozenset())
         for admitter in self.admitters:
             admitter.admit(request, self.pool.all)
         await self.gate.enter(request)
@@ -104,12 +106,26 @@ class Director:
 
     def choose_again(self, request: InferenceRequest, excluded: frozenset[str] = frozenset()) -> Choice:
         """Schedule a request that is through the gate, without the endpoints where it failed."""
+        self._aim(request, excluded)
         candidates = self.candidates(request, excluded)
         if not candidates:
             raise NoEndpoint(self._why_none(request, excluded), retry_after=1.0)
         choice = self.scheduler.schedule(request, candidates)
         self.chosen(request, choice)
         return choice
+
+    def _aim(self, request: InferenceRequest, excluded: frozenset[str]) -> None:
+        """Turn to the first fallback that has endpoints, if the target has none. If all have none it stays: it is the
+        target that the queue holds the request for."""
+        if not request.fallbacks or self.candidates(request, excluded):
+            return
+        target = request.target_model, request.selector
+        for index, (model, selector) in enumerate(request.fallbacks):
+            request.target_model, request.selector = model, selector
+            if self.candidates(request, excluded):
+                request.fallbacks = request.fallbacks[index + 1 :]
+                return
+        request.target_model, request.selector = target
 
     async def _produce(self, request: InferenceRequest) -> None:
         candidates = self.candidates(request)

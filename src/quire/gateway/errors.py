@@ -1,10 +1,10 @@
-"""Why the gateway did not serve a request."""
+"""Why the gateway did not serve a request, or an endpoint did not."""
 
 from __future__ import annotations
 
 from typing import ClassVar, Final
 
-from quire.core.errors import Refusal
+from quire.core.errors import EngineError, Refusal
 
 DROPPED_HEADER: Final = "x-llm-d-request-dropped-reason"
 
@@ -55,3 +55,29 @@ class NoEndpoint(Dropped):
     reason = "rejected-no-endpoints"
     code = "no_endpoint"
     status = 503
+
+
+class UpstreamError(EngineError):
+    """An endpoint failed, and no other could take over. `kind` is `Outcome.error`'s word for how."""
+
+    code = "upstream_error"
+    status = 502
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str = "failed",
+        param: str | None = None,
+        remedy: str | None = None,
+        retry_after: float | None = 1.0,
+    ) -> None:
+        super().__init__(message, param=param, remedy=remedy, retry_after=retry_after)
+        self.kind = kind
+
+
+class UpstreamTimeout(UpstreamError):
+    """An endpoint did not connect, begin, go on or end in time."""
+
+    code = "upstream_timeout"
+    status = 504

@@ -76,6 +76,10 @@ class InferenceRequest:
     """By the director, from the objective."""
     target_model: str = ""
     """What the endpoint is asked for; by model rewrite, else `model`."""
+    selector: Mapping[str, str] = field(default_factory=dict)
+    """Labels that its endpoint must have; by the traffic policy."""
+    fallbacks: Sequence[tuple[str, Mapping[str, str]]] = ()
+    """Models, and labels of endpoints, to turn to when none can serve the target; by the traffic policy."""
     token_ids: Sequence[int] | None = None
     """By a token producer that tokenises exactly."""
     prompt_tokens: int = 0
