@@ -31,6 +31,7 @@ from typing import (
 from cyclopts import Parameter
 
 from quire.config.engine import EngineConfig
+from quire.config.fleet import FleetConfig
 from quire.config.resolve import Resolved, flag_name, read_file, resolve
 from quire.config.server import ServerConfig
 
@@ -98,12 +99,16 @@ if TYPE_CHECKING:
     OwnEngineFlags = Mapping[str, object] | None
     IsaFlag = Mapping[str, object] | None
     ServerFlags = Mapping[str, object] | None
+    FleetFlags = Mapping[str, object] | None
+    StateDirFlag = Mapping[str, object] | None
 else:
     EngineFlags = flags_of(EngineConfig, "Engine")
     # For commands whose --seed is their one request's, which the engine's would only stand in for.
     OwnEngineFlags = flags_of(EngineConfig, "Engine", ARGUMENTS | {"seed"})
     IsaFlag = flags_of(EngineConfig, "Engine", frozenset(field.name for field in fields(EngineConfig)) - {"isa"})
     ServerFlags = flags_of(ServerConfig, "Server")
+    FleetFlags = flags_of(FleetConfig, "Fleet")
+    StateDirFlag = flags_of(FleetConfig, "Fleet", frozenset({"host", "port"}))
 
 ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="A YAML file with settings by these names, with underscores.")

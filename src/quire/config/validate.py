@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.config.engine import EngineConfig
+from quire.config.fleet import FleetConfig
 from quire.config.server import ServerConfig
 from quire.core.errors import ConfigError
 from quire.core.sampling import MAX_LOGPROBS
@@ -77,6 +78,10 @@ _SERVER: Mapping[str, Rule] = {
     "log_level": Rule(lambda value: value in ("debug", "info", "warning", "error"), "debug, info, warning or error"),
 }
 
+_FLEET: Mapping[str, Rule] = {"state_dir": _NAME, "host": _NAME, "port": between(0, 65_535)}
+
+_RULES: Mapping[type[Any], Mapping[str, Rule]] = {EngineConfig: _ENGINE, ServerConfig: _SERVER, FleetConfig: _FLEET}
+
 
 def validate(config: object, shown: Mapping[str, str] | None = None) -> None:
     """Raise `ConfigError` for the first setting with a value outside its range, or at odds with another one.
@@ -84,8 +89,7 @@ def validate(config: object, shown: Mapping[str, str] | None = None) -> None:
     `shown` maps a field to the words an error names it by (`--port`, `QUIRE_PORT`); its own name otherwise.
     """
     names = shown or {}
-    rules = _ENGINE if isinstance(config, EngineConfig) else _SERVER if isinstance(config, ServerConfig) else {}
-    for field, rule in rules.items():
+    for field, rule in _RULES.get(type(config), {}).items():
         value = getattr(config, field)
         if value is not None and not rule.holds(value):
             raise ConfigError(
