@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -98,16 +99,16 @@ def ps(*, json: bool = False, state_dir: StateDirFlag = None) -> None:
     """
     there = all_services(state_dir)
     if json:
-        print_json([_as_json(service) for service in there])
+        print_json({"services": [_as_json(service) for service in there]})
         return
     if not there:
         print("No service has been started here. `quire up` starts one.")
         return
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 200)
     for service in there:
-        console.print(_headline(service), markup=False)
+        print(_headline(service))
         if service.state.replicas:
             console.print(_table(service.state))
 

@@ -12,8 +12,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from quire.cli.chat import visible
-from quire.cli.fleet import Service, find, unknown
 from quire.cli.flags import StateDirFlag
+from quire.cli.fleet import Service, find, unknown
 from quire.fleet.journal import Journal
 from quire.fleet.processes import Processes
 from quire.fleet.words import clock, describe
@@ -131,9 +131,12 @@ def events(
     service = find(name, state_dir)
     seq = 0
     with Journal(service.directory.database) as journal:
-        for seq, event in journal.last(min(lines, MAX_LINES)):
-            print(f"{clock(event.at)} {describe(event)}")
-        while follow:
-            for seq, event in journal.after(seq):
+        found = journal.last(min(lines, MAX_LINES))
+        while True:
+            for number, event in found:
                 print(f"{clock(event.at)} {describe(event)}", flush=True)
+                seq = number
+            if not follow:
+                return
             time.sleep(POLL)
+            found = journal.after(seq)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from cyclopts import Parameter
@@ -18,6 +18,7 @@ from cyclopts import Parameter
 from quire.cli.flags import FleetFlags, settings
 from quire.config.fleet import FleetConfig
 from quire.core.errors import ConfigError, EngineStartFailed
+from quire.fleet.apply import apply
 from quire.fleet.builtin import builtin_service, gateway_role
 from quire.fleet.directory import ControlLock, ServiceDirectory, state_root
 from quire.fleet.events import AnyEvent, DownRequested, ManifestApplied
@@ -124,9 +125,9 @@ def announcement(state: FleetState) -> str:
 class Reporter:
     """Tells of events as they happen, and keeps a line of status at the bottom of a terminal."""
 
-    def __init__(self, status: Status | None) -> None:
+    def __init__(self, status: Status | None = None, *, announced: bool = False) -> None:
         self._status = status
-        self._announced = False
+        self._announced = announced
 
     def __call__(self, event: AnyEvent, state: FleetState) -> None:
         self._say(f"{clock(event.at)} {describe(event)}")
@@ -181,14 +182,13 @@ def _run_behind(directory: ServiceDirectory) -> int:
     with Journal(directory.database) as journal:
         seq, state = journal.load()
         start_control(directory)
-        reporter = Reporter(None)
-        from quire.fleet.apply import apply
-
+        reporter = Reporter(announced=True)
         while True:
             for number, event in journal.after(seq):
                 seq, state = number, apply(state, event)
                 reporter(event, state)
             if state.settled:
+                print(announcement(state))
                 return 0
             failing = [replica for replica in state.replicas.values() if replica.in_crash_loop]
             if failing:
@@ -202,7 +202,7 @@ def _run_behind(directory: ServiceDirectory) -> int:
 def start_control(directory: ServiceDirectory) -> None:
     """A control plane in a session of its own, which the terminal's end does not reach."""
     with directory.control_log.open("ab") as log:
-        process: Any = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603 - our own
             [*CONTROL, str(directory.path.parent), directory.name],
             stdin=subprocess.DEVNULL,
             stdout=log,

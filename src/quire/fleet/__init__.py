@@ -1,1 +1,1 @@
-"""The control plane: a manifest becomes events, events become state, state becomes a plan, a provider carries it out."""
+"""The control plane: manifest, events, state, plan and actions, and a provider that carries them out."""

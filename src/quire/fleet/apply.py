@@ -141,4 +141,4 @@ def _exited(state: FleetState, replica: Replica, event: e.ProcessExited) -> Flee
 def _how_it_ended(returncode: int | None) -> str:
     if returncode is None:
         return UNSEEN_END
-    return f"It was ended by signal {-returncode}." if returncode < 0 else f"It ended with exit code {returncode}."
+    return f"It ended with exit code {returncode}."

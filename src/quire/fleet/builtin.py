@@ -18,6 +18,4 @@ def builtin_service() -> ServiceSpec:
 
 def gateway_role(*, host: str, port: int, documents: tuple[dict[str, Any], ...]) -> RoleSpec:
     """One gateway, replaced by stopping it first: its port can be had by one process at a time."""
-    return RoleSpec(
-        role=GATEWAY, replicas=1, host=host, port=port, documents=documents, max_surge=0, max_unavailable=1
-    )
+    return RoleSpec(role=GATEWAY, replicas=1, host=host, port=port, documents=documents, max_surge=0, max_unavailable=1)

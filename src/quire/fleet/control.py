@@ -1,4 +1,4 @@
-"""The control plane: follow the events, carry out the plan, tell what is seen. Everything it knows is in the journal."""
+"""The control plane: follow the events, carry out the plan, record what is seen. All it knows is in the journal."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class ControlPlane:
 
     def _observe(self) -> None:
         """Compare what should run with what does: ends, numbers of processes, and what nobody knows of."""
-        found = self._provider.list()
+        found = self._provider.processes()
         for replica in self.state.replicas.values():
             if not replica.has_process:
                 continue
@@ -119,9 +119,7 @@ class ControlPlane:
                     self._provider.forget(name)
 
     def _ended(self, replica: Replica, returncode: int | None, error: str | None) -> None:
-        self.record(
-            events.ProcessExited(at=self._clock(), replica=replica.name, returncode=returncode, error=error)
-        )
+        self.record(events.ProcessExited(at=self._clock(), replica=replica.name, returncode=returncode, error=error))
 
     def _perform(self, action: Action) -> None:
         now = self._clock()
@@ -130,9 +128,7 @@ class ControlPlane:
                 self._start(action, now)
             case Drain():
                 self.record(
-                    events.DrainDecided(
-                        at=now, replica=action.replica, deadline=action.deadline, reason=action.reason
-                    )
+                    events.DrainDecided(at=now, replica=action.replica, deadline=action.deadline, reason=action.reason)
                 )
             case Stop():
                 self.record(
@@ -214,7 +210,7 @@ class ControlPlane:
                     self.record(events.BecameReady(at=self._clock(), replica=name))
                 elif trouble is not None and failed >= FAILED_PROBES and replica.phase == "ready":
                     self.record(events.BecameUnready(at=self._clock(), replica=name, reason=trouble))
-            await asyncio.sleep(PROBE_EVERY[replica.phase] if replica.phase in PROBE_EVERY else 0)
+            await asyncio.sleep(PROBE_EVERY.get(replica.phase, 0))
 
     async def _probe_draining(self, replica: Replica, probe: Probe) -> None:
         if replica.idle or self._clock() - replica.since < DRAIN_SETTLE:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 
-from quire.fleet.spec import GATEWAY
 from quire.fleet.state import FleetState
 
 ROLE_LABEL = "llm-d.ai/role"

@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import msgspec
 
@@ -19,6 +20,8 @@ from quire.core.errors import ConfigError
 from quire.fleet.apply import apply
 from quire.fleet.events import AnyEvent
 from quire.fleet.state import FleetState
+
+T = TypeVar("T")
 
 FORMAT = 1
 SNAPSHOT_EVERY = 1000
@@ -30,7 +33,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS snapshot (id INTEGER PRIMARY KEY CHECK (id = 1), seq INTEGER NOT NULL, body BLOB NOT NULL);
 """
-_EVENT = msgspec.json.Decoder(AnyEvent)
+_EVENT = msgspec.json.Decoder[AnyEvent](AnyEvent)
 _STATE = msgspec.json.Decoder(FleetState)
 
 
@@ -73,8 +76,8 @@ class Journal:
         with self._transaction():
             row = self._connection.execute("SELECT seq, body FROM snapshot").fetchone()
             seq, state = (0, FleetState()) if row is None else (row[0], self._decode(_STATE, row[1]))
-            for seq, event in self._after(seq):  # noqa: B020 - the last event's number is what is wanted
-                state = apply(state, event)
+            for number, event in self._after(seq):
+                seq, state = number, apply(state, event)
         return seq, state
 
     def after(self, seq: int) -> list[tuple[int, AnyEvent]]:
@@ -99,7 +102,7 @@ class Journal:
         rows = self._connection.execute("SELECT seq, body FROM events WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
         return [(number, self._decode(_EVENT, body)) for number, body in rows]
 
-    def _decode(self, decoder: msgspec.json.Decoder[msgspec.json.Any], body: bytes):  # type: ignore[no-untyped-def]
+    def _decode(self, decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         try:
             return decoder.decode(body)
         except msgspec.MsgspecError as error:

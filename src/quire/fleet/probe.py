@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -36,7 +34,7 @@ class Probe:
                     return f"{path} answered {status}."
         except (aiohttp.ClientError, OSError) as error:
             return f"It does not answer: {error or type(error).__name__}."
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return f"It did not answer within {PROBE_TIMEOUT:g} seconds."
         return None
 
@@ -48,7 +46,7 @@ class Probe:
                     return None
                 page = await response.content.read(MAX_METRICS_BYTES)
             return in_flight(page.decode())
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
             return None
 
     def _get(self, port: int, path: str, api_key: str | None) -> aiohttp.client._RequestContextManager:

@@ -55,7 +55,7 @@ class Processes:
         raise OSError("No port of the loopback is free.")
 
     def start(self, launch: Launch) -> None:
-        shim = subprocess.Popen(
+        shim = subprocess.Popen(  # noqa: S603 - our own
             SHIM,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -88,7 +88,7 @@ class Processes:
         if record is not None:
             send_signal(record.shim, signal.SIGKILL)  # the kernel ends the child with it
 
-    def list(self) -> dict[str, Found]:
+    def processes(self) -> dict[str, Found]:
         for child in self._children.values():
             child.poll()
         found = {}

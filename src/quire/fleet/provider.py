@@ -9,7 +9,7 @@ import msgspec
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """One process to start. `start` counts the starts of this replica, so that an earlier one is not mistaken for it."""
+    """One process to start. `start` counts the replica's starts, so that an earlier one is not mistaken for this."""
 
     replica: str
     start: int
@@ -29,7 +29,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Provider(Protocol):
-    """Processes by the names of their replicas. What runs outlives the control plane, and `list` finds it again."""
+    """Processes by the names of their replicas. What runs outlives the control plane, and `processes` finds it again."""
 
     def free_port(self, taken: frozenset[int]) -> int:
         """A port that nothing listens on, for a process that is about to start."""
@@ -43,7 +43,7 @@ class Provider(Protocol):
     def kill(self, replica: str) -> None:
         """End the process at once."""
 
-    def list(self) -> dict[str, Found]:
+    def processes(self) -> dict[str, Found]:
         """All processes, those that have ended included until they are forgotten: also another control plane's."""
 
     def forget(self, replica: str) -> None:

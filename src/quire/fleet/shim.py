@@ -50,13 +50,24 @@ class RotatingLog:
         self._size = self._file.tell()
 
 
-def last_error(lines: list[str]) -> str | None:
-    """The line that says best why a process ended: its last error, or the last thing it said."""
+def last_error(lines: list[str], returncode: int) -> str | None:
+    """Why a process ended, in its own words: its last error, or else the last thing it said.
+
+    One that was ended by a signal could say nothing about it, so that only an error counts.
+    """
     said = [line.strip() for line in lines if line.strip()]
-    for line in reversed(said):
-        if line.startswith("quire: ") or "error" in line.lower():
-            return line[:500]
-    return said[-1][:500] if said else None
+    errors = [line for line in said if line.startswith("quire: ") or "error" in line.lower()]
+    words = errors[-1:] or (said[-1:] if returncode > 0 else [])
+    if returncode < 0:
+        words = [f"It was ended by {signal_name(-returncode)}.", *words]
+    return " ".join(words)[:500] or None
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _die_with_parent() -> None:
@@ -112,7 +123,7 @@ def main() -> int:
         log.write(raw)
         lines.append(raw.decode("utf-8", "replace"))
     returncode = child.wait()
-    note(returncode=returncode, error=last_error(list(lines)) if returncode != 0 else None)
+    note(returncode=returncode, error=last_error(list(lines), returncode) if returncode != 0 else None)
     return 0
 
 
