@@ -72,6 +72,9 @@ SHAPES = {
     # A toy of the same structure, for trying the tool and the benchmarks out.
     "tiny": Shape(family="qwen3", vocab_size=512, hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2,
                   head_dim=32, max_positions=2048, rope_theta=1e4, rms_eps=1e-6, tied=True),
+    # Nobody's: small enough that several engines fit one machine, large enough that a prompt costs something.
+    "bench-50m": Shape(family="qwen3", vocab_size=8192, hidden=512, intermediate=2048, layers=12, heads=8, kv_heads=4,
+                       head_dim=64, max_positions=8192, rope_theta=1e6, rms_eps=1e-6, tied=True),
     "qwen2-0.5b": Shape(family="qwen2", vocab_size=151936, hidden=896, intermediate=4864, layers=24, heads=14,
                         kv_heads=2, head_dim=64, max_positions=32768, rope_theta=1e6, rms_eps=1e-6, tied=True),
     "qwen2-1.5b": Shape(family="qwen2", vocab_size=151936, hidden=1536, intermediate=8960, layers=28, heads=12,

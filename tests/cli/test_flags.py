@@ -37,6 +37,7 @@ ENGINE = {
     "--preemption",
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
+    "--kv-events-config",
     "--max-num-seqs",
     "--max-num-batched-tokens",
     "--scheduling-policy",

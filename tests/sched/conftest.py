@@ -13,17 +13,21 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgpack
 import pytest
 
 from quire.cache.groups import ALL_OF_THE_PAST, Sight
+from quire.cache.journal import CacheJournal
 from quire.cache.pool import BlockPool
 from quire.core.pooling import Pooled
+from quire.core.prefix import ROOT, block_hash
 from quire.core.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from quire.sched.admit import admit, cancel
 from quire.sched.apply import apply
 from quire.sched.decide import Decision, decide
 from quire.sched.settle import StepResult, settle
 from quire.sched.state import SchedulerLimits, SchedulerState, Step
+from quire.wire.kv_events import KVEventBatch, encode_batch
 
 VOCAB = 7
 EOS = 6
@@ -162,6 +166,46 @@ class Told:
     last: EngineOutput | None = None
 
 
+class Mirror:
+    """A router's view of the cache, from events alone: what it holds, and of which tokens and salt each block is."""
+
+    def __init__(self, block_size: int, num_groups: int) -> None:
+        self.block_size = block_size
+        self.num_groups = num_groups
+        self.cached: list[set[bytes]] = [set() for _ in range(num_groups)]
+        self.salts: dict[bytes, str] = {}
+
+    def follow(self, payload: bytes) -> None:
+        for tag, *fields in msgpack.unpackb(payload)[1]:
+            hashes, group = fields[0], (fields[8] if tag == "BlockStored" else fields[2]) or 0
+            if tag == "BlockRemoved":
+                assert set(hashes) <= self.cached[group], "removed without being there"
+                self.cached[group] -= set(hashes)
+            else:
+                assert tag == "BlockStored"
+                self.store(group, hashes, *fields[1:])
+
+    def store(
+        self, group, hashes, parent, token_ids, block_size, lora, medium, name, extra_keys, group_idx, kind, window
+    ):
+        assert block_size == self.block_size
+        assert medium == "GPU"
+        assert len(token_ids) == len(hashes) * block_size
+        assert not set(hashes) & self.cached[group], "stored twice"
+        assert (group_idx is None) == (kind is None)
+        for number, (named, extra) in enumerate(zip(hashes, extra_keys or [None] * len(hashes))):
+            assert not (extra and parent), "only the first block of a text names the salt"
+            salt = extra[0] if extra else self.salts.get(parent, "")
+            tokens = token_ids[number * block_size : (number + 1) * block_size]
+            if parent is None or parent in self.salts:
+                assert named == block_hash(parent or ROOT, tokens, salt.encode())
+                self.salts[named] = salt
+            else:
+                assert kind not in (None, "full_attention"), "a block of no text"
+            parent = named
+        self.cached[group] |= set(hashes)
+
+
 class Driver:
     """Takes a scheduler through its steps, one second each, and checks after every one."""
 
@@ -176,7 +220,10 @@ class Driver:
         sights: Sequence[Sight] = (ALL_OF_THE_PAST,),
     ):
         swap_pool = BlockPool(host_blocks + 1, block_size, False) if host_blocks else None
-        self.state = SchedulerState(limits, BlockPool(num_blocks + 1, block_size, cache, sights), swap_pool)
+        self.journal = CacheJournal(block_size, sights)
+        pool = BlockPool(num_blocks + 1, block_size, cache, sights, self.journal)
+        self.mirror = Mirror(block_size, len(sights))
+        self.state = SchedulerState(limits, pool, swap_pool)
         self.model = FakeModel(block_size, sights)
         self.now = 0.0
         self.requests: dict[str, EngineRequest] = {}
@@ -215,9 +262,15 @@ class Driver:
         for output in settle(state, step, results, self.now):
             self.hear(output)
         state.check_integrity()
+        self.check_events()
         self.steps.append(step)
         self.decisions.append(decision)
         return step
+
+    def check_events(self) -> None:
+        """Whoever follows the events knows what is cached."""
+        self.mirror.follow(encode_batch(KVEventBatch(self.now, self.journal.take(), 0)))
+        assert self.mirror.cached == [self.state.pool.cached_hashes(group) for group in range(self.mirror.num_groups)]
 
     def check_order_of_return(self, decision: Decision) -> None:
         """Swapped requests come back in the order of the policy, and before any that waits."""

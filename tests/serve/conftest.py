@@ -27,8 +27,9 @@ import tokenizers
 
 from quire.config.server import ServerConfig
 from quire.serve.engine_process import EngineCommand
-from quire.serve.run import Launch, StopOrders, run
+from quire.serve.run import Launch, run
 from quire.serve.supervision import Supervision
+from quire.web.server import StopOrders
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
 MODEL = "tiny"

@@ -10,9 +10,10 @@ content, the longest unused first.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from quire.cache.groups import ALL_OF_THE_PAST, Sight
+from quire.cache.journal import CacheJournal
 
 NULL_BLOCK = 0
 """Never handed out: padding of block tables, the place of blocks in them that nobody can see any more, and where writes
@@ -22,7 +23,8 @@ go that nobody may read."""
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens, block 0 of them reserved. Every operation is O(1) per block.
 
-    `sights`: what the layers of each group see of the past.
+    `sights`: what the layers of each group see of the past. `journal`: is told what is forgotten; who calls `publish`
+    tells it what is stored.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class BlockPool:
         block_size: int,
         enable_prefix_caching: bool = True,
         sights: Sequence[Sight] = (ALL_OF_THE_PAST,),
+        journal: CacheJournal | None = None,
     ) -> None:
         assert num_blocks >= 1
         assert block_size >= 1
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.journal = journal
         self.sights = tuple(sights)
         self.limited = tuple((group, sight) for group, sight in enumerate(self.sights) if sight.reach is not None)
         """The groups that do not see all of the past."""
@@ -62,6 +66,10 @@ class BlockPool:
     def num_cached(self) -> int:
         """Blocks that `match` can find, used and free."""
         return sum(map(len, self._cached))
+
+    def cached_hashes(self, group: int = 0) -> Set[bytes]:
+        """Of one group's blocks that `match` can find."""
+        return self._cached[group].keys()
 
     @property
     def usage(self) -> float:
@@ -162,27 +170,33 @@ class BlockPool:
                 if self._hashes[block_id] is None:
                     self._free.move_to_end(block_id, last=False)
 
-    def publish(self, block_id: int, block_hash: bytes, group: int = 0) -> None:
-        """Make a full, computed block findable. If its content is cached in another block, that one stays the one."""
+    def publish(self, block_id: int, block_hash: bytes, group: int = 0) -> bool:
+        """Make a full, computed block findable. If its content is cached in another block, that one stays the one, and
+        the answer is False."""
         if not self.enable_prefix_caching or block_hash in self._cached[group]:
-            return
+            return False
         assert self._references[block_id] > 0, f"block {block_id} is published by nobody"
         assert self._hashes[block_id] is None, f"block {block_id} is published under two hashes"
         self._hashes[block_id] = block_hash
         self._groups[block_id] = group
         self._cached[group][block_hash] = block_id
+        return True
 
     def reset(self) -> None:
         """Forget all content. Requests keep the blocks they hold."""
         for cached in self._cached:
             cached.clear()
         self._hashes = [None] * self.num_blocks
+        if self.journal is not None:
+            self.journal.cleared()
 
     def _forget(self, block_id: int) -> None:
         block_hash = self._hashes[block_id]
         if block_hash is not None:
             self._hashes[block_id] = None
             del self._cached[self._groups[block_id]][block_hash]
+            if self.journal is not None:
+                self.journal.removed(self._groups[block_id], block_hash)
 
     # --- check ----------------------------------------------------------------------------------------------
 

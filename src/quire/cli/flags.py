@@ -32,6 +32,7 @@ from cyclopts import Parameter
 
 from quire.config.engine import EngineConfig
 from quire.config.fleet import FleetConfig
+from quire.config.gateway import GatewayConfig
 from quire.config.resolve import Resolved, flag_name, read_file, resolve
 from quire.config.server import ServerConfig
 
@@ -41,7 +42,14 @@ ARGUMENTS = frozenset({"model"})  # an argument of its own in every command, not
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:
-    """The docstring under each field of a dataclass, from its source."""
+    """The docstring under each field of a dataclass and of what it inherits from, from their source."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(cls: type[Any]) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     docs: dict[str, str] = {}
@@ -101,6 +109,7 @@ if TYPE_CHECKING:
     ServerFlags = Mapping[str, object] | None
     FleetFlags = Mapping[str, object] | None
     StateDirFlag = Mapping[str, object] | None
+    GatewayFlags = Mapping[str, object] | None
 else:
     EngineFlags = flags_of(EngineConfig, "Engine")
     # For commands whose --seed is their one request's, which the engine's would only stand in for.
@@ -109,6 +118,7 @@ else:
     ServerFlags = flags_of(ServerConfig, "Server")
     FleetFlags = flags_of(FleetConfig, "Fleet")
     StateDirFlag = flags_of(FleetConfig, "Fleet", frozenset({"host", "port"}))
+    GatewayFlags = flags_of(GatewayConfig, "Gateway")
 
 ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="A YAML file with settings by these names, with underscores.")

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from quire.cli.flags import ConfigFile, EngineFlags, ServerFlags, settings
+from quire.cli.kv_events import place_kv_events
 from quire.config.engine import EngineConfig
 from quire.config.resolve import Resolved
 from quire.config.server import ServerConfig
@@ -43,7 +44,8 @@ def serve(
     wanted = engine_settings.value
     directory = resolve_model(wanted)
     tokenizer = resolve_tokenizer(wanted, directory)
-    local = replace(wanted, model=str(directory))
+    placed, listener = place_kv_events(wanted, server_settings.value)
+    local = replace(placed, model=str(directory))
     command = EngineCommand(argv=ENGINE_COMMAND, config=asdict(local))
     process = command.start()
     try:
@@ -52,7 +54,7 @@ def serve(
         import structlog
         import uvloop
 
-        from quire.serve.logs import configure_logs
+        from quire.config.logs import configure_logs
         from quire.serve.run import Launch, run
 
         configure_logs(server_settings.value.log_level, as_json=server_settings.value.log_json)
@@ -65,6 +67,7 @@ def serve(
             tokenizer_dir=tokenizer,
             chat_template=Path(wanted.chat_template) if wanted.chat_template is not None else None,
             max_logprobs=wanted.max_logprobs,
+            listener=listener,
         )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(run(server_settings.value, launch))

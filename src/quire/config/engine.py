@@ -69,6 +69,8 @@ class EngineConfig:
     """How a preempted request comes back: by computing again, from swap space, or whichever is cheaper."""
     enable_prefix_caching: bool = True
     """Reuse KV blocks of equal prefixes."""
+    kv_events_config: str | None = None
+    """JSON object with vLLM's keys: where to publish what is in the prefix cache, for routers; off if not set."""
     max_num_seqs: int = 64
     """Most requests that run at once."""
     max_num_batched_tokens: int = 1024

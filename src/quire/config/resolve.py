@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 
 from quire.config.engine import EngineConfig
 from quire.config.fleet import FleetConfig
+from quire.config.gateway import GatewayConfig
 from quire.config.server import ServerConfig
 from quire.config.validate import validate
 from quire.core.errors import ConfigError
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 ENV_PREFIX = "QUIRE_"
 MAX_FILE_BYTES = 256 * 1024
-CONFIG_CLASSES: tuple[type[Any], ...] = (EngineConfig, ServerConfig, FleetConfig)
+CONFIG_CLASSES: tuple[type[Any], ...] = (EngineConfig, ServerConfig, GatewayConfig, FleetConfig)
 
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from quire.config.engine import EngineConfig
 from quire.config.fleet import FleetConfig
-from quire.config.server import ServerConfig
+from quire.config.gateway import GatewayConfig
+from quire.config.kv_events import read_kv_events
+from quire.config.server import ListenConfig, ServerConfig
 from quire.core.errors import ConfigError
 from quire.core.sampling import MAX_LOGPROBS
 
@@ -61,10 +63,9 @@ _ENGINE: Mapping[str, Rule] = {
     "seed": between(-(2**63), 2**63 - 1),
 }
 
-_SERVER: Mapping[str, Rule] = {
+_LISTEN: Mapping[str, Rule] = {
     "host": _NAME,
     "port": between(0, 65_535),
-    "served_model_name": _NAME,
     # An empty key would guard nothing while looking as if it did.
     "api_key": _NAME,
     "ssl_certfile": _NAME,
@@ -73,14 +74,41 @@ _SERVER: Mapping[str, Rule] = {
     "max_connections": between(1, 1_048_576),
     "request_read_timeout": _SECONDS,
     "shutdown_timeout": between(0.0, 86_400.0),
+    "log_level": Rule(lambda value: value in ("debug", "info", "warning", "error"), "debug, info, warning or error"),
+}
+
+_SERVER: Mapping[str, Rule] = {
+    **_LISTEN,
+    "served_model_name": _NAME,
     "heartbeat_timeout": _SECONDS,
     "max_engine_restarts": between(0, 1_048_576),
-    "log_level": Rule(lambda value: value in ("debug", "info", "warning", "error"), "debug, info, warning or error"),
+}
+
+_GATEWAY: Mapping[str, Rule] = {
+    **_LISTEN,
+    "endpoints": _NAME,
+    "endpoints_file": _NAME,
+    "endpoints_dns": _NAME,
+    "policy": _NAME,
+    "tokenizer": _NAME,
+    "scrape_interval": _SECONDS,
+    "health_interval": _SECONDS,
+    "connect_timeout": _SECONDS,
+    "first_byte_timeout": _SECONDS,
+    "idle_timeout": _SECONDS,
+    "max_retries": between(0, 100),
+    "extproc_port": between(0, 65_535),
+    "explain_requests": between(0, 1_048_576),
 }
 
 _FLEET: Mapping[str, Rule] = {"state_dir": _NAME, "host": _NAME, "port": between(0, 65_535)}
 
-_RULES: Mapping[type[Any], Mapping[str, Rule]] = {EngineConfig: _ENGINE, ServerConfig: _SERVER, FleetConfig: _FLEET}
+_RULES: Sequence[tuple[type[object], Mapping[str, Rule]]] = (
+    (EngineConfig, _ENGINE),
+    (ServerConfig, _SERVER),
+    (GatewayConfig, _GATEWAY),
+    (FleetConfig, _FLEET),
+)
 
 
 def validate(config: object, shown: Mapping[str, str] | None = None) -> None:
@@ -89,19 +117,22 @@ def validate(config: object, shown: Mapping[str, str] | None = None) -> None:
     `shown` maps a field to the words an error names it by (`--port`, `QUIRE_PORT`); its own name otherwise.
     """
     names = shown or {}
-    for field, rule in _RULES.get(type(config), {}).items():
+    rules = next((rules for kind, rules in _RULES if isinstance(config, kind)), None)
+    for field, rule in (rules or {}).items():
         value = getattr(config, field)
         if value is not None and not rule.holds(value):
             raise ConfigError(
                 f"{names.get(field, field)} is {value!r}.", param=field, remedy=f"It must be {rule.words}."
             )
+    if isinstance(config, EngineConfig):
+        read_kv_events(config.kv_events_config)
     if isinstance(config, EngineConfig) and config.preemption == "swap" and config.swap_space == 0:
         raise ConfigError(
             f"{names.get('preemption', 'preemption')} is 'swap', but swap_space is 0.",
             param="preemption",
             remedy="Give swap_space some GiB, or choose 'recompute'.",
         )
-    if isinstance(config, ServerConfig) and (config.ssl_certfile is None) != (config.ssl_keyfile is None):
+    if isinstance(config, ListenConfig) and (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         there, missing = (
             ("ssl_keyfile", "ssl_certfile") if config.ssl_certfile is None else ("ssl_certfile", "ssl_keyfile")
         )

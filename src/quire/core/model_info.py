@@ -8,10 +8,19 @@ from quire.core.pooling import PoolingInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KVEventsInfo:
+    """Where an engine publishes its KV events (ZeroMQ addresses, as bound), and under which topic."""
+
+    endpoint: str
+    topic: str
+    replay_endpoint: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """`eos_token_ids` end a sequence unless the request ignores them; bytes are of what the engine holds. `pooling`:
     None for a model that generates text. `num_token_types`: kinds of tokens that it tells apart by
-    `EngineRequest.token_type_ids`; 0 or 1 for none."""
+    `EngineRequest.token_type_ids`; 0 or 1 for none. `kv_events`: None if there are none."""
 
     max_model_len: int
     vocab_size: int
@@ -25,3 +34,4 @@ class ModelInfo:
     max_logprobs: int = 20
     pooling: PoolingInfo | None = None
     num_token_types: int = 0
+    kv_events: KVEventsInfo | None = None

@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 
 from quire.cache.groups import token_capacity
+from quire.cache.journal import CacheJournal
 from quire.cache.ledger import GIB, KVLedger, available_memory
 from quire.cache.pool import BlockPool
 from quire.config.engine import EngineConfig
+from quire.config.kv_events import read_kv_events
 from quire.core.errors import ConfigError
-from quire.core.model_info import ModelInfo
+from quire.core.model_info import KVEventsInfo, ModelInfo
 from quire.engine.early import EarlyWeights, engine_threads, packed_early
+from quire.engine.kv_publisher import KVEventPublisher
 from quire.engine.loop import Engine
 from quire.engine.runner import Runner
 from quire.models.fit import build_ledger, step_tokens
@@ -36,11 +39,16 @@ MAX_NAMES_TOLD = 8
 
 
 def build_engine(
-    config: EngineConfig, *, clock: Callable[[], float] = time.monotonic, early: EarlyWeights | None = None
+    config: EngineConfig,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    early: EarlyWeights | None = None,
+    kv_events: KVEventPublisher | None = None,
 ) -> Engine:
     """`config.model` is a local directory. Raises the `QuireError` that says what is wrong with it or a setting.
 
-    `early`: what was begun with this configuration before torch was imported.
+    `early`: what was begun with this configuration before torch was imported. `kv_events`: where what is in the prefix
+    cache is to be told.
     """
     directory = Path(config.model)
     num_threads = engine_threads(config)
@@ -99,9 +107,12 @@ def build_engine(
         whole_prompts=not model.arch.causal,
         swap_seconds_per_block=ledger.kv_bytes_per_block / ASSUMED_COPY_BYTES_PER_SECOND,
     )
+    caches = config.enable_prefix_caching and model.arch.causal
+    _tell_no_events(config, kv_events, caches)
+    journal = None if kv_events is None else CacheJournal(config.block_size, groups.sights)
     state = SchedulerState(
         limits,
-        BlockPool(num_blocks, config.block_size, config.enable_prefix_caching and model.arch.causal, groups.sights),
+        BlockPool(num_blocks, config.block_size, caches, groups.sights, journal),
         # One more for the host pool's own null block.
         BlockPool(host_blocks + 1, config.block_size, False) if host_blocks else None,
     )
@@ -111,11 +122,17 @@ def build_engine(
         host_kv=model.new_kv_cache(host_blocks + 1, config.block_size, places=places) if host_blocks else None,
         eos_token_ids=eos,
     )
-    info = _info(config, model, limits, num_blocks)
-    return Engine(info=info, state=state, runner=runner, clock=clock)
+    info = _info(config, model, limits, num_blocks, None if kv_events is None else kv_events.info)
+    return Engine(info=info, state=state, runner=runner, clock=clock, kv_events=kv_events)
 
 
-def _info(config: EngineConfig, model: LoadedModel, limits: SchedulerLimits, num_blocks: int) -> ModelInfo:
+def _info(
+    config: EngineConfig,
+    model: LoadedModel,
+    limits: SchedulerLimits,
+    num_blocks: int,
+    kv_events: KVEventsInfo | None,
+) -> ModelInfo:
     return ModelInfo(
         max_model_len=limits.max_model_len,
         vocab_size=model.arch.vocab_size,
@@ -129,6 +146,7 @@ def _info(config: EngineConfig, model: LoadedModel, limits: SchedulerLimits, num
         max_logprobs=config.max_logprobs,
         pooling=None if model.arch.pooling is None else model.arch.pooling.info,
         num_token_types=model.arch.num_token_types,
+        kv_events=kv_events,
     )
 
 
@@ -164,6 +182,13 @@ def size_cache(config: EngineConfig, model: LoadedModel) -> KVLedger:
 
 def _dtype_name(model: LoadedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
+
+
+def _tell_no_events(config: EngineConfig, kv_events: KVEventPublisher | None, caches: bool) -> None:
+    """Events were asked for, and none will come."""
+    if read_kv_events(config.kv_events_config).enabled and (kv_events is None or not caches):
+        why = "there is no prefix cache" if not caches else "only `quire serve` publishes events"
+        print(f"quire: kv_events_config has no effect: {why}.", file=sys.stderr)
 
 
 def _tell_unexpected(model: LoadedModel) -> None:

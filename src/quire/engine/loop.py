@@ -9,12 +9,14 @@ from quire.core.errors import QuireError
 from quire.core.model_info import ModelInfo
 from quire.core.pooling import check_pooling
 from quire.core.request import EngineOutput, EngineRequest, FinishReason
+from quire.engine.kv_publisher import KVEventPublisher
+from quire.engine.pace import Pace
 from quire.engine.runner import Runner
 from quire.sched.admit import admit, cancel, queue_refusal
 from quire.sched.apply import apply
 from quire.sched.decide import decide
 from quire.sched.settle import fail, settle
-from quire.sched.state import SchedulerState
+from quire.sched.state import SchedulerState, Step
 from quire.wire.rpc import Stats
 
 MAX_ITERATIONS_KEPT = 4096
@@ -22,13 +24,26 @@ MAX_ITERATIONS_KEPT = 4096
 
 
 class Engine:
-    """Single-threaded: whoever owns it calls `submit`, `cancel` and `step` from one thread."""
+    """Single-threaded: whoever owns it calls `submit`, `cancel` and `step` from one thread.
 
-    def __init__(self, *, info: ModelInfo, state: SchedulerState, runner: Runner, clock: Callable[[], float]) -> None:
+    `kv_events`: gets what each step changed in the prefix cache, of a pool that keeps a journal.
+    """
+
+    def __init__(
+        self,
+        *,
+        info: ModelInfo,
+        state: SchedulerState,
+        runner: Runner,
+        clock: Callable[[], float],
+        kv_events: KVEventPublisher | None = None,
+    ) -> None:
         self.info = info
         self._state = state
         self._runner = runner
         self._clock = clock
+        self._kv_events = kv_events
+        self._pace = Pace()
         self._num_steps = 0
         self._iteration_tokens: deque[int] = deque(maxlen=MAX_ITERATIONS_KEPT)
         self.stalled = False
@@ -69,12 +84,26 @@ class Engine:
         run = self._runner.run(step)
         failed = [fail(self._state, request_id, error) for request_id, error in run.failures.items()]
         outputs = [output for output in failed if output is not None]
-        outputs.extend(settle(self._state, step, run.results, self._clock()))
+        done = self._clock()
+        outputs.extend(settle(self._state, step, run.results, done))
+        self._tell_cache()
         self._num_steps += 1
         self.stalled = not step.scheduled
         if step.scheduled:
             self._iteration_tokens.append(step.num_tokens)
+            self._note_pace(step, done - now)
         return outputs
+
+    def _tell_cache(self) -> None:
+        journal = self._state.pool.journal
+        if journal is not None and self._kv_events is not None:
+            events = journal.take()
+            if events:
+                self._kv_events.publish(events)
+
+    def _note_pace(self, step: Step, seconds: float) -> None:
+        num_decodes = sum(chunk.samples and chunk.num_tokens == 1 for chunk in step.scheduled)
+        self._pace.note(step.num_tokens - num_decodes, num_decodes, seconds)
 
     def stats(self) -> Stats:
         """Gauges of now and totals since the start; hands over, and forgets, the tokens of each step so far."""
@@ -94,6 +123,12 @@ class Engine:
             prompt_tokens=state.totals.prompt_tokens,
             generation_tokens=state.totals.generation_tokens,
             iteration_tokens=iteration_tokens,
+            num_cached_blocks=state.pool.num_cached,
+            prefill_seconds_per_token=self._pace.prefill_seconds_per_token,
+            decode_seconds_per_step=self._pace.decode_seconds_per_step,
+            decode_seconds_per_sequence=self._pace.decode_seconds_per_sequence,
+            kv_event_batches=0 if self._kv_events is None else self._kv_events.num_published,
+            kv_event_batches_dropped=0 if self._kv_events is None else self._kv_events.num_dropped,
         )
 
     def check_integrity(self) -> None:

@@ -6,6 +6,7 @@ open: when it closes, the parent is gone and we go too. Everything else travels 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -20,10 +21,12 @@ import msgspec
 import zmq
 
 from quire.config.engine import EngineConfig
+from quire.config.kv_events import read_kv_events
 from quire.core.errors import EngineStartFailed, QuireError
 from quire.core.request import EngineOutput
 from quire.core.threads import limit_spinning
 from quire.engine.early import EarlyWeights
+from quire.engine.kv_publisher import KVEventPublisher
 from quire.wire.rpc import (
     MAX_MESSAGE_BYTES,
     STATS_INTERVAL,
@@ -57,16 +60,19 @@ def main() -> int:
     limit_spinning()  # before torch is loaded, which is why nothing above imports it
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket, contextlib.ExitStack() as closing:
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.LINGER, 2000)
         socket.connect(f"ipc://{order.socket}")
         try:
             early = EarlyWeights(order.config)
+            kv_events = open_kv_events(order.config, context)
+            if kv_events is not None:
+                closing.callback(kv_events.close)
             # Late, so that an import that fails is reported to the parent like any other failure to start.
             from quire.engine.build import build_engine
 
-            engine = build_engine(order.config, early=early)
+            engine = build_engine(order.config, early=early, kv_events=kv_events)
         except QuireError as error:
             socket.send(encode(StartFailed(error.to_info())))
             return 1
@@ -80,6 +86,16 @@ def main() -> int:
         socket.send(encode(Ready(engine.info, os.getpid())))
         serve(engine, socket)
     return 0
+
+
+def open_kv_events(config: EngineConfig, context: zmq.Context[zmq.Socket[bytes]]) -> KVEventPublisher | None:
+    """What publishes KV events, if they are wanted. The front end has filled in where and under which topic."""
+    wanted = read_kv_events(config.kv_events_config)
+    return (
+        KVEventPublisher(wanted.resolved("127.0.0.1", "127.0.0.1", 0, config.model), context)
+        if wanted.enabled
+        else None
+    )
 
 
 def serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:

@@ -160,7 +160,7 @@ class ControlPlane:
         endpoints_file = self._directory.endpoints_file
         if spec.role == GATEWAY:
             self._tell_gateway()
-            launch.write_gateway_config(launch.config_file(endpoints_file), spec)
+            launch.write_policy(launch.policy_file(endpoints_file), spec)
         order = launch.launch(
             replica, spec, engines=max(engines, 1), endpoints_file=endpoints_file, environ=self._environ
         )

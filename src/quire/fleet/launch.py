@@ -46,12 +46,12 @@ def engine_command(replica: Replica, spec: RoleSpec, engines: int, environment: 
 
 
 def gateway_command(replica: Replica, spec: RoleSpec, endpoints_file: Path) -> tuple[str, ...]:
-    """The gateway in front: one port, its configuration, and the file that names the engines."""
+    """The gateway in front: one port, the manifest's policy, and the file that names the engines."""
     return (
         *QUIRE,
         "gateway",
-        "--config",
-        str(config_file(endpoints_file)),
+        "--policy",
+        str(policy_file(endpoints_file)),
         "--endpoints-file",
         str(endpoints_file),
         "--host",
@@ -62,11 +62,11 @@ def gateway_command(replica: Replica, spec: RoleSpec, endpoints_file: Path) -> t
     )
 
 
-def config_file(endpoints_file: Path) -> Path:
-    return endpoints_file.with_name("gateway.yaml")
+def policy_file(endpoints_file: Path) -> Path:
+    return endpoints_file.with_name("policy.yaml")
 
 
-def write_gateway_config(path: Path, spec: RoleSpec) -> None:
+def write_policy(path: Path, spec: RoleSpec) -> None:
     """The manifest's documents that are the gateway's: EndpointPickerConfig, objectives, rewrites, pools."""
     part = path.with_name(path.name + ".part")
     part.write_text(yaml.safe_dump_all(spec.documents, sort_keys=False))

@@ -29,7 +29,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Provider(Protocol):
-    """Processes by the names of their replicas. What runs outlives the control plane, and `processes` finds it again."""
+    """Processes by their replicas. What runs outlives the control plane, and `processes` finds it again."""
 
     def free_port(self, taken: frozenset[int]) -> int:
         """A port that nothing listens on, for a process that is about to start."""

@@ -108,11 +108,16 @@ def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResu
 
 def _publish(state: SchedulerState, item: RequestState) -> None:
     """Make the blocks findable that are full and computed by now."""
-    num_full = min(item.num_computed_tokens // state.pool.block_size, len(item.block_hashes))
-    for index in range(item.num_published, num_full):
-        for group, table in enumerate(item.block_tables):
-            if table[index] != NULL_BLOCK:
-                state.pool.publish(table[index], item.block_hashes[index], group)
+    pool = state.pool
+    num_full = min(item.num_computed_tokens // pool.block_size, len(item.block_hashes))
+    for group, table in enumerate(item.block_tables):
+        stored = [
+            index
+            for index in range(item.num_published, num_full)
+            if table[index] != NULL_BLOCK and pool.publish(table[index], item.block_hashes[index], group)
+        ]
+        if stored and pool.journal is not None:
+            pool.journal.stored(group, stored, item.block_hashes, item.token_ids, item.request.cache_salt)
     item.num_published = max(item.num_published, num_full)
 
 

@@ -7,10 +7,8 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from quire.serve.auth import ApiKey
 from quire.serve.embeddings import Embeddings
 from quire.serve.health import Health
-from quire.serve.limits import BodyLimit, ErrorBoundary
 from quire.serve.metrics import CONTENT_TYPE
 from quire.serve.openai_chat import ChatCompletions
 from quire.serve.openai_completions import Completions
@@ -19,6 +17,8 @@ from quire.serve.openapi import Docs
 from quire.serve.scoring import Scoring
 from quire.serve.service import Service
 from quire.serve.tokenize import Tokenization
+from quire.web.auth import ApiKey
+from quire.web.limits import BodyLimit, ErrorBoundary
 
 
 def build_app(service: Service) -> ASGIApp:
@@ -27,7 +27,7 @@ def build_app(service: Service) -> ASGIApp:
     app = BodyLimit(app, service.config.max_body_bytes)
     if service.config.api_key is not None:
         app = ApiKey(app, service.config.api_key)
-    return ErrorBoundary(app, service.metrics)
+    return ErrorBoundary(app, service.metrics.http_request)
 
 
 def _routes(service: Service) -> list[Route]:

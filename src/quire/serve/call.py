@@ -18,13 +18,13 @@ from starlette.types import ASGIApp
 from quire.core.errors import InvalidParameter, QuireError
 from quire.core.request import Deadlines, EngineRequest
 from quire.core.sampling import SamplingParams
-from quire.serve.answers import error_body
 from quire.serve.body import ignored_fields
 from quire.serve.generation import Generation, Piece
 from quire.serve.sampling import deadlines
 from quire.serve.service import fresh_seed
 from quire.serve.sse import EventStream, event, while_connected
 from quire.text.prompt import PromptEncoder
+from quire.web.answers import error_body
 from quire.wire.openai import CallFields
 
 MAX_GATHERED_LOGPROBS = 1_000_000

@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from quire.core.errors import InvalidParameter
 from quire.core.pooling import Pooled, PoolingInfo, PoolingParams, PoolingTask
-from quire.serve.answers import json_response
 from quire.serve.body import decode_body
 from quire.serve.call import Call
 from quire.serve.inbox import patience
@@ -20,6 +19,7 @@ from quire.serve.pooling import Encoding, Results, as_base64, row, rows, run_poo
 from quire.serve.pooling_inputs import read_inputs
 from quire.serve.service import Service, off_loop
 from quire.text.pooling_prompt import PoolingEncoder
+from quire.web.answers import json_response
 from quire.wire.pooling import (
     Classification,
     ClassificationList,

@@ -6,10 +6,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import quire
-from quire.serve.answers import json_response
 from quire.serve.engine_client import headline
 from quire.serve.service import Service
 from quire.serve.supervision import EngineState
+from quire.web.answers import json_response
 from quire.wire.tokenize import HealthResponse, VersionResponse
 
 

@@ -95,6 +95,31 @@ class Metrics:
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests waiting to be scheduled.")
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "KV cache in use; 1 is all of it.")
         self._waiting_tokens = self._gauge("quire_num_waiting_tokens", "Prompt tokens waiting to be scheduled.")
+        self._cached_blocks = self._gauge("quire_num_cached_blocks", "KV blocks that the prefix cache holds.")
+        self._costs = {
+            "prefill_seconds_per_token": self._gauge(
+                "quire_prefill_seconds_per_token", "Of late; 0 until a prompt was computed."
+            ),
+            "decode_seconds_per_step": self._gauge(
+                "quire_decode_seconds_per_step", "Of steps that only decode, of late; 0 until there was one."
+            ),
+            "decode_seconds_per_sequence": self._gauge(
+                "quire_decode_seconds_per_sequence", "The same, shared among the requests of a step."
+            ),
+        }
+        # Routers look for it to know which adapters are loaded; there are none.
+        self._lora = Gauge(
+            "vllm:lora_requests_info",
+            "Adapters in use; the value is when that was so, in seconds since the epoch.",
+            [*_LABELS, "max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+            registry=self._registry,
+        ).labels(self._model_name, _ENGINE, "0", "", "")
+        self._kv_events = Gauge(
+            "quire_kv_events_info",
+            "Where the engine publishes its KV events.",
+            [*_LABELS, "endpoint", "replay_endpoint", "topic"],
+            registry=self._registry,
+        )
 
     def _engine_counters(self) -> None:
         self._totals = {
@@ -104,6 +129,10 @@ class Metrics:
             "num_swaps": self._counter("quire_num_swaps", "Preemptions that went to host memory."),
             "prompt_tokens": self._counter("vllm:prompt_tokens", "Prompt tokens processed."),
             "generation_tokens": self._counter("vllm:generation_tokens", "Tokens generated."),
+            "kv_event_batches": self._counter("quire_kv_event_batches", "Batches of KV events published."),
+            "kv_event_batches_dropped": self._counter(
+                "quire_kv_event_batches_dropped", "Batches of KV events that found the publisher's queue full."
+            ),
         }
         self._iteration_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens per engine step.", _ITERATION)
         self._cache_config = Gauge(
@@ -166,6 +195,10 @@ class Metrics:
         self._cache_config.clear()
         sizes = str(model.block_size), str(model.num_blocks)
         self._cache_config.labels(self._model_name, _ENGINE, *sizes, model.dtype).set(1)
+        self._kv_events.clear()
+        if (events := model.kv_events) is not None:
+            place = events.endpoint, events.replay_endpoint or "", events.topic
+            self._kv_events.labels(self._model_name, _ENGINE, *place).set(1)
 
     def engine_stats(self, stats: Stats) -> None:
         """Totals restart with the engine; ours go on, so that what is added is the difference."""
@@ -177,6 +210,10 @@ class Metrics:
         self._waiting.set(stats.num_waiting)
         self._waiting_tokens.set(stats.num_waiting_tokens)
         self._kv_usage.set(stats.kv_cache_usage)
+        self._cached_blocks.set(stats.num_cached_blocks)
+        for name, gauge in self._costs.items():
+            gauge.set(getattr(stats, name))
+        self._lora.set_to_current_time()
         for tokens in stats.iteration_tokens:
             self._iteration_tokens.observe(tokens)
 
@@ -186,6 +223,7 @@ class Metrics:
         self._waiting.set(0)
         self._waiting_tokens.set(0)
         self._kv_usage.set(0)
+        self._cached_blocks.set(0)
 
     def requests_replayed(self, count: int) -> None:
         self._replayed.inc(count)

@@ -12,7 +12,6 @@ from starlette.types import ASGIApp
 from quire.core.errors import InvalidParameter
 from quire.core.request import EngineRequest, TokenLogprobs
 from quire.core.sampling import SamplingParams
-from quire.serve.answers import json_response
 from quire.serve.body import decode_body, is_given, loose_json
 from quire.serve.call import Call, answer
 from quire.serve.chat_messages import plain_messages, template_variables, tool_list
@@ -22,6 +21,7 @@ from quire.serve.logprobs import chat_logprobs, prompt_logprobs
 from quire.serve.sampling import check_listed, refuse_unsupported, sampling_params, unsupported
 from quire.serve.service import Service
 from quire.serve.sse import DONE, event
+from quire.web.answers import json_response
 from quire.wire.openai import StreamOptions
 from quire.wire.openai_chat import (
     AssistantMessage,

@@ -12,7 +12,6 @@ from starlette.types import ASGIApp
 from quire.core.errors import InvalidParameter
 from quire.core.request import EngineRequest, TokenLogprobs
 from quire.core.sampling import SamplingParams
-from quire.serve.answers import json_response
 from quire.serve.body import decode_body
 from quire.serve.call import Call, answer
 from quire.serve.generation import Choice, Generation, Piece
@@ -21,6 +20,7 @@ from quire.serve.logprobs import completion_logprobs, prompt_logprobs
 from quire.serve.sampling import check_listed, num_listed, refuse_unsupported, sampling_params, unsupported
 from quire.serve.service import Service, off_loop
 from quire.serve.sse import DONE, event
+from quire.web.answers import json_response
 from quire.wire.openai import StreamOptions, Usage
 from quire.wire.openai_completions import Completion, CompletionChoice, CompletionRequest
 

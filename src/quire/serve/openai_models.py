@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from quire.serve.answers import json_response
 from quire.serve.service import Service
+from quire.web.answers import json_response
 from quire.wire.openai import Model, ModelList
 
 

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import resource
-import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-import uvicorn
 import zmq.asyncio
 
 from quire.config.server import ServerConfig
-from quire.core.errors import ConfigError
 from quire.serve.app import build_app
 from quire.serve.engine_client import EngineClient
 from quire.serve.engine_process import EngineCommand, EngineProcess
-from quire.serve.http_protocol import ConnectionLimits, GuardedProtocol
 from quire.serve.metrics import Metrics
 from quire.serve.service import Service
 from quire.serve.supervision import Supervision
@@ -30,9 +23,7 @@ from quire.text.defaults import generation_defaults
 from quire.text.pooling_prompt import named_prompts
 from quire.text.template import ChatTemplate
 from quire.text.tokenizer import Tokenizer
-
-WRITE_TIMEOUT = 60.0
-BACKLOG = 1024
+from quire.web.server import Server, StopOrders, allow_open_files, bind, url, uvicorn_config
 
 
 def to_stdout(line: str) -> None:
@@ -52,42 +43,11 @@ class Launch:
     chat_template: Path | None = None
     max_logprobs: int = 20
     announce: Callable[[str], None] = to_stdout
-    """Gets the one line that says where the server is, once it is ready."""
+    """Gets the line that says where the server is, once it is ready, and then one for the KV events, if there are."""
+    listener: socket.socket | None = None
+    """The socket to listen on, if the caller has opened it already; closed at the end."""
     on_listening: Callable[[str], None] | None = None
     """Gets the URL as soon as the server listens, which is before the engine is ready."""
-
-
-@dataclass(slots=True)
-class StopOrders:
-    """Two orders: stop when the running requests are done, and stop at once."""
-
-    drain: asyncio.Event = field(default_factory=asyncio.Event)
-    now: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def give(self) -> None:
-        """The first call asks to drain, the second to stop at once."""
-        (self.now if self.drain.is_set() else self.drain).set()
-
-    def listen(self, loop: asyncio.AbstractEventLoop) -> None:
-        """To SIGTERM and SIGINT."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.give)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers (draining comes first, and is ours), and telling when it listens."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self):  # type: ignore[no-untyped-def]
-        yield
 
 
 async def run(
@@ -131,7 +91,7 @@ async def run(
             ready_wait=supervision.start_wait,
         )
         metrics.watch(engine.heartbeat_age, lambda: engine.num_in_flight)
-        with bind(config) as listener:
+        with launch.listener or bind(config) as listener:
             return await _serve(service, listener, launch, orders)
     finally:
         await engine.stop()
@@ -148,7 +108,7 @@ async def _serve(
     orders: StopOrders,
 ) -> int:
     config = service.config
-    server = _Server(_uvicorn_config(service))
+    server = Server(uvicorn_config(build_app(service), config))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     draining = asyncio.create_task(orders.drain.wait())
     hurrying = asyncio.create_task(orders.now.wait())
@@ -161,6 +121,9 @@ async def _serve(
         if readying.done():
             readying.result()  # raises what kept the first engine from starting
             launch.announce(f"quire serves {service.model_names[0]} at {url(config, listener)}")
+            if (events := readying.result().kv_events) is not None:
+                replay = f", replayed at {events.replay_endpoint}" if events.replay_endpoint else ""
+                launch.announce(f"quire tells its KV events at {events.endpoint}{replay}, topic {events.topic}")
             await asyncio.wait({draining, serving}, return_when=asyncio.FIRST_COMPLETED)
         structlog.get_logger().info("stopping", running_calls=service.num_running)
         drained = asyncio.create_task(service.drain(config.shutdown_timeout))
@@ -176,69 +139,3 @@ async def _serve(
         for task in (draining, hurrying, readying):
             task.cancel()
         await asyncio.gather(draining, hurrying, readying, return_exceptions=True)
-
-
-def bind(config: ServerConfig) -> socket.socket:
-    """The socket to listen on. Raises `ConfigError` if the address cannot be had."""
-    try:
-        family, *_, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot listen on {config.host}:{config.port}: {error.strerror}.",
-            param="port",
-            remedy="Choose another --port; 0 takes a free one.",
-        ) from None
-    listener.setblocking(False)
-    return listener
-
-
-def allow_open_files(wanted: int) -> None:
-    """Raise this process's limit so that `max_connections` can be reached; as far as the system lets us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        if most < wanted:
-            structlog.get_logger().warning("fewer connections than configured", open_files=most)
-
-
-def url(config: ServerConfig, listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    scheme = "http" if config.ssl_certfile is None else "https"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1"
-
-
-def _uvicorn_config(service: Service) -> uvicorn.Config:
-    config = service.config
-    limits = ConnectionLimits(
-        read_timeout=config.request_read_timeout,
-        write_timeout=WRITE_TIMEOUT,
-        max_connections=config.max_connections,
-    )
-    try:
-        made = uvicorn.Config(
-            build_app(service),
-            http=partial(GuardedProtocol, limits=limits),  # type: ignore[arg-type]  # called like the class
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            backlog=BACKLOG,
-            timeout_graceful_shutdown=2,
-            ssl_certfile=config.ssl_certfile,
-            ssl_keyfile=config.ssl_keyfile,
-        )
-        made.load()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"TLS cannot be set up with {config.ssl_certfile}: {error}.",
-            param="ssl_certfile",
-            remedy="Give a certificate chain and its key in PEM with --ssl-certfile and --ssl-keyfile.",
-        ) from None
-    return made

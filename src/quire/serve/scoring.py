@@ -15,7 +15,6 @@ from starlette.responses import Response
 
 from quire.core.errors import InvalidParameter, UnsupportedTask
 from quire.core.pooling import PoolingParams, PoolingTask
-from quire.serve.answers import json_response
 from quire.serve.body import decode_body, is_given
 from quire.serve.call import Call
 from quire.serve.chat_messages import template_variables
@@ -23,6 +22,7 @@ from quire.serve.inbox import patience
 from quire.serve.pooling import Size, check_not_empty, row, run_pooling
 from quire.serve.service import Service, off_loop
 from quire.text.pooling_prompt import Encoded, PoolingEncoder, Truncation
+from quire.web.answers import json_response
 from quire.wire.pooling import (
     PairFields,
     PoolingUsage,

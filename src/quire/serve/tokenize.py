@@ -9,11 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.core.errors import InvalidParameter
-from quire.serve.answers import json_response
 from quire.serve.body import decode_body
 from quire.serve.chat_messages import plain_messages, template_variables, tool_list
 from quire.serve.service import Service, off_loop
 from quire.text.tokenizer import Tokenizer
+from quire.web.answers import json_response
 from quire.wire.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
 

@@ -45,7 +45,11 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stats(msgspec.Struct, tag=True, frozen=True):
-    """Counters are totals since the engine started; gauges are of now."""
+    """Counters are totals since the engine started; gauges are of now.
+
+    `prefill_seconds_per_token`, `decode_seconds_per_step` and `decode_seconds_per_sequence` are of late steps, 0 until
+    there was one. `kv_event_batches`: published, those that were dropped (`kv_event_batches_dropped`) not among them.
+    """
 
     step: int
     num_running: int
@@ -60,6 +64,12 @@ class Stats(msgspec.Struct, tag=True, frozen=True):
     generation_tokens: int
     iteration_tokens: Sequence[int] = ()
     """Tokens of each step since the last `Stats`."""
+    num_cached_blocks: int = 0
+    prefill_seconds_per_token: float = 0.0
+    decode_seconds_per_step: float = 0.0
+    decode_seconds_per_sequence: float = 0.0
+    kv_event_batches: int = 0
+    kv_event_batches_dropped: int = 0
 
 
 ToEngine = Submit | Cancel | Stop

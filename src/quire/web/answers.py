@@ -31,13 +31,18 @@ def error_body(error: QuireError) -> ErrorResponse:
     return ErrorResponse(error=detail)
 
 
-def error_response(error: QuireError) -> Response:
+def error_headers(error: QuireError) -> dict[str, str]:
+    """The headers that go with it: when to come back, how to say who one is."""
     headers: dict[str, str] = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    return json_response(error_body(error), error.status, headers)
+    return headers
+
+
+def error_response(error: QuireError) -> Response:
+    return json_response(error_body(error), error.status, error_headers(error))
 
 
 class MethodNotAllowed(RequestError):

@@ -13,13 +13,39 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from quire.core.errors import QuireError, Refusal, RequestError
-from quire.serve.answers import HeadersTooLarge, RequestTimeout, encode_json, error_body
+from quire.web.answers import HeadersTooLarge, RequestTimeout, encode_json, error_body
 
 FRAMING_PER_BODY_BYTE = 8
 """Chunks of one byte have six bytes of framing; more than this is no body."""
+
+
+BODY_WRITER = "quire.body_writer"
+"""Name of an ASGI extension, whose `writer` is a `BodyWriter`."""
+
+
+class BodyWriter:
+    """Writes pieces of a body that `send` began, without a coroutine and a message for each."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def usable(self) -> bool:
+        """Once `http.response.start` was sent, for a body whose length was not said."""
+        return bool(self._cycle.response_started and self._cycle.chunked_encoding)
+
+    def write(self, data: bytes) -> bool:
+        """`data` is not empty. False: the client lags behind; `send` waits for it, with an empty piece too."""
+        cycle = self._cycle
+        if cycle.disconnected or cycle.response_complete:
+            return True
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return not cycle.flow.write_paused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +117,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         super().on_headers_complete()
+        self.scope["extensions"] = {BODY_WRITER: {"writer": BodyWriter(self.cycle)}}
 
     def on_body(self, body: bytes) -> None:
         self._num_body_bytes += len(body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Callable
 
 import structlog
 from starlette.exceptions import HTTPException
@@ -11,8 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.core.errors import Cancelled, QuireError, RequestTooLarge
-from quire.serve.answers import error_response, for_status
-from quire.serve.metrics import Metrics
+from quire.web.answers import error_response, for_status
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -55,16 +55,17 @@ class ErrorBoundary:
     An exception that is not ours is a fault of the server: it is logged, and tells the client nothing.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, count: Callable[[str, int], None]) -> None:
+        """`count` is told the route and the status of each request (0: none was sent)."""
         self._app = app
-        self._metrics = metrics
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         scope["app"] = self  # tells Starlette's routes to raise their 404 and 405 rather than to answer them
         status = 0
-        request_id = _request_id(scope)
+        request_id = request_id_of(scope)
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -87,7 +88,7 @@ class ErrorBoundary:
             await response(scope, receive, counted)
         finally:
             route = scope.get("route")
-            self._metrics.http_request(getattr(route, "path", "unmatched"), status)
+            self._count(getattr(route, "path", "unmatched"), status)
 
     @staticmethod
     def _as_ours(error: Exception, scope: Scope) -> QuireError:
@@ -99,7 +100,7 @@ class ErrorBoundary:
         return QuireError("Something went wrong in the server.", remedy="See its log.")
 
 
-def _request_id(scope: Scope) -> bytes:
+def request_id_of(scope: Scope) -> bytes:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return bytes(value)

@@ -7,7 +7,7 @@ import hmac
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire.core.errors import ConfigError, Unauthorized
-from quire.serve.answers import error_response
+from quire.web.answers import error_response
 
 OPEN_PATHS = frozenset({"/health"})
 

@@ -1,0 +1,39 @@
+"""What decides how the gateway listens, whom it stands before, and how long it waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.config.server import ListenConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig(ListenConfig):
+    """One gateway. Every field is a flag of `quire gateway`."""
+
+    endpoints: str | None = None
+    """Model servers, as URLs with commas between: http://127.0.0.1:8001,http://127.0.0.1:8002."""
+    endpoints_file: str | None = None
+    """A YAML or JSON file of endpoints (name, address, port, labels), read again whenever it changes."""
+    endpoints_dns: str | None = None
+    """name:port; every address that the name resolves to is an endpoint."""
+    policy: str | None = None
+    """A YAML file of EndpointPickerConfig, InferenceObjective, InferenceModelRewrite, InferencePool, TrafficPolicy."""
+    tokenizer: str | None = None
+    """Directory with the model's tokenizer.json; prompts are then counted and matched by tokens, not by bytes."""
+    scrape_interval: float = 0.2
+    """Seconds between two readings of an endpoint's metrics."""
+    health_interval: float = 2.0
+    """Seconds between two looks at an endpoint's health and models."""
+    connect_timeout: float = 5.0
+    """Seconds to connect to an endpoint."""
+    first_byte_timeout: float = 600.0
+    """Seconds an endpoint may take to begin its answer."""
+    idle_timeout: float = 120.0
+    """Seconds an endpoint may be silent within an answer."""
+    max_retries: int = 2
+    """Other endpoints that are tried when one fails before the first byte of its answer."""
+    extproc_port: int | None = None
+    """Port of Envoy's external processing door (gRPC); none: the door is closed."""
+    explain_requests: int = 10_000
+    """Requests whose routing is remembered for /explain."""

@@ -1,0 +1,188 @@
+"""Publishes KV events from a thread of its own: a step never waits for it.
+
+The engine numbers a batch and puts it into a queue. What does not fit is dropped, and its number with it: a gap in the
+sequence by which readers know. What was published is kept for replay, up to `buffer_steps` batches and
+`MAX_BUFFER_BYTES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from quire.config.kv_events import PARAM, KVEventsConfig
+from quire.core.errors import ConfigError
+from quire.core.model_info import KVEventsInfo
+from quire.wire.kv_events import END_OF_REPLAY, KVCacheEvent, KVEventBatch, encode_batch, encode_sequence
+
+MAX_BUFFER_BYTES = 64 * 1024 * 1024
+MAX_REQUEST_BYTES = 4096
+"""Of what a reader may send: a topic to subscribe to, or a sequence number."""
+_Batch = tuple[int, float, Sequence[KVCacheEvent]]
+
+
+class KVEventPublisher:
+    """`publish`, `close` and the counters are for the engine's one thread.
+
+    `config` is resolved (`KVEventsConfig.resolved`). Raises `ConfigError` if an endpoint cannot be had.
+    """
+
+    def __init__(
+        self, config: KVEventsConfig, context: zmq.Context[zmq.Socket[bytes]], *, clock: Callable[[], float] = time.time
+    ) -> None:
+        assert config.endpoint is not None
+        assert config.topic is not None
+        self._topic = config.topic.encode()
+        self._clock = clock
+        self._max_queue_size = config.max_queue_size
+        self._queue: deque[_Batch | None] = deque()
+        self._buffer: deque[tuple[int, bytes]] = deque()
+        self._buffer_steps = config.buffer_steps
+        self._buffer_bytes = 0
+        self._next_sequence = 0
+        self.num_dropped = 0
+        with contextlib.ExitStack() as undo:
+            self._publishing = _open(context, zmq.PUB, config.endpoint, config.hwm, binds=config.binds)
+            undo.callback(self._publishing.close, 0)
+            self._replaying: zmq.Socket[bytes] | None = None
+            if config.replay_endpoint is not None:
+                # A reader that does not read gets one buffer's worth at most; see `_replay`.
+                self._replaying = _open(
+                    context, zmq.ROUTER, config.replay_endpoint, config.buffer_steps + 1, binds=True
+                )
+            undo.pop_all()
+        self.info = KVEventsInfo(
+            endpoint=_address(self._publishing, config.endpoint),
+            topic=config.topic,
+            replay_endpoint=None if self._replaying is None else _address(self._replaying, config.replay_endpoint),
+        )
+        self._bell, self._ring = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ring.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="kv-events", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_published(self) -> int:
+        """Batches handed over to be published."""
+        return self._next_sequence - self.num_dropped
+
+    def publish(self, events: Sequence[KVCacheEvent]) -> None:
+        """Hand over what one step changed. Takes no longer for many events than for few."""
+        sequence = self._next_sequence
+        self._next_sequence += 1
+        if len(self._queue) >= self._max_queue_size:
+            self.num_dropped += 1
+            return
+        self._queue.append((sequence, self._clock(), events))
+        self._wake()
+
+    def close(self) -> None:
+        """Publish what waits, and end."""
+        self._queue.append(None)
+        self._wake()
+        self._thread.join()
+        self._bell.close()
+        self._ring.close()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it has been rung already
+            self._ring.send(b"\0")
+
+    # --- on the publisher's thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._bell, zmq.POLLIN)
+        if self._replaying is not None:
+            poller.register(self._replaying, zmq.POLLIN)
+        try:
+            while self._publish_all():
+                poller.poll()
+                with contextlib.suppress(BlockingIOError):
+                    self._bell.recv(4096)
+                if self._replaying is not None:
+                    self._answer(self._replaying)
+        finally:
+            self._publishing.close(linger=1000)
+            if self._replaying is not None:
+                self._replaying.close(linger=0)
+
+    def _publish_all(self) -> bool:
+        """What is in the queue; False once it was closed."""
+        while self._queue:
+            batch = self._queue.popleft()
+            if batch is None:
+                return False
+            sequence, ts, events = batch
+            payload = encode_batch(KVEventBatch(ts, events, 0))
+            self._publishing.send_multipart((self._topic, encode_sequence(sequence), payload))
+            if self._replaying is not None:
+                self._keep(sequence, payload)
+        return True
+
+    def _keep(self, sequence: int, payload: bytes) -> None:
+        self._buffer.append((sequence, payload))
+        self._buffer_bytes += len(payload)
+        while len(self._buffer) > self._buffer_steps or self._buffer_bytes > MAX_BUFFER_BYTES:
+            _sequence, oldest = self._buffer.popleft()
+            self._buffer_bytes -= len(oldest)
+
+    def _answer(self, replaying: zmq.Socket[bytes]) -> None:
+        """One request, if there is one, so that events never wait for many."""
+        try:
+            frames = replaying.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        if len(frames) != 3 or len(frames[2]) != 8:
+            return  # it does not speak the protocol, and would not understand an answer
+        client, delimiter, wanted = frames
+        first = int.from_bytes(wanted, "big")
+        try:
+            for sequence, payload in self._buffer:
+                if sequence >= first:
+                    answer = (client, delimiter, self._topic, encode_sequence(sequence), payload)
+                    replaying.send_multipart(answer, zmq.NOBLOCK)
+            replaying.send_multipart((client, delimiter, b"", END_OF_REPLAY, b""), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            # The reader has gone, or takes no more: it sees no end, and knows.
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+
+
+def _open(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str, hwm: int, *, binds: bool
+) -> zmq.Socket[bytes]:
+    opened = context.socket(kind)
+    opened.setsockopt(zmq.SNDHWM, hwm)
+    opened.setsockopt(zmq.LINGER, 0)
+    opened.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
+    opened.setsockopt(zmq.IPV6, "[" in endpoint or "::" in endpoint)
+    if kind == zmq.ROUTER:
+        opened.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    try:
+        if binds:
+            opened.bind(endpoint)
+        else:
+            opened.connect(endpoint)
+    except zmq.ZMQError as error:
+        opened.close()
+        raise ConfigError(
+            f"KV events cannot be published at {endpoint}: {error.strerror}.",
+            param=PARAM,
+            remedy="Name another endpoint, such as tcp://*:5560; each engine needs one of its own.",
+        ) from None
+    return opened
+
+
+def _address(bound: zmq.Socket[bytes], asked: str | None) -> str:
+    """With the port that a * stood for."""
+    last = bound.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(last, bytes)
+    return last.rstrip(b"\0").decode() or asked or ""

@@ -1,0 +1,145 @@
+"""One request of Envoy's: a stream of messages, each answered in turn.
+
+The body is needed before an endpoint can be chosen. Envoy holds it back (BUFFERED) or sends it in pieces and waits for
+them to come back (FULL_DUPLEX_STREAMED); it says which in its first message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+
+from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
+
+from quire.core.errors import QuireError, RequestTooLarge
+from quire.gateway.director import Attempt, Director
+from quire.gateway.extproc import messages
+from quire.gateway.extproc.messages import Message, Response
+from quire.gateway.request import InferenceRequest, Outcome
+
+DUPLEX = processing_mode_pb2.ProcessingMode.FULL_DUPLEX_STREAMED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """What every stream needs."""
+
+    director: Director
+    read: Callable[[str, Mapping[str, str], bytes], InferenceRequest]
+    """Path with query, headers, body. Raises `QuireError`."""
+    rewritten: Callable[[InferenceRequest], bytes | None]
+    """The body that asks for the target's model; None where it stays."""
+    usage: Callable[[bytes], tuple[int | None, int | None]]
+    """Output and cached tokens, of the end of an answer's body."""
+    max_body_bytes: int
+
+
+@dataclass(slots=True)
+class ExchangeStream:
+    """The messages of one request, and what the director was told of it."""
+
+    door: Door
+    headers: dict[str, str] = field(default_factory=dict)
+    subset: frozenset[str] | None = None
+    body: bytearray = field(default_factory=bytearray)
+    request_duplex: bool = False
+    response_duplex: bool = False
+    request: InferenceRequest | None = None
+    attempt: Attempt | None = None
+    status: int | None = None
+    tail: bytes = b""
+    """The last bytes of the answer, where usage stands."""
+    ended: bool = False
+
+    async def answer(self, message: Message) -> AsyncIterator[Response]:
+        """What one message of Envoy's is answered with."""
+        if message.HasField("protocol_config"):
+            self.request_duplex = message.protocol_config.request_body_mode == DUPLEX
+            self.response_duplex = message.protocol_config.response_body_mode == DUPLEX
+        kind = message.WhichOneof("request")
+        if kind == "request_headers":
+            self.headers = messages.headers_of(message)
+            self.subset = messages.subset_of(message)
+            if message.request_headers.end_of_stream:
+                yield await self._choose(buffered=False)
+            elif not self.request_duplex:
+                yield messages.request_headers()  # the choice goes out with the body's answer
+        elif kind == "request_body":
+            async for response in self._take_body(message.request_body.body, message.request_body.end_of_stream):
+                yield response
+        elif kind == "response_headers":
+            yield self._begin(message)
+        elif kind == "response_body":
+            for response in self._pass_on(message.response_body.body, message.response_body.end_of_stream):
+                yield response
+        elif kind in ("request_trailers", "response_trailers"):
+            self.ended = kind == "response_trailers"
+            yield messages.trailers(response=kind == "response_trailers")
+
+    async def _take_body(self, piece: bytes, end: bool) -> AsyncIterator[Response]:
+        self.body += piece
+        if len(self.body) > self.door.max_body_bytes:
+            raise RequestTooLarge(
+                f"The body is larger than {self.door.max_body_bytes} bytes.", remedy="Send less, or raise the bound."
+            )
+        if not end:
+            if not self.request_duplex:
+                yield messages.request_body(None, None)
+            return
+        yield await self._choose(buffered=not self.request_duplex)
+        if self.request_duplex:
+            assert self.request is not None
+            body = self.door.rewritten(self.request)
+            for response in messages.streamed(bytes(self.body) if body is None else body, end=True, response=False):
+                yield response
+
+    async def _choose(self, *, buffered: bool) -> Response:
+        path = self.headers.get(":path", "/")
+        request = self.door.read(path, self.headers, bytes(self.body))
+        request.subset = self.subset if self.subset is not None else request.subset
+        choice = await self.door.director.choose(request)
+        self.request = request  # from here on, `close` gives its place back
+        self.attempt = self.door.director.sent(request, choice.endpoint, choice)
+        addresses = [endpoint.address for endpoint in choice.conclusion.endpoints]
+        body = self.door.rewritten(request)
+        mutation = messages.chosen_headers(addresses, choice.conclusion.headers, body)
+        response = messages.request_body(mutation, body) if buffered else messages.request_headers(mutation)
+        return messages.with_destination(response, addresses)
+
+    def _begin(self, message: Message) -> Response:
+        for header in message.response_headers.headers.headers:
+            if header.key == ":status":
+                text = header.raw_value.decode("latin-1") if header.raw_value else header.value
+                self.status = int(text) if text.isdecimal() else None
+        if message.response_headers.end_of_stream:
+            self.ended = True
+        served = {} if self.attempt is None else {messages.SERVED: self.attempt.endpoint.address}
+        return messages.response_headers(served)
+
+    def _pass_on(self, piece: bytes, end: bool) -> list[Response]:
+        if self.request is not None and self.attempt is not None and piece:
+            self.door.director.first_byte(self.request, self.attempt)
+        self.tail = (self.tail + piece)[-4096:]
+        self.ended = self.ended or end
+        return messages.streamed(piece, end=end, response=True) if self.response_duplex else [messages.response_body()]
+
+    def refuse(self, error: QuireError) -> Response:
+        return messages.refused(error)
+
+    def close(self) -> None:
+        """The stream is over, however it went."""
+        if self.request is None or self.attempt is None:
+            return
+        director = self.door.director
+        output, cached = self.door.usage(self.tail)
+        outcome = Outcome(
+            status=self.status,
+            error="" if self.ended else "cancelled" if self.status is not None else "no answer",
+            first_byte=self.attempt.first_byte,
+            finished=director.clock(),
+            output_tokens=output,
+            cached_tokens=cached,
+        )
+        director.finished(self.request, self.attempt, outcome)
+        director.abandon(self.request)
+        self.attempt = None

@@ -1,0 +1,144 @@
+"""What a plugin can be, and how one comes to be.
+
+A plugin is an object of one or several of these classes; a scheduling profile names plugins, and each goes where its
+classes say. Types are llm-d's names. Those of others come through the entry-point group `quire.gateway_plugins`: an
+entry of the type's name that loads a `Factory`.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from quire.core.errors import ConfigError
+from quire.core.registry import Registry
+from quire.gateway.endpoint import Clock, Endpoint, Pool
+from quire.gateway.request import InferenceRequest, Outcome
+
+
+class Plugin(ABC):  # noqa: B024 - what a plugin does is said by the classes below
+    """The root. `name` is the configuration's, else the type."""
+
+    name: str = ""
+
+
+class Producer(Plugin):
+    """Finds something out about a request before it is scheduled, and writes it into the request."""
+
+    @abstractmethod
+    def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> Awaitable[None] | None:
+        """Called in the order of the configuration; an awaitable is awaited. A failure is logged and counted, and the
+        request goes on without."""
+
+
+class Admitter(Plugin):
+    @abstractmethod
+    def admit(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
+        """Raises `Dropped` to turn the request away."""
+
+
+class Filter(Plugin):
+    @abstractmethod
+    def filter(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[Endpoint]:
+        """Those that may serve it, in the same order."""
+
+
+class Scorer(Plugin):
+    @abstractmethod
+    def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
+        """One number in [0, 1] for each candidate; 1 is best."""
+
+    def details(self) -> Sequence[object] | None:
+        """What lay behind the scores just given, one JSON-like value for each candidate, for explaining."""
+        return None
+
+
+class Picker(Plugin):
+    @abstractmethod
+    def pick(
+        self, request: InferenceRequest, candidates: Sequence[Endpoint], totals: Sequence[float]
+    ) -> Sequence[Endpoint]:
+        """The best first; those behind it are tried when it fails. Never empty for candidates that are not."""
+
+
+class ProfileHandler(Plugin):
+    """Chooses which profiles run for a request, and makes one choice of their results."""
+
+    @abstractmethod
+    def next_profiles(
+        self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
+    ) -> Sequence[str]:
+        """Names of the profiles to run next, given what has run; none: all is there."""
+
+    @abstractmethod
+    def conclude(self, request: InferenceRequest, results: Mapping[str, Sequence[Endpoint]]) -> Conclusion:
+        """`results` holds, by profile, what its picker gave; nothing where no endpoint was left."""
+
+
+class Decider(Plugin):
+    """Whether a request's stage (`prefill`, `encode`) runs on an endpoint of its own."""
+
+    @abstractmethod
+    def disaggregate(self, request: InferenceRequest, endpoint: Endpoint) -> bool:
+        """`endpoint` is the one chosen to decode."""
+
+
+class Observer(Plugin):
+    """Is told what becomes of requests. Anything else a plugin is, it may be this too."""
+
+    def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
+        """Chosen, and about to go out. May add to `choice.headers`."""
+
+    def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:
+        """`ttft`: seconds since it was sent."""
+
+    def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
+        """The attempt at this endpoint is over."""
+
+
+@dataclass(slots=True)
+class Conclusion:
+    """Where a request goes: the best first, then those to try when it fails."""
+
+    endpoints: Sequence[Endpoint]
+    headers: dict[str, str] = field(default_factory=dict)
+    """Added to what is sent to the endpoint: `x-prefiller-host-port` and the like."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What plugins get from the gateway. `plugin(name)` is another one of the configuration."""
+
+    pool: Pool
+    clock: Clock
+    rng: random.Random
+    plugin: Callable[[str], Plugin]
+    shared: dict[str, Any] = field(default_factory=dict)
+    """Things of which there is one per gateway: `kv_index` (KVIndex), `http` (the client session) …"""
+
+
+Factory = Callable[[Mapping[str, Any], Services], Plugin]
+"""Makes a plugin of its `parameters` (checked: see `read_parameters`)."""
+
+
+P = TypeVar("P", bound=msgspec.Struct)
+
+
+def read_parameters(kind: type[P], parameters: Mapping[str, Any], plugin: str) -> P:
+    """`kind` should forbid unknown fields. Raises `ConfigError` that names the plugin and the field."""
+    try:
+        return msgspec.convert(dict(parameters), kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"Plugin {plugin!r}: {error}.", param="plugins", remedy="See docs/gateway.md for its parameters."
+        ) from error
+
+
+def plugin_registry() -> Registry[Factory]:
+    """A registry without the stock plugins; `quire.gateway.plugins.stock` adds them."""
+    return Registry("gateway plugin", "quire.gateway_plugins")

@@ -1,0 +1,1 @@
+"""The stock plugins, under llm-d's names."""

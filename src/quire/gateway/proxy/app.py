@@ -1,0 +1,211 @@
+"""The gateway as an ASGI application: its own routes, and everything else passed on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import structlog
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import Receive, Scope, Send
+
+from quire.core.errors import Cancelled, Draining, QuireError, RequestTooLarge
+from quire.gateway.director import Director
+from quire.gateway.parse import api_of, parse
+from quire.gateway.proxy.answers import error_answer
+from quire.gateway.proxy.call import Call
+from quire.gateway.proxy.connections import Connections
+from quire.gateway.proxy.forward import Forwarder
+from quire.gateway.proxy.settings import ProxySettings
+from quire.gateway.request import Api, InferenceRequest
+from quire.gateway.resilience.budget import Budget
+from quire.web.answers import for_status, json_response
+from quire.web.limits import request_id_of
+from quire.wire.openai import Model, ModelList
+
+Hook = Callable[[InferenceRequest], Awaitable[None] | None]
+"""Looks at a request before it is admitted, and may write `tenant`; raises `QuireError` to refuse it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Proxy:
+    """Everything that is not one of the gateway's own routes."""
+
+    director: Director
+    forwarder: Forwarder
+    settings: ProxySettings
+    hooks: Sequence[Hook] = ()
+    draining: bool = False
+    num_open: int = 0
+    _none_open: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Whatever goes wrong becomes an answer, as long as none has begun."""
+        api, request_id = api_of(scope["path"]), request_id_of(scope).decode()
+        call: Call | None = None
+        self.num_open += 1
+        try:
+            arrived = self.director.clock()
+            if self.draining:
+                raise Draining("The gateway is stopping.", remedy="Try again elsewhere.", retry_after=1.0)
+            body = await self._read(scope, receive)
+            request = parse(request_id, scope["path"], scope["headers"], body, arrived)
+            call = Call(request, scope, send, arrived + self.settings.total_timeout)
+            await self._answer(call, receive)
+        except Cancelled:
+            return
+        except Exception as error:
+            if call is not None and call.started:
+                structlog.get_logger().warning("answer_broken_off", request_id=request_id, error=str(error))
+                return
+            if not isinstance(error, QuireError):
+                structlog.get_logger().error("proxy_failed", request_id=request_id, exc_info=error)
+                error = QuireError("Something went wrong in the gateway.", remedy="See its log.")
+            await error_answer(error, api, request_id)(scope, receive, send)
+        finally:
+            self.num_open -= 1
+            if not self.num_open:
+                self._none_open.set()
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, and wait for those that are open, `timeout` seconds at most."""
+        self.draining = True
+        self._none_open.clear()
+        if self.num_open:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._none_open.wait(), timeout)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        most = self.settings.max_body
+        for name, value in scope["headers"]:
+            if name == b"content-length" and (not value.isdigit() or int(value[:20]) > most):
+                raise _too_large(most)
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Cancelled("The client went away.")
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+            if size > most:
+                raise _too_large(most)
+            if not message.get("more_body", False):
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def _answer(self, call: Call, receive: Receive) -> None:
+        """Forward the call. If its client goes away meanwhile everything about it is cancelled at once."""
+        answering = asyncio.current_task()
+        assert answering is not None
+        leaving = asyncio.ensure_future(receive())  # the body was read: nothing else can come
+        gone = False
+
+        def left(_: object) -> None:
+            nonlocal gone
+            gone = True
+            answering.cancel()
+
+        leaving.add_done_callback(left)
+        try:
+            for hook in self.hooks:
+                pending = hook(call.request)
+                if pending is not None:
+                    await pending
+            await self.forwarder.forward(call)
+        except asyncio.CancelledError:
+            if not gone:
+                raise
+            answering.uncancel()
+            raise Cancelled("The client went away.") from None
+        finally:
+            leaving.remove_done_callback(left)
+            leaving.cancel()
+
+
+def _too_large(most: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The body is larger than {most} bytes.", remedy="Send less, or raise --max-body-bytes.")
+
+
+class OwnRoutes:
+    """What the gateway says of itself."""
+
+    def __init__(self, proxy: Proxy, started: int) -> None:
+        self._proxy = proxy
+        self._pool = proxy.director.pool
+        self._started = started
+
+    async def health(self, _: Request) -> Response:
+        """200 as long as this process answers, whatever the endpoints do."""
+        return Response(b'{"status":"ok"}', media_type="application/json")
+
+    async def ready(self, _: Request) -> Response:
+        """200 when a request sent now would find an endpoint."""
+        usable = sum(endpoint.available and not endpoint.draining for endpoint in self._pool.all)
+        status = "draining" if self._proxy.draining else "ok" if usable else "no_endpoints"
+        body = {"status": status, "endpoints": len(self._pool), "usable_endpoints": usable}
+        ready = status == "ok"
+        return Response(
+            msgspec.json.encode(body),
+            200 if ready else 503,
+            None if ready else {"retry-after": "1"},
+            media_type="application/json",
+        )
+
+    async def models(self, _: Request) -> Response:
+        """What any endpoint that can be used answers to."""
+        names = {name for endpoint in self._pool.all if endpoint.available for name in endpoint.models or ()}
+        return json_response(ModelList(data=[Model(id=name, created=self._started) for name in sorted(names)]))
+
+
+@dataclass(slots=True)
+class Gateway:
+    """The ASGI application, and what has to be started and stopped with it."""
+
+    proxy: Proxy
+    connections: Connections
+    _router: Router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        scope["app"] = self  # tells Starlette's routes to raise their 405 rather than to answer it
+        try:
+            await self._router(scope, receive, send)
+        except HTTPException as error:
+            answer = error_answer(for_status(error.status_code, scope["path"][:200]), Api.OTHER, "")
+            await answer(scope, receive, send)
+
+    def close(self) -> None:
+        self.connections.close()
+
+
+def build_app(
+    director: Director,
+    settings: ProxySettings | None = None,
+    *,
+    hooks: Sequence[Hook] = (),
+    routes: Sequence[BaseRoute] = (),
+) -> Gateway:
+    """`hooks` are called before the director (authenticate, then admit); `routes` are the gateway's own beside those
+    that it always has: /metrics, /explain."""
+    settings = settings or ProxySettings()
+    connections = Connections(settings)
+    director.pool.watch(lambda _: None, connections.forget)
+    retries = Budget(share=settings.resilience.retry_share, burst=settings.resilience.retry_burst)
+    forwarder = Forwarder(director=director, connections=connections, settings=settings, retries=retries)
+    proxy = Proxy(director=director, forwarder=forwarder, settings=settings, hooks=hooks)
+    own = OwnRoutes(proxy, int(time.time()))
+    table = [
+        Route("/health", own.health, methods=["GET"]),
+        Route("/ready", own.ready, methods=["GET"]),
+        Route("/v1/models", own.models, methods=["GET"]),
+        *routes,
+    ]
+    return Gateway(proxy, connections, Router(table, redirect_slashes=False, default=proxy))

@@ -1,0 +1,122 @@
+"""One client's call while it is answered: what goes to the endpoint, and how its answer comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from starlette.types import Scope, Send
+
+from quire.gateway.endpoint import Endpoint
+from quire.gateway.errors import UpstreamError
+from quire.gateway.parse import with_model
+from quire.gateway.plugin import Conclusion
+from quire.gateway.proxy.answers import broken_stream
+from quire.gateway.proxy.events import WholeEvents
+from quire.gateway.proxy.headers import answer_headers, request_head
+from quire.gateway.proxy.upstream import Connection
+from quire.gateway.proxy.usage import Usage
+from quire.gateway.request import Api, InferenceRequest
+from quire.web.protocol import BODY_WRITER, BodyWriter
+
+
+@dataclass(slots=True)
+class Call:
+    request: InferenceRequest
+    scope: Scope
+    send: Send
+    deadline: float
+    """By the gateway's clock; the answer has to be whole by then."""
+    started: bool = False
+    """Something of an answer has gone to the client; from here on nothing can be tried again."""
+    _body: bytes = field(init=False, default=b"")
+    _body_model: str = field(init=False, default="")
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether doing it twice does no more than doing it once."""
+        return self.request.api is not Api.OTHER or self.scope["method"] in ("GET", "HEAD", "OPTIONS")
+
+    def message(self, endpoint: Endpoint, conclusion: Conclusion) -> bytes:
+        """What is sent to the endpoint, head and body."""
+        scope, body = self.scope, self._body_for(self.request.target_model)
+        target = scope.get("raw_path") or scope["path"].encode()
+        if scope["query_string"]:
+            target += b"?" + scope["query_string"]
+        own = {"x-request-id": self.request.id, **conclusion.headers}
+        return request_head((scope["method"], target), scope["headers"], endpoint, own, len(body)) + body
+
+    def _body_for(self, model: str) -> bytes:
+        request = self.request
+        if not model or model == request.model:
+            return request.body
+        if model != self._body_model:
+            self._body, self._body_model = with_model(request.body, model), model
+        return self._body
+
+    async def deliver(self, answer: Connection, endpoint: Endpoint, usage: Usage, max_buffered: int) -> None:
+        """Pass an answer on: a stream as it comes, anything else when it is whole (up to `max_buffered` bytes)."""
+        headers = answer_headers(answer.headers, endpoint, self.request.id)
+        kind = next((value for name, value in headers if name == b"content-type"), b"")
+        if kind.startswith(b"text/event-stream"):
+            await self._stream(answer, headers, usage)
+            return
+        pieces: list[bytes] = []
+        size = 0
+        while size <= max_buffered and (piece := await answer.read()):
+            pieces.append(piece)
+            size += len(piece)
+        body = b"".join(pieces)
+        if size > max_buffered:
+            await self._pass_on(answer, headers, body)
+            return
+        usage.whole(body)
+        self.started = True
+        length = len(body)
+        if self.scope["method"] == "HEAD":  # of the answer that GET would get
+            length = next((int(value) for name, value in answer.headers if name == b"content-length"), 0)
+        if answer.status not in (204, 304):
+            headers.append((b"content-length", b"%d" % length))
+        await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, answer: Connection, headers: list[tuple[bytes, bytes]], usage: Usage) -> None:
+        self.started = True
+        await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        try:
+            rest = await self._relay(answer, usage)
+        except UpstreamError as error:
+            await self.send({"type": "http.response.body", "body": broken_stream(error, self.request.api)})
+            raise
+        finally:
+            usage.end()
+        await self.send({"type": "http.response.body", "body": rest})
+
+    async def _relay(self, answer: Connection, usage: Usage) -> bytes:
+        """Pass on what comes as whole events; the rest, behind the last of them, is returned."""
+        events = WholeEvents()
+        writer: BodyWriter | None = self.scope.get("extensions", {}).get(BODY_WRITER, {}).get("writer")
+        if writer is None or not writer.usable:
+            while piece := await answer.read():
+                usage.see(piece)
+                if whole := events.add(piece):
+                    await self.send({"type": "http.response.body", "body": whole, "more_body": True})
+            return events.rest()
+        write, see, add = writer.write, usage.see, events.add
+
+        def pass_on(piece: bytes) -> bool:
+            see(piece)
+            whole = add(piece)
+            return write(whole) if whole else True
+
+        while not await answer.relay(pass_on):
+            await self.send({"type": "http.response.body", "body": b"", "more_body": True})  # waits for the client
+        return events.rest()
+
+    async def _pass_on(self, answer: Connection, headers: list[tuple[bytes, bytes]], begun: bytes) -> None:
+        """An answer too large to be held. If it breaks off so does ours, which the client sees by its framing."""
+        self.started = True
+        await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": begun, "more_body": True})
+        while piece := await answer.read():
+            await self.send({"type": "http.response.body", "body": piece, "more_body": True})
+        await self.send({"type": "http.response.body", "body": b""})
