@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,10 +16,10 @@ from quire.gateway.director import Attempt, Director
 from quire.gateway.endpoint import Endpoint, EndpointMetrics, Pool
 from quire.gateway.errors import Dropped, Evicted, Expired, NoEndpoint, QueueCapacity, Saturated, ShuttingDown
 from quire.gateway.flow.controller import FlowController
-from quire.gateway.flow.limits import SoftReflectiveCeiling
+from quire.gateway.flow.limits import SoftReflectiveCeiling, UsageLimitPolicy
 from quire.gateway.flow.policies import RoundRobin
 from quire.gateway.flow.queue import BandSettings, QueueSettings
-from quire.gateway.flow.saturation import Concurrency
+from quire.gateway.flow.saturation import NOTHING, Concurrency, OnTheWay, SaturationDetector
 from quire.gateway.plugin import Conclusion, Picker, ProfileHandler
 from quire.gateway.request import Api, InferenceRequest, Outcome
 from quire.gateway.schedule import Profile, Scheduler
@@ -565,3 +566,55 @@ async def test_a_cancelled_request_leaves_no_timer() -> None:
     task.cancel()
     await settle()
     assert all(timer.off for timer in service.time.timers)
+
+
+class Faulty(SaturationDetector):
+    name = "faulty"
+
+    def saturation(self, endpoints: Sequence[Endpoint], now: float, on_the_way: OnTheWay = NOTHING) -> float:
+        raise RuntimeError("it does not work")
+
+
+class FaultyLimits(UsageLimitPolicy):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def ceilings(self, saturation: float, priorities: Sequence[int]) -> Sequence[float]:
+        self.calls += 1
+        return () if self.calls > 2 else (1.0,) * len(priorities)
+
+
+async def test_a_detector_that_fails_holds_nobody_up() -> None:
+    service = Service()
+    control = FlowController(QueueSettings(), service.candidates, service.time, detector=Faulty())
+    with structlog.testing.capture_logs() as logs:
+        await control.enter(request("first"))
+    assert logs[0]["plugin"] == "faulty"
+
+
+async def test_where_a_policy_fails_requests_still_expire() -> None:
+    service = Service(limits=FaultyLimits(), ttl=10.0)
+    await service.come(request("first"))
+    task = await service.come(request("second"))
+    with pytest.raises(IndexError):
+        service.control._look()
+    with pytest.raises(IndexError):
+        await service.control.enter(request("third"))
+    service.time.advance(11.0)
+    await settle()
+    assert reason(task) is Expired
+
+
+async def test_what_waits_is_shown_by_model_and_by_priority() -> None:
+    service = Service()
+    await service.come(request("first"))
+    for name, priority in (("a", 0), ("a", 3), ("b", 0)):
+        await service.come(request("waits", priority, model=name))
+    service.time.advance(2.0)
+    service.control.poke()
+    await settle()
+    snapshot = service.control.snapshot()
+    assert (snapshot.waiting, snapshot.inside) == (3, 1)
+    assert snapshot.by_model() == {"a": 2, "b": 1}
+    assert snapshot.by_priority() == {0: 2, 3: 1}
+    assert all((lane.oldest, lane.saturation) == (2.0, 1.0) for lane in snapshot.lanes)

@@ -53,7 +53,8 @@ def test_without_a_configuration_there_is_flow_control_that_costs_nothing() -> N
     assert given is not None
     assert isinstance(given.detector, EngineQueues)
     assert given.queue.shed_negative
-    assert (given.queue.ttl, given.queue.band(3).max_requests, given.queue.band(3).max_bytes) == (60.0, 5000, 10**9)
+    assert (given.queue.band(3).max_requests, given.queue.band(3).max_bytes) == (5000, 10**9)
+    assert given.queue.ttl == 600.0  # as long as it would wait at an endpoint
 
 
 def test_the_gate_decides() -> None:
@@ -62,6 +63,7 @@ def test_the_gate_decides() -> None:
     assert on is not None
     assert isinstance(on.detector, Utilization)
     assert not on.queue.shed_negative
+    assert on.queue.ttl == on.queue.no_endpoint_ttl == 60.0
     silent = settings("")
     assert silent is not None
     assert isinstance(silent.detector, EngineQueues)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Protocol
+
+import structlog
 
 from quire.gateway.director import DEFAULT_OUTPUT_TOKENS, Gate
 from quire.gateway.endpoint import Clock, Endpoint
@@ -32,6 +35,9 @@ class Cancellable(Protocol):
 CallLater = Callable[[float, Callable[[], None]], Cancellable]
 """Calls the function after so many seconds, unless cancelled: `loop.call_later`."""
 
+_Ready = tuple[int, int, int, Lane, Sequence[Endpoint]]
+"""By what lanes with endpoints take turns, the lane, and its endpoints."""
+
 
 @dataclass(slots=True)
 class _Inside:
@@ -51,6 +57,8 @@ class LaneSnapshot:
     priority: int
     requests: int
     has_endpoints: bool
+    saturation: float
+    """Of the model's endpoints, when last looked at; 0 before."""
     oldest: float
     """Seconds that the oldest of the model has waited."""
 
@@ -64,6 +72,19 @@ class FlowSnapshot:
     dispatch_rate: float
     """A second."""
     lanes: Sequence[LaneSnapshot]
+
+    def by_model(self) -> Mapping[str, int]:
+        """Requests that wait."""
+        models: Counter[str] = Counter()
+        for lane in self.lanes:
+            models[lane.model] += lane.requests
+        return models
+
+    def by_priority(self) -> Mapping[int, int]:
+        priorities: Counter[int] = Counter()
+        for lane in self.lanes:
+            priorities[lane.priority] += lane.requests
+        return priorities
 
 
 class FlowController(Gate, Observer):
@@ -203,6 +224,7 @@ class FlowController(Gate, Observer):
                 priority=priority,
                 requests=len(queue),
                 has_endpoints=lane.has_endpoints,
+                saturation=lane.saturation,
                 oldest=now - lane.oldest.enqueued,
             )
             for lane in self._queue.lanes
@@ -228,6 +250,12 @@ class FlowController(Gate, Observer):
         ready = self._ready(now)
         for expired, reason in self._queue.expire(now):
             self._reject(expired, reason, now)
+        try:
+            self._dispatch(ready, now)
+        finally:  # even where a plugin failed, nobody waits for ever
+            self._set_timer(now)
+
+    def _dispatch(self, ready: list[_Ready], now: float) -> None:
         heapify(ready)
         while ready:
             _, _, order, lane, candidates = heappop(ready)
@@ -244,10 +272,9 @@ class FlowController(Gate, Observer):
                 future.set_result(None)
             if lane.bands:
                 heappush(ready, (-lane.priority, lane.turn, order, lane, candidates))
-        self._set_timer(now)
 
-    def _ready(self, now: float) -> list[tuple[int, int, int, Lane, Sequence[Endpoint]]]:
-        ready: list[tuple[int, int, int, Lane, Sequence[Endpoint]]] = []
+    def _ready(self, now: float) -> list[_Ready]:
+        ready: list[_Ready] = []
         for order, lane in enumerate(self._queue.lanes):
             candidates = self._candidates(lane.oldest.request)
             self._queue.set_endpoints(lane, now, has_endpoints=bool(candidates))
@@ -256,7 +283,11 @@ class FlowController(Gate, Observer):
         return ready
 
     def _saturation(self, candidates: Sequence[Endpoint], now: float) -> float:
-        return self._detector.saturation(candidates, now, self._shares.of(candidates))
+        try:
+            return self._detector.saturation(candidates, now, self._shares.of(candidates))
+        except Exception as error:  # one plugin's fault never holds requests up
+            structlog.get_logger().warning("saturation_unknown", plugin=self._detector.name, error=str(error))
+            return 0.0
 
     def _reclaim(self, lane: Lane, candidates: Sequence[Endpoint], saturation: float, now: float) -> None:
         if self._reclaimer is None:

@@ -103,8 +103,9 @@ class Lane:
         """When `has_endpoints` last changed."""
         self.turn = 0
         """When it was last served, in dispatches: lanes of equal priority take turns."""
+        self.saturation = 0.0
         self.ceiling = inf
-        """Of its highest priority, when it was last to be dispatched."""
+        """Of its highest priority; both as of when it was last to be dispatched."""
         self.bands: dict[int, BandQueue] = {}
         """Without empty ones."""
         self.waiting: OrderedDict[Waiting, None] = OrderedDict()
@@ -234,7 +235,7 @@ class FlowQueue:
         if not lane.has_endpoints or not lane.bands:
             return None
         priority = lane.priority
-        lane.ceiling = self.ceiling(priority, saturation, lane)
+        lane.saturation, lane.ceiling = saturation, self.ceiling(priority, saturation, lane)
         if saturation >= lane.ceiling:
             return None
         waiting = lane.bands[priority].take(now)
