@@ -162,6 +162,18 @@ async def test_tenants_take_turns() -> None:
     assert service.order == ["first", "flood-0", "quiet"]
 
 
+async def test_a_tenant_is_one_flow_whatever_it_writes_into_the_header() -> None:
+    service = Service(default_band=BandSettings(fairness=RoundRobin()))
+    current = request("first", tenant="none")
+    await service.come(current)
+    for number in range(3):
+        await service.come(request(f"many-{number}", tenant="many", fairness_id=f"mask-{number}"))
+    await service.come(request("one", tenant="one"))
+    await service.leave(current)
+    await service.leave(next(iter(service.control._inside.values())).request)
+    assert service.order == ["first", "many-0", "one"]
+
+
 async def test_a_full_model_holds_up_no_other() -> None:
     service = Service()
     service.endpoints = [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from math import ceil, inf
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +18,23 @@ from hypothesis import strategies as st
 
 from quire.core.errors import ConfigError
 from quire.gateway.endpoint import Pool
+from quire.gateway.errors import Evicted, Expired, NoEndpoint, QueueCapacity, Saturated, ShuttingDown
 from quire.gateway.flow.attained import LeastAttainedService
 from quire.gateway.flow.limits import ExplicitHoldback, PriorityHoldback, StaticLimit
-from quire.gateway.flow.policies import EarliestDeadlineFirst, FirstComeFirstServed, GlobalStrict, RoundRobin
+from quire.gateway.flow.policies import (
+    EarliestDeadlineFirst,
+    FirstComeFirstServed,
+    GlobalStrict,
+    RoundRobin,
+    SloDeadline,
+)
 from quire.gateway.flow.saturation import Concurrency, EngineQueues, Highest, Utilization
 from quire.gateway.flow.settings import FlowSettings, flow_settings
 from quire.gateway.flow.stock import flow_plugins
 from quire.gateway.flow.units import LARGEST, parse_duration, parse_quantity
 from quire.gateway.picker_config import EndpointPickerConfig, read_picker_config
 from quire.gateway.plugin import Plugin, Services
+from quire.gateway.traffic.policy import read_policy
 
 HEAD = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
 
@@ -246,3 +256,24 @@ def test_what_is_no_duration(text: str) -> None:
 def test_what_is_no_quantity(text: str) -> None:
     with pytest.raises(ConfigError, match="x: "):
         parse_quantity(text, "x")
+
+
+def test_the_example_in_the_documentation_is_right() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "flow-control.md").read_text()
+    example = page.partition("```yaml\n")[2].partition("```")[0]
+    policy = read_policy(list(yaml.safe_load_all(example)))
+    assert policy.objectives == {"interactive": 100, "batch": -10}
+    given = settings(example.partition("---\n")[0].partition("kind: EndpointPickerConfig\n")[2])
+    assert given is not None
+    assert isinstance(given.queue.band(100).ordering, SloDeadline)
+    assert isinstance(given.queue.band(0).fairness, RoundRobin)
+    assert (given.queue.ttl, given.queue.band(-10).max_requests, given.queue.max_bytes) == (90.0, 100, 4 * 2**30)
+    named = set(re.findall(r"`([a-z-]+-(?:policy|detector|fairness))`", page))
+    assert named == set(flow_plugins())
+
+
+def test_every_reason_to_turn_away_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "flow-control.md").read_text()
+    told = {(reason, int(status)) for reason, status in re.findall(r"\| `([a-z-]+)` \| (\d+) \|", page)}
+    kinds = (Saturated, QueueCapacity, Evicted, Expired, NoEndpoint, ShuttingDown)
+    assert told == {(kind.reason, kind.status) for kind in kinds}

@@ -15,7 +15,7 @@ import structlog
 from quire.gateway.director import DEFAULT_OUTPUT_TOKENS, Gate
 from quire.gateway.endpoint import Clock, Endpoint
 from quire.gateway.errors import Dropped, NoEndpoint, ShuttingDown
-from quire.gateway.flow.policies import Waiting, lane_key
+from quire.gateway.flow.policies import Waiting, flow_of, lane_key
 from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
 from quire.gateway.flow.rate import DispatchRate
 from quire.gateway.flow.reclaim import Reclaimer
@@ -212,7 +212,7 @@ class FlowController(Gate, Observer):
         """What it wrote goes to its flow's account; its prompt did when it was let go."""
         tokens = 2.0 * (outcome.output_tokens or 0)
         band = self._settings.band(request.priority)
-        band.fairness.served(request.fairness_id or request.tenant, tokens, self._clock())
+        band.fairness.served(flow_of(request), tokens, self._clock())
 
     # --- what is looked at from outside ---------------------------------------------------------------------
 

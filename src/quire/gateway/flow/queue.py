@@ -24,6 +24,7 @@ from quire.gateway.flow.policies import (
     LaneKey,
     OrderingPolicy,
     Waiting,
+    flow_of,
     lane_key,
 )
 from quire.gateway.request import InferenceRequest
@@ -167,8 +168,7 @@ class FlowQueue:
         displaced = self._make_room(priority, size)
         if displaced is None:
             return Rejection.CAPACITY, ()
-        flow = request.fairness_id or request.tenant
-        waiting = Waiting(request, key, priority, flow, now, now + self._settings.ttl, size)
+        waiting = Waiting(request, key, priority, flow_of(request), now, now + self._settings.ttl, size)
         self._add(waiting, now, has_endpoints=has_endpoints)
         return waiting, displaced
 
