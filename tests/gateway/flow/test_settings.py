@@ -137,7 +137,7 @@ def test_what_is_not_said_is_bounded_and_what_is_zero_is_not() -> None:
     zero = settings("featureGates: [flowControl]\nflowControl: {maxRequests: 0, defaultRequestTTL: 0s}")
     assert zero is not None
     assert zero.queue.max_requests == LARGEST
-    assert zero.queue.ttl == zero.queue.no_endpoint_ttl == inf
+    assert (zero.queue.ttl, zero.queue.no_endpoint_ttl) == (inf, 60.0)
 
 
 @pytest.mark.parametrize(

@@ -272,11 +272,12 @@ class FlowQueue:
         return gone
 
     def deadline(self, lane: Lane, waiting: Waiting) -> float:
-        """When it expires if nothing changes. However often endpoints come and go, it waits no longer than both times
-        together."""
+        """When it expires if nothing changes. However often endpoints come and go, it waits no longer than the longer
+        of both times (llm-d's rule)."""
         settings = self._settings
         ttl = settings.ttl if lane.has_endpoints else settings.no_endpoint_ttl
-        return min(max(waiting.enqueued, lane.since) + ttl, waiting.enqueued + settings.ttl + settings.no_endpoint_ttl)
+        longest = max(settings.ttl, settings.no_endpoint_ttl)
+        return min(max(waiting.enqueued, lane.since) + ttl, waiting.enqueued + longest)
 
     def next_deadline(self) -> float:
         """When `expire` has something to do; infinite if never."""

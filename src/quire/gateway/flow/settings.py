@@ -100,7 +100,6 @@ def _queue_settings(section: FlowControlConfig, find: _Finder) -> QueueSettings:
                 remedy="Leave one.",
             )
         bands[band.priority] = _band(band, BandSettings(), f"priorityBands[{band.priority}]", find)
-    ttl = _ttl(section.default_request_ttl, 60.0, "defaultRequestTTL")
     limits = section.usage_limit_policy_plugin_ref
     usual = QueueSettings()
     everything = [default, *bands.values()]
@@ -111,8 +110,8 @@ def _queue_settings(section: FlowControlConfig, find: _Finder) -> QueueSettings:
         max_bytes=_bound(
             section.max_bytes, max(usual.max_bytes, sum(band.max_bytes for band in everything)), "maxBytes"
         ),
-        ttl=ttl,
-        no_endpoint_ttl=_ttl(section.no_endpoint_request_ttl, ttl, "noEndpointRequestTTL"),
+        ttl=_ttl(section.default_request_ttl, usual.ttl, "defaultRequestTTL"),
+        no_endpoint_ttl=_ttl(section.no_endpoint_request_ttl, usual.no_endpoint_ttl, "noEndpointRequestTTL"),
         default_band=default,
         default_negative_band=(
             None if negative is None else _band(negative, BandSettings(), "defaultNegativePriorityBand", find)
