@@ -14,7 +14,7 @@ from quire.gateway.flow.limits import (
     StaticLimit,
     UsageLimitPolicy,
 )
-from quire.gateway.flow.saturation import Concurrency, EngineQueues, Highest, OnTheWay, Shares, Utilization
+from quire.gateway.flow.saturation import BURST, Concurrency, EngineQueues, Highest, OnTheWay, Shares, Utilization
 from quire.gateway.request import Api, InferenceRequest
 
 NOW = 1000.0
@@ -56,6 +56,10 @@ def test_what_is_sent_and_what_comes_back_since_the_metrics_were_read_counts_whe
     idle.load.requests += 50
     assert detector.saturation([busy], NOW, OnTheWay(1.0)) == pytest.approx(5 / 5)
     assert detector.saturation([idle], NOW) == 0.0  # how much more it runs at once is not known
+    idle.load.requests += BURST - 50
+    assert detector.saturation([idle], NOW) == 0.0
+    idle.load.requests += 4
+    assert detector.saturation([idle], NOW, OnTheWay(1.0)) == 1.0  # … but not that much before it is asked again
     busy.load.requests -= 8
     assert detector.saturation([busy], NOW) == 0.0
     busy.metrics = EndpointMetrics(time=NOW + 0.2, waiting=2, running=4)
@@ -83,6 +87,14 @@ def test_engine_queues_are_full_only_when_every_endpoint_is() -> None:
     assert detector.saturation([endpoint(waiting=100), endpoint(age=None)], NOW) < 1
     assert detector.saturation([endpoint(waiting=100, age=5.0)], NOW) == 0.0
     assert detector.saturation([endpoint(kv=1.0, running=500, load=500)], NOW, OnTheWay(100.0)) == 0.0
+
+
+def test_an_endpoint_that_cannot_be_read_has_room_for_a_burst_beside_others_and_for_all_alone() -> None:
+    unread, full = endpoint(age=None, load=BURST - 1), endpoint(waiting=9)
+    assert EngineQueues().saturation([unread, full], NOW) == 0.5
+    unread.load.requests += 1
+    assert EngineQueues().saturation([unread, full], NOW) == 1.0
+    assert EngineQueues().saturation([unread], NOW) == 0.0
 
 
 @given(
