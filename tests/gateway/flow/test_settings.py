@@ -166,6 +166,8 @@ def test_mistakes_are_named(section: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "parameters", "said"),
     [
+        ("engine-queue-detector", {"queueDepthThreshold": 0}, "queueDepthThreshold"),
+        ("engine-queue-detector", {"metricsStalenessThreshold": "soon"}, "soon"),
         ("utilization-detector", {"queueDepthThreshold": 0}, "queueDepthThreshold"),
         ("utilization-detector", {"kvCacheUtilThreshold": 1.5}, "kvCacheUtilThreshold"),
         ("utilization-detector", {"metricsStalenessThreshold": "0s"}, "metricsStalenessThreshold"),
@@ -200,6 +202,7 @@ def test_parameters_that_are_right() -> None:
         make("priority-holdback-policy", domain="explicit", ceilings={"100": 0.9, "0": 0.3}), ExplicitHoldback
     )
     assert isinstance(make("priority-holdback-policy", minCeiling=0.4, domain="value"), PriorityHoldback)
+    assert isinstance(make("engine-queue-detector", queueDepthThreshold=8), EngineQueues)
     assert isinstance(make("static-usage-limit-policy"), StaticLimit)
     assert isinstance(make("program-aware-fairness", lasHalfLifeSeconds=0), LeastAttainedService)
 

@@ -89,7 +89,7 @@ def waiting_now(endpoint: Endpoint, metrics: EndpointMetrics, on_the_way: float)
 
 
 class EngineQueues(SaturationDetector):
-    """What quire does unless told otherwise: full is a pool of which every endpoint has requests waiting.
+    """`engine-queue-detector`, what quire does unless told otherwise: full is a pool of which every endpoint has requests waiting.
 
     An engine without waiting requests gets what there is (up to `BURST`), so that at low load nothing is ever held
     back. Where requests wait, whatever was sent since it said so waits too, and from `queue_depth` on the endpoint is
@@ -100,7 +100,7 @@ class EngineQueues(SaturationDetector):
     vanishes costs queueing here, not the service. Beside endpoints that can be read it has room for `BURST` requests.
     """
 
-    name = "engine-queues"
+    name = "engine-queue-detector"
 
     def __init__(self, queue_depth: int = 5, staleness: float = 2.0) -> None:
         self._depth, self._staleness = queue_depth, staleness
