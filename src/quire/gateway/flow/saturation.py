@@ -89,7 +89,7 @@ def waiting_now(endpoint: Endpoint, metrics: EndpointMetrics, on_the_way: float)
 
 
 class EngineQueues(SaturationDetector):
-    """`engine-queue-detector`, what quire does unless told otherwise: full is a pool of which every endpoint has requests waiting.
+    """`engine-queue-detector`, quire's default: a pool is full when requests wait at every one of its endpoints.
 
     An engine without waiting requests gets what there is (up to `BURST`), so that at low load nothing is ever held
     back. Where requests wait, whatever was sent since it said so waits too, and from `queue_depth` on the endpoint is
