@@ -3,8 +3,8 @@ others there.
 
     queued     prompt tokens not cached that are to be computed before it, and what waits besides
     prefill    its own prompt tokens that are not cached there, by the credit of the tier that holds them; half as much
-               again, since what is computed twice keeps others waiting; and once or twice again where prompts are found
-               in caches as a rule, since what is put into a full one drives out what others would have found
+               again, since what is computed twice keeps others waiting; and once more where the cache is full, since it
+               drives out there what others would have found
     decode     its output tokens, each a step of the batch that it joins, and what it adds to the others' steps; only
                what is more than at the best endpoint, since some decoding there is everywhere
 
@@ -12,7 +12,7 @@ The prices come from `learner`, or from the endpoint where it reports them (quir
 counts at once, so that a burst does not pile up on who looked idle a moment ago; of what the endpoint reports only the
 part that is not ours is added. A prefix sent somewhere counts as there at once too: those that follow wait for it
 where that is cheaper than computing it again, and go elsewhere when the queue has grown. Costs that differ by less
-than a tenth (of the least, or of what the whole prompt would cost) count as equal: estimates are no better than that.
+than a seventh (of the least, or of what the whole prompt would cost) count as equal: estimates are no better than that.
 Between equals it goes to who has been given the fewest tokens to compute of late, so that all caches fill alike.
 """
 
@@ -24,13 +24,14 @@ from typing import Any, Final
 from quire.gateway.cost.learner import Costs, Learner
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.plugin import Conclusion, Observer, Scorer, Services
+from quire.gateway.producers.prefix import FILLED
 from quire.gateway.request import InferenceRequest, Outcome, Prediction
 
 OTHERS_WAIT: Final = 0.5
 """Of the time for own prompt tokens, what counts for others' waiting."""
-DRIVEN_OUT: Final = 1.5
-"""Of the same, what counts for what it drives out of the cache, if prompts were always found there."""
-ALIKE: Final = 0.1
+DRIVEN_OUT: Final = 1.0
+"""Of the same, what counts for what it drives out of a cache that is full."""
+ALIKE: Final = 0.15
 LEAST_GAP: Final = 0.002
 """Seconds that nobody notices."""
 BETWEEN_EQUALS: Final = 1e-3
@@ -53,8 +54,6 @@ class ExpectedCost(Scorer, Observer):
         self._details: Sequence[object] | None = None
         self._open: dict[str, tuple[str, int, int, float]] = {}
         """By request id: endpoint, tokens queued before it and its own, others beside it, when it was sent."""
-        self._found = 0.0
-        """Share of prompts that is found in caches, of late."""
         self._given: dict[str, float] = {}
         """By endpoint: prompt tokens that it was given to compute, of late."""
         self._faded = services.clock()
@@ -93,7 +92,7 @@ class ExpectedCost(Scorer, Observer):
         step = costs.step + costs.sequence * beside
         decode = output * (step + costs.sequence * beside)
         return {
-            "cost": queued + own * (1.0 + OTHERS_WAIT + DRIVEN_OUT * self._found),
+            "cost": queued + own * (1.0 + OTHERS_WAIT + DRIVEN_OUT * _fullness(endpoint)),
             "whole_prompt": request.prompt_tokens * costs.prefill,
             "cached_tokens": round(cached),
             "queued_seconds": round(queued, 6),
@@ -134,8 +133,6 @@ class ExpectedCost(Scorer, Observer):
         tokens, beside = self._before(endpoint, now)
         own = max(request.prompt_tokens - round(_cached(request, endpoint.key)), 0)
         self._uncached += OUTPUT_FORGET * (own - self._uncached)
-        if request.prompt_tokens:
-            self._found += OUTPUT_FORGET * (1.0 - own / request.prompt_tokens - self._found)
         self._give(endpoint.key, own, now)
         if len(self._open) < MAX_OPEN:
             self._open[request.id] = (endpoint.key, round(tokens) + own, beside, now)
@@ -167,6 +164,13 @@ class ExpectedCost(Scorer, Observer):
         if request.stream and outcome.first_byte is not None and output > 1:
             tpot = (outcome.finished - outcome.first_byte) / (output - 1)
             self._learner.saw_tokens(endpoint.key, found[2], tpot, self._clock())
+
+
+def _fullness(endpoint: Endpoint) -> float:
+    """0 while there is room in its cache, as far as is known here; 1 when there is none."""
+    filled = endpoint.attributes.get(FILLED, 0.0)
+    assert isinstance(filled, float)
+    return min(max((filled - 0.8) / 0.15, 0.0), 1.0)
 
 
 def _cached(request: InferenceRequest, key: str) -> float:

@@ -19,6 +19,8 @@ from quire.gateway.request import InferenceRequest, Outcome, PrefixMatch
 BYTES_PER_TOKEN: Final = 4
 MIN_BLOCK_TOKENS: Final = 64
 DEFAULT_CAPACITY: Final = 31_250
+FILLED: Final = "prefix-cache-filled"
+"""Under this name an endpoint's attributes say how full its cache is with prefixes that it was sent: 0 to 1."""
 MAX_KEYS: Final = 4_000_000
 """Over all endpoints: some 400 MB."""
 
@@ -44,6 +46,9 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return self._num_keys
+
+    def size(self, endpoint: str) -> int:
+        return len(self._kept.get(endpoint, ()))
 
     def match(self, keys: Sequence[int]) -> dict[str, int]:
         """By endpoint: how many of the keys it has, from the first on without a gap."""
@@ -153,7 +158,9 @@ class ApproxPrefix(Producer, Observer):
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
         keys = self._keys.pop(request.id, None)
         if keys:
-            self._index.add(endpoint.key, keys, self._capacity(endpoint))
+            capacity = self._capacity(endpoint)
+            self._index.add(endpoint.key, keys, capacity)
+            endpoint.attributes[FILLED] = min(self._index.size(endpoint.key) / capacity, 1.0)
             self._keys[request.id] = keys  # it may go elsewhere yet
             self._keys.move_to_end(request.id, last=False)
 
