@@ -117,7 +117,7 @@ else:
     IsaFlag = flags_of(EngineConfig, "Engine", frozenset(field.name for field in fields(EngineConfig)) - {"isa"})
     ServerFlags = flags_of(ServerConfig, "Server")
     FleetFlags = flags_of(FleetConfig, "Fleet")
-    StateDirFlag = flags_of(FleetConfig, "Fleet", frozenset({"host", "port"}))
+    StateDirFlag = flags_of(FleetConfig, "Fleet", frozenset({"host", "port", "pvc_dir"}))
     GatewayFlags = flags_of(GatewayConfig, "Gateway")
 
 ConfigFile = Annotated[

@@ -23,6 +23,7 @@ from quire.fleet.builtin import builtin_service, gateway_role
 from quire.fleet.directory import ControlLock, ServiceDirectory, state_root
 from quire.fleet.events import AnyEvent, DownRequested, ManifestApplied
 from quire.fleet.journal import Journal
+from quire.fleet.manifest.read import Manifest, read_manifest
 from quire.fleet.spec import GATEWAY, ServiceSpec
 from quire.fleet.state import FleetState
 from quire.fleet.words import clock, consequence, describe, summary
@@ -55,7 +56,8 @@ def up(
         Put the gateway in front; without it the engines are on ports that `quire ps` tells.
     """
     config = settings(FleetConfig, fleet, config=None).value
-    wanted = read_service(manifest)
+    read = read_service(manifest, config)
+    wanted = read.service
     directory = ServiceDirectory(state_root(config.state_dir), wanted.name)
     directory.make()
     lock = ControlLock(directory)
@@ -64,7 +66,7 @@ def up(
         with Journal(directory.database) as journal:
             _, state = journal.load()
             if gateway:
-                wanted = with_gateway(wanted, state, config)
+                wanted = with_gateway(read, state, config)
             if state.spec != wanted or state.down:
                 journal.append(ManifestApplied(at=time.time(), spec=wanted))
         if not detach:
@@ -74,22 +76,28 @@ def up(
     return _run_behind(directory)
 
 
-def read_service(manifest: Path | None) -> ServiceSpec:
+def read_service(path: Path | None, config: FleetConfig) -> Manifest:
     """What the manifest asks for, without the gateway. Its warnings go to stderr."""
-    if manifest is None:
-        return builtin_service()
-    raise ConfigError("Manifests cannot be read yet.")
+    if path is None:
+        return Manifest(service=builtin_service(), policy=(), warnings=())
+    manifest = read_manifest(path, pvc_dir=None if config.pvc_dir is None else Path(config.pvc_dir))
+    from quire.gateway.traffic.policy import read_policy
+
+    read_policy(manifest.policy)  # what the gateway would refuse is refused before anything starts
+    for warning in manifest.warnings:
+        print(f"warning: {path}: {warning}", file=sys.stderr)
+    return manifest
 
 
-def with_gateway(wanted: ServiceSpec, state: FleetState, config: FleetConfig) -> ServiceSpec:
-    """`wanted` behind a gateway at the address in `config`, which has to be free, or that of its own gateway."""
+def with_gateway(read: Manifest, state: FleetState, config: FleetConfig) -> ServiceSpec:
+    """The service behind a gateway at the address in `config`, which has to be free, or that of its own gateway."""
     port = config.port
     before = None if state.spec is None else state.spec.role(GATEWAY)
     runs = before is not None and bool(state.of_role(GATEWAY)) and (before.host, before.port) == (config.host, port)
     if not runs:
         port = free_port(config.host, port)
-    role = gateway_role(host=config.host, port=port, documents=())
-    return msgspec.structs.replace(wanted, roles=(*wanted.roles, role))
+    role = gateway_role(host=config.host, port=port, documents=read.policy)
+    return msgspec.structs.replace(read.service, roles=(*read.service.roles, role))
 
 
 def free_port(host: str, port: int) -> int:
