@@ -169,6 +169,8 @@ def _take(name: str, value: str | None, path: str, found: EngineArguments) -> No
         found.flags[positive] = False
     elif setting == "model":
         found.warnings.append(f"{path}: --model {value}: not used, because spec.model.uri names the model.")
+    elif setting == "served_model_name":
+        found.warnings.append(f"{path}: --{name} {value}: not used, because spec.model.name names the model.")
     elif setting not in hints:
         raise _unknown(name, path, hints)
     elif hints[setting] is bool:

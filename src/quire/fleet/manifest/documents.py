@@ -59,7 +59,7 @@ def sort_documents(documents: Sequence[dict[str, Any]], file: str) -> Documents:
             if close:
                 raise ConfigError(f"{file}: document {number} is a {kind!r}.", remedy=f"Did you mean {close[0]}?")
             found.warnings.append(
-                f"document {number} ({kind[:80]}): not used by provider processes, because it is an object of a cluster."
+                f"document {number} ({kind[:80]}): not used by provider processes, because it is a cluster's."
             )
     if len(services) != 1:
         raise ConfigError(
