@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import structlog
 
@@ -49,6 +50,7 @@ class ControlPlane:
         self._journal = Journal(directory.database)
         self._seq, self.state = self._journal.load()
         self._snapshot_seq = self._seq
+        self._policy: tuple[dict[str, Any], ...] | None = None
         self._written: list[endpoints.Endpoint] | None = None
         self._probes: dict[str, asyncio.Task[None]] = {}
         self._cores = len(os.sched_getaffinity(0))
@@ -160,7 +162,6 @@ class ControlPlane:
         endpoints_file = self._directory.endpoints_file
         if spec.role == GATEWAY:
             self._tell_gateway()
-            launch.write_policy(launch.policy_file(endpoints_file), spec)
         order = launch.launch(
             replica, spec, engines=max(engines, 1), endpoints_file=endpoints_file, environ=self._environ
         )
@@ -176,6 +177,10 @@ class ControlPlane:
         if found != self._written:
             endpoints.write(self._directory.endpoints_file, found)
             self._written = found
+        gateway = self.state.spec.role(GATEWAY)
+        if gateway is not None and gateway.documents != self._policy:
+            launch.write_policy(launch.policy_file(self._directory.endpoints_file), gateway)
+            self._policy = gateway.documents
 
     # --- how they are ---------------------------------------------------------------------------------------
 

@@ -77,7 +77,11 @@ class FleetState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             return not self.replicas
         for spec in self.spec.roles:
             there = self.of_role(spec.role)
-            as_asked = [item for item in there if item.phase == "ready" and item.revision == spec.revision]
+            as_asked = [
+                item
+                for item in there
+                if item.phase == "ready" and item.revision == spec.revision and not item.drain_asked
+            ]
             if len(there) != spec.replicas or len(as_asked) != spec.replicas:
                 return False
         return all(self.spec.role(replica.role) is not None for replica in self.replicas.values())
