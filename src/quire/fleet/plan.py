@@ -102,7 +102,7 @@ def _stop(replica: Replica, state: FleetState, now: float, reason: str) -> Stop:
 
 def _role(spec: RoleSpec, state: FleetState, now: float, taken: set[str]) -> list[Action]:
     there = state.of_role(spec.role)
-    staying = [replica for replica in there if not replica.leaving and not replica.killed]
+    staying = [replica for replica in there if not replica.leaving]
     current = [replica for replica in staying if replica.revision == spec.revision]
     leave = _who_leaves(spec, staying)
     actions: list[Action] = [
