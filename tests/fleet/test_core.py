@@ -135,9 +135,7 @@ def test_a_crash_loop_is_told_with_the_childs_last_error_and_waits_longer_each_t
         (start,) = plan(state, replica.not_before)
         assert start.replica == "svc-0"
         now = replica.not_before
-        state = apply(
-            state, e.StartDecided(at=now, replica="svc-0", role="both", revision=replica.revision, port=1)
-        )
+        state = apply(state, e.StartDecided(at=now, replica="svc-0", role="both", revision=replica.revision, port=1))
     assert waits == sorted(waits)
     assert waits[0] < waits[5] <= waits[-1] == LONGEST_BACKOFF
     replica = state.replicas["svc-0"]
