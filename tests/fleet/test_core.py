@@ -171,6 +171,16 @@ def test_one_that_never_gets_ready_or_stays_unready_is_killed():
     )
 
 
+def test_one_over_its_limit_is_killed_and_started_again():
+    state = apply(running(service(1), "svc-0"), e.WentOverLimit(at=1, replica="svc-0", reason="too much"))
+    assert plan(state, 1) == [Kill(replica="svc-0", reason="too much")]
+    state = apply(state, e.KillDecided(at=1, replica="svc-0", reason="too much"))
+    assert plan(state, 1) == []
+    state = apply(state, e.ProcessExited(at=2, replica="svc-0", returncode=-9))
+    assert [type(action) for action in plan(state, 3)] == [Start]
+    assert state.replicas["svc-0"].last_error == "too much"
+
+
 @pytest.mark.parametrize(
     ("replicas", "surge", "unavailable", "expected"),
     [(2, "25%", "25%", (1, 0)), (8, "25%", "25%", (2, 2)), (3, 0, 0, (0, 1)), (4, "50%", 0, (2, 0)), (0, 0, 0, (0, 1))],

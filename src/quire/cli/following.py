@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -62,7 +63,8 @@ class Reporter:
         if self._status is not None:
             self._status.console.print(line, markup=False, highlight=False)
         else:
-            print(line, flush=True)
+            with contextlib.suppress(OSError):  # the reader of a pipe may have gone; what runs has to be seen to
+                print(line, flush=True)
 
 
 def follow(

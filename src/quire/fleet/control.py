@@ -22,6 +22,7 @@ from quire.fleet.spec import GATEWAY
 from quire.fleet.state import FleetState, Replica
 
 TICK = 0.1
+GIB = 2**30
 PROBE_EVERY = {"starting": 0.2, "ready": 1.0, "unready": 1.0, "draining": 0.2}
 """Seconds between probes, by phase."""
 FAILED_PROBES = 3
@@ -154,7 +155,7 @@ class ControlPlane:
                 role=spec.role,
                 revision=spec.revision,
                 port=spec.port if spec.port is not None else self._provider.free_port(taken),
-                threads=launch.threads_for(spec, engines, self._cores),
+                threads=launch.threads_for(spec, engines, self._cores, self._environ),
             )
         )
         self._follow()
@@ -208,6 +209,7 @@ class ControlPlane:
                     replica.port, engine=replica.role != GATEWAY, api_key=self._api_key(replica)
                 )
                 failed = 0 if trouble is None else failed + 1
+                self._watch_memory(replica)
                 replica = self.state.replicas.get(name)
                 if replica is None or replica.starts != start:
                     return
@@ -216,6 +218,15 @@ class ControlPlane:
                 elif trouble is not None and failed >= FAILED_PROBES and replica.phase == "ready":
                     self.record(events.BecameUnready(at=self._clock(), replica=name, reason=trouble))
             await asyncio.sleep(PROBE_EVERY.get(replica.phase, 0))
+
+    def _watch_memory(self, replica: Replica) -> None:
+        spec = None if self.state.spec is None else self.state.spec.role(replica.role)
+        if spec is None or spec.memory is None or replica.over_limit is not None:
+            return
+        held = self._provider.memory(replica.name)
+        if held > spec.memory:
+            reason = f"It holds {held / GIB:.2f} GiB of memory, more than its limit of {spec.memory / GIB:.2f} GiB."
+            self.record(events.WentOverLimit(at=self._clock(), replica=replica.name, reason=reason))
 
     async def _probe_draining(self, replica: Replica, probe: Probe) -> None:
         if replica.idle or self._clock() - replica.since < DRAIN_SETTLE:

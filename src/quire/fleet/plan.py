@@ -64,7 +64,9 @@ def _overdue(state: FleetState, now: float) -> list[Action]:
         waited = now - replica.since
         if replica.killed:
             continue
-        if replica.phase == "draining" and (replica.idle or due):
+        if replica.over_limit is not None and replica.has_process:
+            actions.append(Kill(replica=replica.name, reason=replica.over_limit))
+        elif replica.phase == "draining" and (replica.idle or due):
             reason = "idle" if replica.idle else "the deadline for draining has passed"
             actions.append(Stop(replica=replica.name, deadline=now + timeouts.stop_timeout, reason=reason))
         elif replica.phase == "stopping" and due:
