@@ -234,7 +234,7 @@ class Fleet(RuleBasedStateMachine):
             )
         )
         self.processes[action.replica] = {"requests": 0, "asked": False}
-        assert len(self.state.replicas) <= spec.replicas + spec.surge, "more processes than replicas + maxSurge"
+        assert len(self.processes) <= spec.replicas + spec.surge, "more processes than replicas + maxSurge"
 
     def drain(self, action: Drain) -> None:
         ready = self.ready - (self.state.replicas[action.replica].phase == "ready")
@@ -243,7 +243,7 @@ class Fleet(RuleBasedStateMachine):
 
     def stop(self, action: Stop) -> None:
         replica = self.state.replicas[action.replica]
-        if replica.phase == "draining":
+        if replica.phase == "draining" and not self.state.down:
             busy = self.processes[action.replica]["requests"] > 0
             assert not busy or self.now >= replica.deadline, "stopped with requests before its deadline"
         elif not self.state.down:

@@ -111,15 +111,14 @@ def _role(spec: RoleSpec, state: FleetState, now: float, taken: set[str]) -> lis
         _let_go(spec, state, replica, now, reason) for replica, reason in leave if replica.name not in taken
     ]
     gone = {replica.name for replica, _ in leave} | taken
-    for replica in current:
-        if replica.phase == "backoff" and now >= replica.not_before and replica.name not in gone:
-            actions.append(Start(replica=replica.name, role=spec))
+    most = spec.replicas + spec.surge
+    again = [replica.name for replica in current if replica.phase == "backoff" and now >= replica.not_before]
+    again = [name for name in again if name not in gone]
+    names = again[: max(0, most - sum(replica.has_process for replica in there))]
     asked_to_go = sum(replica.drain_asked for replica in current)
-    wanted = spec.replicas - (len(current) - asked_to_go)
-    room = spec.replicas + spec.surge - len(there)
-    for name in _free_names(spec, state, min(wanted, room)):
-        actions.append(Start(replica=name, role=spec))
-    return actions
+    missing = spec.replicas - (len(current) - asked_to_go)
+    names += _free_names(spec, state, min(missing, most - len(there)))
+    return actions + [Start(replica=name, role=spec) for name in names]
 
 
 def _who_leaves(spec: RoleSpec, staying: list[Replica]) -> list[tuple[Replica, str]]:
