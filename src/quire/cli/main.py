@@ -32,7 +32,7 @@ COMMANDS = {
     "ps": ("quire.cli.fleet:ps", "List what runs."),
     "logs": ("quire.cli.logs:logs", "Show what a service's processes wrote."),
     "events": ("quire.cli.logs:events", "Show what happened to a service."),
-    "apply": ("quire.cli.fleet:apply", "Change a running service to what a manifest says, without losing a request."),
+    "apply": ("quire.cli.apply:apply", "Change a running service to what a manifest says, without losing a request."),
     "scale": ("quire.cli.fleet:scale", "Set the number of a service's replicas."),
     "drain": ("quire.cli.fleet:drain", "Let a replica finish what it runs, and replace it."),
     "down": ("quire.cli.fleet:down", "Stop a service."),
