@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
         self.untouched = True
         self._pieces = []
         self._sink = None
-        self._num_held = self._num_bytes = self._num_body_bytes = 0
+        self._num_held = self._num_bytes = self._num_head_bytes = self._num_body_bytes = 0
         self._body_begun = self._head_only = self._until_close = self._paused = False
         self._sent_at = self._last_data = self._loop.time()
 
@@ -248,9 +248,16 @@ class Connection(asyncio.Protocol):
 
     # --- the parser's callbacks ---------------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        if self.status:
+            raise ValueError("an answer to no question")
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        if len(self.headers) >= self._limits.max_headers:
-            raise ValueError("too many headers")
+        if self.status:
+            return  # a trailer
+        self._num_head_bytes += len(name) + len(value)
+        if len(self.headers) >= self._limits.max_headers or self._num_head_bytes > self._limits.max_bytes:
+            raise ValueError("too much of a head")
         if not _NAME.fullmatch(name) or _NO_VALUE.search(value):
             raise ValueError("a header that cannot be passed on")
         self.headers.append((name.lower(), value))
@@ -290,7 +297,5 @@ class Connection(asyncio.Protocol):
             self._finish_message(keep=self._parser.should_keep_alive())
 
     def _finish_message(self, *, keep: bool) -> None:
-        if self.complete:
-            raise ValueError("an answer to no question")
         self.complete = True
         self.reusable = keep
