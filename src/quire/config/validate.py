@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.config.engine import EngineConfig
+from quire.config.fleet import FleetConfig
 from quire.config.gateway import GatewayConfig
 from quire.config.kv_events import read_kv_events
 from quire.config.server import ListenConfig, ServerConfig
@@ -89,7 +90,6 @@ _GATEWAY: Mapping[str, Rule] = {
     "endpoints_file": _NAME,
     "endpoints_dns": _NAME,
     "policy": _NAME,
-    "tokenizer": _NAME,
     "scrape_interval": _SECONDS,
     "health_interval": _SECONDS,
     "connect_timeout": _SECONDS,
@@ -97,13 +97,17 @@ _GATEWAY: Mapping[str, Rule] = {
     "idle_timeout": _SECONDS,
     "max_retries": between(0, 100),
     "extproc_port": between(0, 65_535),
+    "hedge_delay": _SECONDS,
     "explain_requests": between(0, 1_048_576),
 }
+
+_FLEET: Mapping[str, Rule] = {"state_dir": _NAME, "host": _NAME, "port": between(0, 65_535)}
 
 _RULES: Sequence[tuple[type[object], Mapping[str, Rule]]] = (
     (EngineConfig, _ENGINE),
     (ServerConfig, _SERVER),
     (GatewayConfig, _GATEWAY),
+    (FleetConfig, _FLEET),
 )
 
 

@@ -40,6 +40,9 @@ class EndpointMetrics:
     """Prompt tokens in its queue; only quire says."""
     prefill_seconds_per_token: float | None = None
     decode_seconds_per_step: float | None = None
+    kv_events_port: int | None = None
+    """Where it tells its KV events, and what was missed of them; only quire says."""
+    kv_replay_port: int | None = None
 
 
 @dataclass(slots=True)

@@ -108,6 +108,8 @@ class Conclusion:
     endpoints: Sequence[Endpoint]
     headers: dict[str, str] = field(default_factory=dict)
     """Added to what is sent to the endpoint: `x-prefiller-host-port` and the like."""
+    response_headers: dict[str, str] = field(default_factory=dict)
+    """Added to the client's answer: a session's token and the like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,14 @@ class Services:
 
 Factory = Callable[[Mapping[str, Any], Services], Plugin]
 """Makes a plugin of its `parameters` (checked: see `read_parameters`)."""
+
+
+class Parameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True, rename="camel", kw_only=True):
+    """The base of plugins' parameters, in llm-d's spelling."""
+
+
+class NoParameters(Parameters, frozen=True):
+    pass
 
 
 P = TypeVar("P", bound=msgspec.Struct)

@@ -42,6 +42,7 @@ _CACHE_INFO: Final[Mapping[str, tuple[str, str]]] = {
     "sglang:cache_config_info": ("page_size", "num_pages"),
 }
 _LORA_INFO: Final = "vllm:lora_requests_info"
+_KV_EVENTS_INFO: Final = "quire_kv_events_info"
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _WHOLE = frozenset({"waiting", "running", "waiting_tokens"})
 
@@ -71,6 +72,8 @@ def parse_metrics(page: str, now: float) -> EndpointMetrics:
             if value is not None and value >= newest:  # its value is when it was true
                 newest = value
                 _take_adapters(info, line)
+        elif name == _KV_EVENTS_INFO:
+            _take_kv_events(info, line)
     if not found:
         raise UnreadablePage("none of vLLM's, SGLang's, TGI's or quire's metrics is on the page")
     numbers = {key: int(value) if key in _WHOLE else value for key, value in found.items()}
@@ -106,6 +109,15 @@ def _take_cache(info: dict[str, object], line: str, size: str, count: str) -> No
         text = labels.get(label, "")
         if text.isdecimal() and 0 < int(text[:18]) < 2**53:
             info[key] = int(text[:18])
+
+
+def _take_kv_events(info: dict[str, object], line: str) -> None:
+    """Of the addresses only the ports: the host is the endpoint's."""
+    labels = _labels(line)
+    for label, key in (("endpoint", "kv_events_port"), ("replay_endpoint", "kv_replay_port")):
+        port = labels.get(label, "").rpartition(":")[2]
+        if port.isdecimal() and 0 < int(port[:6]) < 65_536:
+            info[key] = int(port[:6])
 
 
 def _take_adapters(info: dict[str, object], line: str) -> None:

@@ -22,21 +22,22 @@ from msgspec import Meta
 MEDIUM_DEVICE = "GPU"
 """The medium of blocks in the memory that the model computes from, whatever device that is: routers credit it most."""
 
-MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
+MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 MAX_HASH_BYTES = 64
 MAX_BLOCK_SIZE = 1 << 20
 SEQUENCE_BYTES = 8
 END_OF_REPLAY = (-1).to_bytes(SEQUENCE_BYTES, "big", signed=True)
-_MAX_ITEMS = 1 << 22
+_MAX_TOKENS = 1 << 22
+_MAX_BLOCKS = 1 << 18
 _ARRAY_CODES = frozenset({*range(0x90, 0xA0), 0xDC, 0xDD})
 
 _Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Text = Annotated[str, Meta(max_length=1024)]
 BlockHash = int | Annotated[bytes, Meta(min_length=1, max_length=MAX_HASH_BYTES)]
 """The engine's own name of a block: a number, or the bytes of a digest. Nobody else can compute it."""
-_Hashes = Annotated[Sequence[BlockHash], Meta(max_length=_MAX_ITEMS)]
-_TokenIds = Annotated[Sequence[Annotated[int, Meta(ge=0, lt=2**32)]], Meta(max_length=_MAX_ITEMS)]
-_ExtraKeys = Annotated[Sequence[msgspec.Raw], Meta(max_length=_MAX_ITEMS)]
+_Hashes = Annotated[Sequence[BlockHash], Meta(max_length=_MAX_BLOCKS)]
+_TokenIds = Annotated[Sequence[Annotated[int, Meta(ge=0, lt=2**32)]], Meta(max_length=_MAX_TOKENS)]
+_ExtraKeys = Annotated[Sequence[msgspec.Raw], Meta(max_length=_MAX_BLOCKS)]
 
 
 class BlockStored(msgspec.Struct, frozen=True, array_like=True, tag="BlockStored"):
@@ -118,13 +119,13 @@ class _ClearedMap(msgspec.Struct, frozen=True, tag="AllBlocksCleared"):
 
 class _RawBatch(msgspec.Struct, frozen=True, array_like=True):
     ts: float
-    events: Annotated[Sequence[msgspec.Raw], Meta(max_length=_MAX_ITEMS)]
+    events: Annotated[Sequence[msgspec.Raw], Meta(max_length=_MAX_BLOCKS)]
     data_parallel_rank: _Count | None = None
 
 
 class _RawBatchMap(msgspec.Struct, frozen=True):
     ts: float
-    events: Annotated[Sequence[msgspec.Raw], Meta(max_length=_MAX_ITEMS)]
+    events: Annotated[Sequence[msgspec.Raw], Meta(max_length=_MAX_BLOCKS)]
     data_parallel_rank: _Count | None = None
 
 

@@ -1,0 +1,74 @@
+"""Admitters: who is turned away before anything is queued. Definitions: llm-d-router, …/requestcontrol/admitter."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from quire.core.errors import ConfigError
+from quire.gateway.endpoint import Endpoint
+from quire.gateway.errors import Saturated
+from quire.gateway.plugin import Admitter, Parameters
+from quire.gateway.request import InferenceRequest
+
+RETRY_AFTER = 2.0
+
+
+class ProbabilisticParameters(Parameters, frozen=True):
+    queue_depth_threshold: float = 5.0
+    kv_cache_util_threshold: float = 0.8
+    power: float = 5.0
+    k: float = 300.0
+
+
+class Probabilistic(Admitter):
+    """`probabilistic-admitter`: requests of negative priority are turned away with probability min(k·s^power, 1), s
+    being the mean saturation of the endpoints."""
+
+    def __init__(self, parameters: ProbabilisticParameters, rng: random.Random) -> None:
+        for name in ("queue_depth_threshold", "kv_cache_util_threshold", "power", "k"):
+            if not getattr(parameters, name) > 0:
+                raise ConfigError(
+                    f"probabilistic-admitter: {name} is {getattr(parameters, name)}.",
+                    param="plugins",
+                    remedy="It is above 0.",
+                )
+        self._parameters = parameters
+        self._rng = rng
+
+    def admit(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
+        if request.priority >= 0 or not endpoints:
+            return
+        saturation = sum(map(self._saturation, endpoints)) / len(endpoints)
+        share = min(self._parameters.k * saturation**self._parameters.power, 1.0)
+        if self._rng.random() < share:
+            raise Saturated(
+                f"Requests of priority {request.priority} are turned away while the endpoints are busy.",
+                remedy="Try again later.",
+                retry_after=RETRY_AFTER,
+            )
+
+    def _saturation(self, endpoint: Endpoint) -> float:
+        metrics = endpoint.metrics
+        if metrics is None:
+            return 1.0
+        queue = metrics.waiting / self._parameters.queue_depth_threshold
+        return max(queue, metrics.kv_usage / self._parameters.kv_cache_util_threshold)
+
+
+class LatencySlo(Admitter):
+    """`latency-slo-admitter`: requests of negative priority are turned away if nobody is predicted to meet
+    their objectives. Without predictions all are let in."""
+
+    def admit(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
+        if request.priority >= 0 or not request.predictions:
+            return
+        ttft, tpot = request.slo_ttft, request.slo_tpot
+        for predicted in request.predictions.values():
+            if (ttft is None or predicted.ttft <= ttft) and (tpot is None or predicted.tpot <= tpot):
+                return
+        raise Saturated(
+            "No endpoint is expected to answer within the objectives of this request.",
+            remedy="Try again later, or ask for less.",
+            retry_after=RETRY_AFTER,
+        )

@@ -1,0 +1,109 @@
+"""Scorers that look at how busy an endpoint is, by what it reported and by what this gateway has open there.
+
+Definitions: llm-d-router, pkg/epp/framework/plugins/scheduling/scorer. An endpoint whose metrics were never read counts
+as idle for those that compare reports: it has just come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quire.gateway.endpoint import Endpoint
+from quire.gateway.plugin import Parameters, Scorer
+from quire.gateway.request import InferenceRequest
+
+
+def _between(values: Sequence[float]) -> Sequence[float]:
+    """The least is 1, the most 0; all alike are 1."""
+    least, most = min(values), max(values)
+    if most == least:
+        return [1.0] * len(values)
+    return [(most - value) / (most - least) for value in values]
+
+
+class QueueScorer(Scorer):
+    """`queue-scorer`"""
+
+    def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
+        return _between([0 if one.metrics is None else one.metrics.waiting for one in candidates])
+
+
+class RunningRequestsScorer(Scorer):
+    """`running-requests-size-scorer`"""
+
+    def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
+        return _between([0 if one.metrics is None else one.metrics.running for one in candidates])
+
+
+class KvCacheUtilizationScorer(Scorer):
+    """`kv-cache-utilization-scorer`"""
+
+    def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
+        return [1.0 if one.metrics is None else 1.0 - one.metrics.kv_usage for one in candidates]
+
+
+class LoadAwareParameters(Parameters, frozen=True):
+    threshold: int = 128
+
+
+class LoadAwareScorer(Scorer):
+    """`load-aware-scorer`: half the score for an empty queue, falling to nothing at `threshold` waiting requests."""
+
+    def __init__(self, threshold: int) -> None:
+        self._threshold = max(threshold, 1)
+
+    def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
+        waiting = [0 if one.metrics is None else one.metrics.waiting for one in candidates]
+        return [0.5 * (1.0 - min(number, self._threshold) / self._threshold) for number in waiting]
+
+
+class ActiveRequestParameters(Parameters, frozen=True):
+    request_timeout: str = ""
+    idle_threshold: int = 0
+    max_busy_score: float = 1.0
+
+
+class ActiveRequestScorer(Scorer):
+    """`active-request-scorer`: by the requests that this gateway has open there. At most `idle_threshold` of them is
+    idle, 1; the others share [0, `max_busy_score`] by the most there are."""
+
+    def __init__(self, idle_threshold: int, max_busy_score: float) -> None:
+        self._idle = idle_threshold
+        self._most_busy = min(max(max_busy_score, 0.0), 1.0)
+
+    def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
+        counts = [one.load.requests for one in candidates]
+        most = max(counts)
+        return [1.0 if n <= self._idle else self._most_busy * (most - n) / most for n in counts]
+
+
+class TokenLoadParameters(Parameters, frozen=True):
+    queue_threshold_tokens: int = 4_194_304
+
+
+class TokenLoadScorer(Scorer):
+    """`token-load-scorer`: by the tokens that this gateway has open there."""
+
+    def __init__(self, threshold: int) -> None:
+        self._threshold = max(threshold, 1)
+
+    def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
+        return [1.0 - min(one.load.tokens, self._threshold) / self._threshold for one in candidates]
+
+
+class LoraAffinityScorer(Scorer):
+    """`lora-affinity-scorer`: the adapter runs there 1, there is room for it 0.8, it waits there 0.6, else 0."""
+
+    def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
+        return [self._one(request.target_model, endpoint) for endpoint in candidates]
+
+    @staticmethod
+    def _one(adapter: str, endpoint: Endpoint) -> float:
+        metrics = endpoint.metrics
+        if metrics is None:
+            return 0.0
+        if adapter in metrics.active_adapters:
+            return 1.0
+        if len(metrics.active_adapters) + len(metrics.waiting_adapters) < metrics.max_lora:
+            return 0.8
+        return 0.6 if adapter in metrics.waiting_adapters else 0.0

@@ -1,0 +1,188 @@
+"""Profile handlers and deciders: which profiles run, and what their results mean together.
+
+Definitions: llm-d-router, …/scheduling/profilehandler. Disaggregation is announced in headers, which the decoding
+endpoint (or its sidecar) acts upon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from quire.core.errors import ConfigError
+from quire.gateway.endpoint import Endpoint
+from quire.gateway.plugin import Conclusion, Decider, Parameters, ProfileHandler, Services
+from quire.gateway.plugins.affinity_scorers import NO_MATCH, matches_of
+from quire.gateway.request import InferenceRequest
+
+PREFILLER: Final = "x-prefiller-host-port"
+ENCODERS: Final = "x-encoder-hosts-ports"
+DATA_PARALLEL: Final = "x-data-parallel-host-port"
+
+
+class SingleProfile(ProfileHandler):
+    """`single-profile-handler`: the one profile."""
+
+    def next_profiles(
+        self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
+    ) -> Sequence[str]:
+        return () if results else profiles[:1]
+
+    def conclude(self, request: InferenceRequest, results: Mapping[str, Sequence[Endpoint]]) -> Conclusion:
+        return Conclusion(next(iter(results.values()), ()))
+
+
+class StageNames(Parameters, frozen=True):
+    decode: str = "decode"
+    prefill: str = "prefill"
+    encode: str = "encode"
+
+
+class StageDeciders(Parameters, frozen=True):
+    prefill: str = ""
+    encode: str = ""
+
+
+class DisaggParameters(Parameters, frozen=True):
+    profiles: StageNames = StageNames()
+    deciders: StageDeciders = StageDeciders()
+    decode_profile: str = ""
+    prefill_profile: str = ""
+    decider_plugin_name: str = ""
+    primary_port: int = 0
+
+
+class Disaggregated(ProfileHandler):
+    """`disagg-profile-handler`: decode first; then, where their deciders say so for this request, encode and prefill,
+    on endpoints of their own."""
+
+    def __init__(self, names: StageNames, prefill: Decider | None, encode: Decider | None) -> None:
+        self._names = names
+        self._stages = [(names.encode, encode), (names.prefill, prefill)]
+
+    def next_profiles(
+        self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
+    ) -> Sequence[str]:
+        if self._names.decode not in results:
+            return [self._names.decode]
+        decode = results[self._names.decode]
+        if not decode or len(results) > 1:
+            return ()
+        return [
+            name
+            for name, decider in self._stages
+            if decider is not None and name in profiles and decider.disaggregate(request, decode[0])
+        ]
+
+    def conclude(self, request: InferenceRequest, results: Mapping[str, Sequence[Endpoint]]) -> Conclusion:
+        conclusion = Conclusion(results.get(self._names.decode, ()))
+        prefill, encode = results.get(self._names.prefill), results.get(self._names.encode)
+        if prefill:
+            conclusion.headers[PREFILLER] = prefill[0].address
+        if encode:
+            conclusion.headers[ENCODERS] = ",".join(endpoint.address for endpoint in encode)
+        return conclusion
+
+
+class DataParallel(ProfileHandler):
+    """`data-parallel-profile-handler`: the chosen rank's address goes into a header as well."""
+
+    def next_profiles(
+        self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
+    ) -> Sequence[str]:
+        return () if results else profiles[:1]
+
+    def conclude(self, request: InferenceRequest, results: Mapping[str, Sequence[Endpoint]]) -> Conclusion:
+        chosen = next(iter(results.values()), ())
+        if not chosen:
+            return Conclusion(())
+        return Conclusion(chosen, {DATA_PARALLEL: chosen[0].address})
+
+
+class HeaderProfileParameters(Parameters, frozen=True):
+    header_name: str = "x-llm-d-profile"
+    default_profile: str = ""
+
+
+class ByHeader(ProfileHandler):
+    """`header-profile-handler`: the profile that the header names, else the default, else the first."""
+
+    def __init__(self, header: str, default: str) -> None:
+        self._header = header.lower()
+        self._default = default
+
+    def next_profiles(
+        self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
+    ) -> Sequence[str]:
+        if results:
+            return ()
+        named = request.headers.get(self._header, self._default)
+        return [named] if named in profiles else profiles[:1]
+
+    def conclude(self, request: InferenceRequest, results: Mapping[str, Sequence[Endpoint]]) -> Conclusion:
+        return Conclusion(next(iter(results.values()), ()))
+
+
+class PrefixDeciderParameters(Parameters, frozen=True):
+    non_cached_tokens: int = 0
+    prompt_tokens: int = 0
+    prefix_match_info_producer_name: str = ""
+
+
+class PrefixBasedDecider(Decider):
+    """`prefix-based-pd-decider`: if at least so many tokens of the prompt are not cached where it would decode, and the
+    prompt has at least so many; 0 uncached tokens: never."""
+
+    def __init__(self, parameters: PrefixDeciderParameters) -> None:
+        self._least = parameters.non_cached_tokens
+        self._prompt = parameters.prompt_tokens
+        self._producer = parameters.prefix_match_info_producer_name
+
+    def disaggregate(self, request: InferenceRequest, endpoint: Endpoint) -> bool:
+        if not self._least or request.prompt_tokens < self._prompt:
+            return False
+        cached = matches_of(request, self._producer).get(endpoint.key, NO_MATCH).tokens
+        return request.prompt_tokens - cached >= self._least
+
+
+class Always(Decider):
+    """`always-disagg-pd-decider`"""
+
+    def disaggregate(self, request: InferenceRequest, endpoint: Endpoint) -> bool:
+        return True
+
+
+class AlwaysMultimodal(Decider):
+    """`always-disagg-multimodal-decider`: for what has images, sounds or films in it."""
+
+    _KINDS = (b'"image_url"', b'"video_url"', b'"input_audio"')
+
+    def disaggregate(self, request: InferenceRequest, endpoint: Endpoint) -> bool:
+        return any(kind in request.body for kind in self._KINDS)
+
+
+def _decider(name: str, services: Services, handler: str) -> Decider | None:
+    if not name:
+        return None
+    found = services.plugin(name)
+    if not isinstance(found, Decider):
+        raise ConfigError(f"{handler}: the plugin {name!r} is no decider.", param="plugins", remedy="Name one.")
+    return found
+
+
+class DataParallelParameters(Parameters, frozen=True):
+    primary_port: int = 8000
+    """Accepted, and without effect: the request goes to the port of the chosen endpoint."""
+
+
+def make_disaggregated(parameters: DisaggParameters, services: Services) -> ProfileHandler:
+    """Also of the older `pd-profile-handler`, whose parameters are flat."""
+    names = StageNames(
+        decode=parameters.decode_profile or parameters.profiles.decode,
+        prefill=parameters.prefill_profile or parameters.profiles.prefill,
+        encode=parameters.profiles.encode,
+    )
+    prefill = parameters.deciders.prefill or parameters.decider_plugin_name
+    handler = "disagg-profile-handler"
+    encode = _decider(parameters.deciders.encode, services, handler)
+    return Disaggregated(names, _decider(prefill, services, handler), encode)

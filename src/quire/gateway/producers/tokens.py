@@ -1,0 +1,117 @@
+"""`token-producer`: how many tokens a prompt has, and which, where something here can tokenise.
+
+The number is estimated from bytes; how many bytes make a token is learnt from what answers report, by model. Where the
+very tokens are wanted (to match engines' KV events) an endpoint is asked for them, with the model's own template: by
+/tokenize, which quire and vLLM have (`--exact-tokens`), or by the render endpoint that parameters name, as in llm-d.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, Final
+
+import aiohttp
+import msgspec
+
+from quire.gateway.endpoint import Endpoint
+from quire.gateway.flow.units import parse_duration
+from quire.gateway.plugin import Observer, Parameters, Producer, Services
+from quire.gateway.request import Api, InferenceRequest, Outcome
+
+BYTES_PER_TOKEN: Final = 4.0
+MAX_MODELS: Final = 1000
+FORGET: Final = 0.02
+EXACT: Final = "exact_tokens"
+HTTP: Final = "http"
+"""Names under which the gateway shares that exact tokens are wanted, and its client session."""
+TIMEOUT: Final = 5.0
+MAX_ANSWER: Final = 16 * 1024 * 1024
+_TOKENIZED: Final = ("prompt", "messages", "tools", "chat_template_kwargs", "add_generation_prompt")
+"""Fields of a request that decide its tokens."""
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class RenderParameters(Parameters, frozen=True):
+    url: str = "http://localhost:8000"
+    timeout: str = "5s"
+    mm_timeout: str = "30s"
+    messages_render_mode: str = "auto"
+    prefill_only: bool = False
+    insecure_skip_verify: bool = False
+
+
+class TokenParameters(Parameters, frozen=True):
+    model_name: str = ""
+    vllm: RenderParameters | None = None
+    estimate: Mapping[str, Any] = {}
+
+
+class TokenProducer(Producer, Observer):
+    def __init__(self, parameters: TokenParameters, services: Services) -> None:
+        render = (
+            parameters.vllm if parameters.vllm is not None else RenderParameters() if parameters.model_name else None
+        )
+        self._render = render
+        self._shared = services.shared
+        self._rng = services.rng
+        seconds = TIMEOUT if self._render is None else parse_duration(self._render.timeout, "vllm.timeout")
+        self._timeout = aiohttp.ClientTimeout(total=seconds)
+        self._ratios: OrderedDict[str, float] = OrderedDict()
+
+    def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> Awaitable[None] | None:
+        if request.token_ids is not None:
+            return None
+        if request.prompt_token_ids is not None:
+            request.token_ids = request.prompt_token_ids
+            request.prompt_tokens = len(request.prompt_token_ids)
+            return None
+        ratio = self._ratios.get(request.target_model, BYTES_PER_TOKEN)
+        request.prompt_tokens = max(round(len(request.prompt) / ratio), 1) if request.prompt else 0
+        if request.api not in (Api.CHAT, Api.COMPLETIONS, Api.MESSAGES) or not request.prompt:
+            return None
+        if self._render is not None:
+            return self._ask(request, self._render.url.rstrip("/") + request.path + "/render", request.body)
+        if self._shared.get(EXACT) and endpoints and request.api is not Api.MESSAGES:
+            endpoint = self._rng.choice(endpoints)
+            return self._ask(request, endpoint.url + "/tokenize", _tokenize_body(request))
+        return None
+
+    async def _ask(self, request: InferenceRequest, url: str, body: bytes) -> None:
+        session: aiohttp.ClientSession = self._shared[HTTP]
+        headers = {"content-type": "application/json"}
+        if "authorization" in request.headers:
+            headers["authorization"] = request.headers["authorization"]
+        async with session.post(url, data=body, headers=headers, timeout=self._timeout) as answer:
+            answer.raise_for_status()
+            ids = token_ids_of(msgspec.json.decode(await answer.content.read(MAX_ANSWER)))
+        if ids:
+            request.token_ids = ids
+            request.prompt_tokens = len(ids)
+
+    def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
+        if not outcome.ok or not outcome.prompt_tokens or not request.prompt or request.token_ids is not None:
+            return
+        seen = len(request.prompt) / outcome.prompt_tokens
+        ratio = self._ratios.get(request.target_model, BYTES_PER_TOKEN)
+        self._ratios[request.target_model] = ratio + FORGET * (min(max(seen, 0.25), 64.0) - ratio)
+        self._ratios.move_to_end(request.target_model)
+        while len(self._ratios) > MAX_MODELS:
+            self._ratios.popitem(last=False)
+
+
+def _tokenize_body(request: InferenceRequest) -> bytes:
+    fields = _object.decode(request.body)
+    kept = {name: fields[name] for name in _TOKENIZED if name in fields}
+    return msgspec.json.encode({"model": msgspec.Raw(msgspec.json.encode(request.target_model)), **kept})
+
+
+def token_ids_of(rendered: Any) -> Sequence[int] | None:
+    """Of a render endpoint's answer: one object, or a list of them, with `token_ids` or `prompt_token_ids`; of
+    /tokenize, one with `tokens`."""
+    first = rendered[0] if isinstance(rendered, list) and rendered else rendered
+    if not isinstance(first, dict):
+        return None
+    ids = first.get("token_ids", first.get("prompt_token_ids", first.get("tokens")))
+    whole = isinstance(ids, list) and all(isinstance(one, int) and 0 <= one < 2**32 for one in ids)
+    return ids if whole else None

@@ -1,0 +1,138 @@
+"""The gateway's KV index beside a real engine: what it thinks is cached is what the engine then says was cached."""
+
+import asyncio
+import json
+import random
+import socket
+import time
+
+import pytest
+import zmq.asyncio
+
+from quire.gateway.endpoint import Endpoint, Pool
+from quire.gateway.kv.index import KVIndex
+from quire.gateway.kv.subscriptions import KVSubscriptions
+from quire.gateway.scrape import parse_metrics
+
+BLOCK = 16
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def evicting(start_server):
+    """A server whose cache holds 40 blocks, a few prompts' worth."""
+    settings = {
+        "enable_kv_cache_events": True,
+        "endpoint": f"tcp://127.0.0.1:{free_port()}",
+        "bind": True,
+        "replay_endpoint": f"tcp://127.0.0.1:{free_port()}",
+    }
+    return start_server(f"--block-size={BLOCK}", "--num-kv-blocks=41", f"--kv-events-config={json.dumps(settings)}")
+
+
+class Router:
+    def __init__(self, server) -> None:
+        self.server = server
+        self.context = zmq.asyncio.Context()
+        self.index = KVIndex()
+        self.pool = Pool()
+        self.endpoint = self.pool.put(Endpoint("e", "127.0.0.1", int(server.root.rpartition(":")[2])))
+        self.subscriptions = KVSubscriptions(self.pool, self.index, self.context)
+        self.subscriptions.start()
+
+    async def close(self) -> None:
+        await self.subscriptions.stop()
+        self.context.destroy(linger=0)
+
+    async def read_metrics(self) -> None:
+        client = self.server.client.with_options(base_url=self.server.root)
+        page = await asyncio.to_thread(client.get, "/metrics", cast_to=str)
+        self.endpoint.metrics = parse_metrics(page, time.monotonic())
+        self.subscriptions.refresh(self.endpoint)
+
+    def cached(self, prompt, salt="") -> int:
+        found = self.index.lookup(prompt, cache_salt=salt).get(self.endpoint.key)
+        return 0 if found is None else found.tokens
+
+    async def ask(self, prompt, salt="") -> int:
+        """Prompt tokens that the engine says came from its cache."""
+        answer = await asyncio.to_thread(
+            self.server.client.completions.create,
+            model="quire-tiny",
+            prompt=prompt,
+            max_tokens=1,
+            extra_body={"cache_salt": salt} if salt else {},
+        )
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    async def know(self, prompt, salt="") -> None:
+        """Until the events of a prompt with something new in it have come, and with them those of what it drove out."""
+        async with asyncio.timeout(60):
+            while self.cached(prompt, salt) < len(prompt) // BLOCK * BLOCK:
+                await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+async def router(evicting):
+    made = Router(evicting)
+    await made.read_metrics()
+    yield made
+    await made.close()
+
+
+async def test_what_is_expected_to_be_cached_is_cached(router):
+    """Random prompts with common beginnings, more than the cache holds: evicted blocks are known to be gone."""
+    chance = random.Random(5)
+    stems = [[chance.randrange(300) for _ in range(chance.randrange(20, 140))] for _ in range(5)]
+    hits = evictions = 0
+    for number in range(60):
+        salt = chance.choice(["", "", "", "pepper"])
+        stem = chance.choice(stems)
+        prompt = [
+            *stem[: chance.randrange(1, len(stem) + 1)],
+            *(chance.randrange(300) for _ in range(chance.randrange(1, 40))),
+        ]
+        prompt += [number % 300] * BLOCK  # something that nobody has asked yet
+        expected = router.cached(prompt, salt)
+        assert await router.ask(prompt, salt) == expected
+        await router.know(prompt, salt)
+        hits += expected > 0
+        evictions = router.index.health()[router.endpoint.key].removed
+    assert hits > 10
+    assert evictions > 50
+    health = router.index.health()[router.endpoint.key]
+    assert health.missed == health.resyncs == health.bad_messages == health.orphans == health.repeated == 0
+    assert health.block_size == BLOCK
+    assert health.blocks <= 40
+    assert router.subscriptions.findings() == []
+
+
+async def test_who_comes_late_knows_the_same(router, evicting):
+    await router.ask(list(range(100)))
+    await router.know(list(range(100)))
+    late = Router(evicting)
+    try:
+        await late.read_metrics()
+        await late.know(list(range(100)))
+        assert late.index._holders.keys() == router.index._holders.keys()
+    finally:
+        await late.close()
+
+
+async def test_an_engine_that_died_has_nothing_cached(router, evicting):
+    prompt = list(range(50, 150))
+    await router.ask(prompt)
+    await router.know(prompt)
+    evicting.engine.kill()
+    async with asyncio.timeout(60):
+        while router.cached(prompt):
+            await asyncio.sleep(0.01)
+    assert await router.ask(prompt) == 0
+    await router.know(prompt)
+    assert await router.ask([*prompt, *range(20)]) == len(prompt) // BLOCK * BLOCK
+    assert router.index.health()[router.endpoint.key].restarts == 1
