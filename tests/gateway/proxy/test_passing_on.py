@@ -231,6 +231,16 @@ async def test_an_answer_to_no_question_is_nobodys(rig, fake) -> None:
     assert gateway.servers[0].connections == 3
 
 
+async def test_what_follows_a_stream_does_not_cost_its_end(rig, fake) -> None:
+    whole = fake.chunk(fake.delta("w0")) + fake.chunk(b"data: [DONE]\n\n") + fake.LAST_CHUNK
+    async with (
+        rig([fake.raw(fake.STREAM_HEAD + whole + b"and some more")]) as gateway,
+        aiohttp.ClientSession() as client,
+        client.post(f"{gateway.url}/v1/chat/completions", json=CHAT | {"stream": True}) as answer,
+    ):
+        assert await answer.read() == fake.delta("w0") + b"data: [DONE]\n\n"
+
+
 async def test_connections_are_reused(rig, fake) -> None:
     async with rig([fake.answer]) as gateway, aiohttp.ClientSession() as client:
         for _ in range(5):

@@ -221,6 +221,9 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        if api_of(scope["path"]) is not Api.OTHER:  # most calls; the router would try each route
+            await self.proxy(scope, receive, send)
+            return
         scope["app"] = self  # tells Starlette's routes to raise their 405 rather than to answer it
         try:
             await self.router(scope, receive, send)
