@@ -69,6 +69,9 @@ class Parts:
             self.metrics.watch(
                 "llm_d_epp_flow_control_queue_size", "Requests held, by priority.", _queue_sizes(self.flow), "priority"
             )
+        self.metrics.watch(
+            "quire_gateway_shadow", "Mirrored requests, by what came of them.", _shadow_counts(self.shadow), "outcome"
+        )
         await self.discovery.start()
         self.subscriptions.start()
         self.scraper.start()
@@ -167,6 +170,16 @@ def _queue_sizes(flow: FlowController) -> Callable[[], Mapping[str, float]]:
         return {str(priority): float(count) for priority, count in flow.snapshot().by_priority().items()}
 
     return sizes
+
+
+def _shadow_counts(shadow: Shadow) -> Callable[[], Mapping[str, float]]:
+    def counts() -> Mapping[str, float]:
+        return {
+            name: float(sum(getattr(one, name) for one in shadow.counts.values()))
+            for name in ("same", "different", "failed", "skipped", "uncompared")
+        }
+
+    return counts
 
 
 def _awaited(pool: Pool) -> Callable[[InferenceRequest], bool]:
