@@ -113,7 +113,7 @@ def body(value: object, status: int = 200, **headers: str) -> Behaviour:
 
 
 def raw(*pieces: bytes, then: str = "close") -> Behaviour:
-    """Bytes as they are, and then `close`, `reset`, or `hold` the connection."""
+    """Bytes as they are, and then `close`, `reset`, `hold` the connection without reading, or take the `next`."""
 
     async def behave(_: Received, wire: Wire) -> None:
         for piece in pieces:
@@ -122,7 +122,7 @@ def raw(*pieces: bytes, then: str = "close") -> Behaviour:
             wire.reset()
         elif then == "close":
             wire.close()
-        else:
+        elif then == "hold":
             await wire.gone()
 
     return behave
@@ -188,8 +188,8 @@ class FakeServer:
                 self.received.append(request)
                 behaviour = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
                 await behaviour(request, wire)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # streams complain of a handler that ends in any other way than returning
         finally:
             self.open -= 1
             self._tasks.discard(task)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-LIGHT_ROOMS = ["core", "config", "wire", "text", "cache", "sched", "serve", "cli"]
+LIGHT_ROOMS = ["core", "config", "wire", "text", "cache", "sched", "serve", "fleet", "cli"]
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys

@@ -31,6 +31,7 @@ from typing import (
 from cyclopts import Parameter
 
 from quire.config.engine import EngineConfig
+from quire.config.fleet import FleetConfig
 from quire.config.gateway import GatewayConfig
 from quire.config.resolve import Resolved, flag_name, read_file, resolve
 from quire.config.server import ServerConfig
@@ -106,6 +107,8 @@ if TYPE_CHECKING:
     OwnEngineFlags = Mapping[str, object] | None
     IsaFlag = Mapping[str, object] | None
     ServerFlags = Mapping[str, object] | None
+    FleetFlags = Mapping[str, object] | None
+    StateDirFlag = Mapping[str, object] | None
     GatewayFlags = Mapping[str, object] | None
 else:
     EngineFlags = flags_of(EngineConfig, "Engine")
@@ -113,6 +116,8 @@ else:
     OwnEngineFlags = flags_of(EngineConfig, "Engine", ARGUMENTS | {"seed"})
     IsaFlag = flags_of(EngineConfig, "Engine", frozenset(field.name for field in fields(EngineConfig)) - {"isa"})
     ServerFlags = flags_of(ServerConfig, "Server")
+    FleetFlags = flags_of(FleetConfig, "Fleet")
+    StateDirFlag = flags_of(FleetConfig, "Fleet", frozenset({"host", "port"}))
     GatewayFlags = flags_of(GatewayConfig, "Gateway")
 
 ConfigFile = Annotated[

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from quire.config.engine import EngineConfig
+from quire.config.fleet import FleetConfig
 from quire.config.gateway import GatewayConfig
 from quire.config.server import ServerConfig
 from quire.config.validate import validate
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 ENV_PREFIX = "QUIRE_"
 MAX_FILE_BYTES = 256 * 1024
-CONFIG_CLASSES: tuple[type[Any], ...] = (EngineConfig, ServerConfig, GatewayConfig)
+CONFIG_CLASSES: tuple[type[Any], ...] = (EngineConfig, ServerConfig, GatewayConfig, FleetConfig)
 
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})

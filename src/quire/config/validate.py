@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.config.engine import EngineConfig
+from quire.config.fleet import FleetConfig
 from quire.config.gateway import GatewayConfig
 from quire.config.kv_events import read_kv_events
 from quire.config.server import ListenConfig, ServerConfig
@@ -100,10 +101,13 @@ _GATEWAY: Mapping[str, Rule] = {
     "explain_requests": between(0, 1_048_576),
 }
 
+_FLEET: Mapping[str, Rule] = {"state_dir": _NAME, "host": _NAME, "port": between(0, 65_535)}
+
 _RULES: Sequence[tuple[type[object], Mapping[str, Rule]]] = (
     (EngineConfig, _ENGINE),
     (ServerConfig, _SERVER),
     (GatewayConfig, _GATEWAY),
+    (FleetConfig, _FLEET),
 )
 
 

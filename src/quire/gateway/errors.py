@@ -57,6 +57,14 @@ class NoEndpoint(Dropped):
     status = 503
 
 
+class ShuttingDown(Dropped):
+    """The gateway stops."""
+
+    reason = "rejected-shutting-down"
+    code = "draining"
+    status = 503
+
+
 class UpstreamError(EngineError):
     """An endpoint failed, and no other could take over. `kind` is `Outcome.error`'s word for how."""
 

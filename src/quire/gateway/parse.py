@@ -90,7 +90,7 @@ def parse(
     _read_headers(request, named)
     if api is not Api.OTHER or (path in _WITH_MODEL and body[:1] == b"{"):
         _read_body(request, _decode(body))
-    request.target_model = _header(named, _REWRITE) or request.model
+        request.target_model = _header(named, _REWRITE) or request.model
     return request
 
 

@@ -110,6 +110,8 @@ class Outcome:
     finished: float = 0.0
     output_tokens: int | None = None
     """Where the answer said, or chunks were counted."""
+    prompt_tokens: int | None = None
+    """As the engine counted them."""
     cached_tokens: int | None = None
     """Prompt tokens that the engine says came from its cache."""
 

@@ -109,6 +109,11 @@ class Rig:
     def openai(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
+    async def settled(self) -> None:
+        """Wait until everything that came in has been counted off; a client sees its answer a moment earlier."""
+        while self.app.proxy.num_open:
+            await asyncio.sleep(0)
+
     @property
     def open_load(self) -> int:
         return sum(endpoint.load.requests for endpoint in self.pool)
@@ -118,7 +123,9 @@ MakeRig = Callable[..., contextlib.AbstractAsyncContextManager[Rig]]
 
 
 @contextlib.asynccontextmanager
-async def _rig(*behaviours: list, settings: ProxySettings | None = None, **build: object) -> AsyncIterator[Rig]:
+async def _rig(
+    *behaviours: list, settings: ProxySettings | None = None, listen: ListenConfig | None = None, **build: object
+) -> AsyncIterator[Rig]:
     servers = [_fake.FakeServer(list(of_one)) for of_one in behaviours]
     pool, recorder = Pool(), Recorder()
     for server, name in zip(servers, "abcdefgh", strict=False):
@@ -128,18 +135,22 @@ async def _rig(*behaviours: list, settings: ProxySettings | None = None, **build
     scheduler = Scheduler({"default": profile}, Single())
     director = Director(pool=pool, scheduler=scheduler, clock=time.monotonic, observers=(recorder,))
     app = build_app(director, settings, **build)  # type: ignore[arg-type]
-    listen = ListenConfig(port=0)
+    listen = listen or ListenConfig(port=0)
     with bind(listen) as listener:
-        server = Server(uvicorn_config(app, listen))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        await server.listening.wait()
+        config = uvicorn_config(app, listen)
+        server = Server(config)
+        server.lifespan = config.lifespan_class(config)
+        await server.startup(sockets=[listener])  # not `serve` and `shutdown`, which rest 100 ms and more
+        await server.on_tick(0)
         try:
             yield Rig(servers, pool, director, app, recorder, listener.getsockname()[1])
         finally:
-            server.should_exit = True
-            server.force_exit = True
-            await serving
-            app.close()
+            for one in server.servers:
+                one.close()
+            for connection in list(server.server_state.connections):
+                connection.transport.abort()
+            await asyncio.gather(*server.server_state.tasks, return_exceptions=True)
+            await app.stop()
             for one in servers:
                 await one.stop()
 

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from quire.core.registry import Registry
+from quire.gateway.cost.policy import ExpectedCost
 from quire.gateway.plugin import Factory, NoParameters, Parameters, Plugin, Services, plugin_registry, read_parameters
 from quire.gateway.plugins import admitters, affinity_scorers, filters, load_scorers, pickers, profiles, sessions
+from quire.gateway.producers.known import InflightLoad, InflightLoadParameters, SessionId, SessionIdParameters
+from quire.gateway.producers.latency import LatencyParameters, PredictedLatency
+from quire.gateway.producers.prefix import ApproxPrefix, PrefixParameters
+from quire.gateway.producers.tokens import TokenParameters, TokenProducer
 
 P = TypeVar("P", bound=Parameters)
 
@@ -182,6 +187,16 @@ ADMITTERS: Final[Sequence[StockPlugin]] = (
     ),
     plain("latency-slo-admitter", admitters.LatencySlo),
 )
+PRODUCERS: Final[Sequence[StockPlugin]] = (
+    stock("token-producer", TokenProducer, TokenParameters, TokenProducer),
+    stock("approx-prefix-cache-producer", ApproxPrefix, PrefixParameters, ApproxPrefix),
+    stock("predicted-latency-producer", PredictedLatency, LatencyParameters, lambda _, s: PredictedLatency(s)),
+    stock("inflight-load-producer", InflightLoad, InflightLoadParameters, lambda _p, _s: InflightLoad()),
+    stock("session-id-producer", SessionId, SessionIdParameters, lambda p, _: SessionId(p.header_name, p.cookie_name)),
+)
+DEFAULT_POLICY: Final[Sequence[StockPlugin]] = (
+    stock("expected-cost-scorer", ExpectedCost, NoParameters, lambda _, s: ExpectedCost(s)),
+)
 ALIASES: Final[Mapping[str, str]] = {
     "by-label-selector": "label-selector-filter",
     "decode-role": "decode-filter",
@@ -216,8 +231,8 @@ MEANINGLESS: Final[Mapping[str, str]] = {
 
 
 def stock_plugins(more: Sequence[StockPlugin] = ()) -> Registry[Factory]:
-    """All of them, those of `more` too: producers, the default policy, flow control's."""
+    """All of them, and those of `more`: flow control's, the KV index's."""
     registry = plugin_registry()
-    for one in (*SCORERS, *FILTERS, *PICKERS, *HANDLERS, *ADMITTERS, *more):
+    for one in (*SCORERS, *FILTERS, *PICKERS, *HANDLERS, *ADMITTERS, *PRODUCERS, *DEFAULT_POLICY, *more):
         registry.add(one.type_name, one.make)
     return registry

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 from starlette.responses import Response
 
-from quire.core.errors import QuireError, Unauthorized
+from quire.core.errors import QuireError
 from quire.gateway.errors import DROPPED_HEADER, Dropped
 from quire.gateway.request import Api
-from quire.web.answers import encode_json, error_body
+from quire.web.answers import encode_json, error_body, error_headers
 
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
@@ -43,13 +41,9 @@ def error_json(error: QuireError, api: Api) -> bytes:
 
 
 def error_answer(error: QuireError, api: Api, request_id: str) -> Response:
-    headers = {"x-request-id": request_id}
-    if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    headers = {"x-request-id": request_id, **error_headers(error)}
     if isinstance(error, Dropped):
         headers[DROPPED_HEADER] = error.reason
-    if isinstance(error, Unauthorized):
-        headers["www-authenticate"] = "Bearer"
     return Response(error_json(error, api), error.status, headers, media_type="application/json")
 
 

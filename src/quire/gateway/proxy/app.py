@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+import aiohttp
 import msgspec
 import structlog
 from starlette.exceptions import HTTPException
@@ -26,12 +27,38 @@ from quire.gateway.proxy.forward import Forwarder
 from quire.gateway.proxy.settings import ProxySettings
 from quire.gateway.request import Api, InferenceRequest
 from quire.gateway.resilience.budget import Budget
+from quire.gateway.resilience.checks import Checks
+from quire.gateway.resilience.guard import Guard
+from quire.gateway.resilience.hedge import Hedging
 from quire.web.answers import for_status, json_response
 from quire.web.limits import request_id_of
 from quire.wire.openai import Model, ModelList
 
+LAST_WORDS = 1.0
+"""Seconds to tell clients that the gateway stops."""
 Hook = Callable[[InferenceRequest], Awaitable[None] | None]
 """Looks at a request before it is admitted, and may write `tenant`; raises `QuireError` to refuse it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """What became of a call, for counting."""
+
+    api: Api
+    request: InferenceRequest | None
+    """None if it could not be read."""
+    status: int
+    """Sent to the client; 0 if it left before."""
+    error: str
+    """Code of our error, also of one that ended a stream; empty if there was none."""
+    seconds: float
+    """From its arrival."""
+    tries: int
+    """Endpoints that were asked."""
+
+
+def count_nothing(_: Finished) -> None:
+    return
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +69,7 @@ class Proxy:
     forwarder: Forwarder
     settings: ProxySettings
     hooks: Sequence[Hook] = ()
+    count: Callable[[Finished], None] = count_nothing
     draining: bool = False
     num_open: int = 0
     _none_open: asyncio.Event = field(default_factory=asyncio.Event)
@@ -50,29 +78,39 @@ class Proxy:
         """Whatever goes wrong becomes an answer, as long as none has begun."""
         api, request_id = api_of(scope["path"]), request_id_of(scope).decode()
         call: Call | None = None
+        status, failure = 0, ""
         self.num_open += 1
+        arrived = self.director.clock()
         try:
-            arrived = self.director.clock()
             if self.draining:
                 raise Draining("The gateway is stopping.", remedy="Try again elsewhere.", retry_after=1.0)
             body = await self._read(scope, receive)
             request = parse(request_id, scope["path"], scope["headers"], body, arrived)
             call = Call(request, scope, send, arrived + self.settings.total_timeout)
             await self._answer(call, receive)
-        except Cancelled:
-            return
+        except Cancelled as left:
+            failure = left.code
         except Exception as error:
+            failure = error.code if isinstance(error, QuireError) else QuireError.code
             if call is not None and call.started:
                 structlog.get_logger().warning("answer_broken_off", request_id=request_id, error=str(error))
                 return
             if not isinstance(error, QuireError):
                 structlog.get_logger().error("proxy_failed", request_id=request_id, exc_info=error)
                 error = QuireError("Something went wrong in the gateway.", remedy="See its log.")
+            status = error.status
             await error_answer(error, api, request_id)(scope, receive, send)
         finally:
+            self._count(api, call, status, failure, self.director.clock() - arrived)
             self.num_open -= 1
             if not self.num_open:
                 self._none_open.set()
+
+    def _count(self, api: Api, call: Call | None, status: int, error: str, seconds: float) -> None:
+        request = None if call is None else call.request
+        tries = 0 if call is None else len(call.tried)
+        status = status if call is None or not call.started else call.status
+        self.count(Finished(api=api, request=request, status=status, error=error, seconds=seconds, tries=tries))
 
     async def drain(self, timeout: float) -> None:
         """Refuse new requests, and wait for those that are open, `timeout` seconds at most."""
@@ -164,25 +202,44 @@ class OwnRoutes:
         return json_response(ModelList(data=[Model(id=name, created=self._started) for name in sorted(names)]))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Gateway:
-    """The ASGI application, and what has to be started and stopped with it."""
+    """The ASGI application, and what is started and stopped with it."""
 
     proxy: Proxy
     connections: Connections
-    _router: Router
+    guard: Guard
+    settings: ProxySettings
+    router: Router
+    _checks: Checks | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         scope["app"] = self  # tells Starlette's routes to raise their 405 rather than to answer it
         try:
-            await self._router(scope, receive, send)
+            await self.router(scope, receive, send)
         except HTTPException as error:
-            answer = error_answer(for_status(error.status_code, scope["path"][:200]), Api.OTHER, "")
+            ours = for_status(error.status_code, scope["path"][:200])
+            answer = error_answer(ours, Api.OTHER, request_id_of(scope).decode())
+            answer.headers.update(error.headers or {})  # Allow, which a 405 has to have
             await answer(scope, receive, send)
 
-    def close(self) -> None:
+    def start(self, http: aiohttp.ClientSession) -> None:
+        """Begin to look at the endpoints' health and models, over `http`."""
+        self._checks = Checks(pool=self.guard.pool, guard=self.guard, http=http, settings=self.settings.resilience)
+        self._checks.start()
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, and wait for those that are open, `timeout` seconds at most. Those that are left then
+        end with an error that says so."""
+        await self.proxy.drain(timeout)
+        self.connections.close()
+        await self.proxy.drain(LAST_WORDS)
+
+    async def stop(self) -> None:
+        if self._checks is not None:
+            await self._checks.stop()
         self.connections.close()
 
 
@@ -192,15 +249,25 @@ def build_app(
     *,
     hooks: Sequence[Hook] = (),
     routes: Sequence[BaseRoute] = (),
+    count: Callable[[Finished], None] = count_nothing,
 ) -> Gateway:
     """`hooks` are called before the director (authenticate, then admit); `routes` are the gateway's own beside those
-    that it always has: /metrics, /explain."""
+    that it always has: /metrics, /explain; `count` is told of each call that is over. Adds a `Guard` to the director's
+    observers."""
     settings = settings or ProxySettings()
+    resilience = settings.resilience
     connections = Connections(settings)
     director.pool.watch(lambda _: None, connections.forget)
-    retries = Budget(share=settings.resilience.retry_share, burst=settings.resilience.retry_burst)
-    forwarder = Forwarder(director=director, connections=connections, settings=settings, retries=retries)
-    proxy = Proxy(director=director, forwarder=forwarder, settings=settings, hooks=hooks)
+    guard = Guard(pool=director.pool, clock=director.clock, settings=resilience)
+    director.observers = (*director.observers, guard)
+    forwarder = Forwarder(
+        director=director,
+        connections=connections,
+        settings=settings,
+        retries=Budget(share=resilience.retry_share, burst=resilience.retry_burst),
+        hedging=Hedging(resilience),
+    )
+    proxy = Proxy(director=director, forwarder=forwarder, settings=settings, hooks=hooks, count=count)
     own = OwnRoutes(proxy, int(time.time()))
     table = [
         Route("/health", own.health, methods=["GET"]),
@@ -208,4 +275,5 @@ def build_app(
         Route("/v1/models", own.models, methods=["GET"]),
         *routes,
     ]
-    return Gateway(proxy, connections, Router(table, redirect_slashes=False, default=proxy))
+    router = Router(table, redirect_slashes=False, default=proxy)
+    return Gateway(proxy=proxy, connections=connections, guard=guard, settings=settings, router=router)

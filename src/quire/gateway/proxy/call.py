@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.types import Scope, Send
@@ -28,6 +29,12 @@ class Call:
     """By the gateway's clock; the answer has to be whole by then."""
     started: bool = False
     """Something of an answer has gone to the client; from here on nothing can be tried again."""
+    status: int = 0
+    """Sent to the client."""
+    tried: frozenset[str] = frozenset()
+    """Keys of the endpoints where it was, or is, attempted."""
+    tap: Callable[[bytes], None] | None = None
+    """Is given what the answer's body is made of, too."""
     _body: bytes = field(init=False, default=b"")
     _body_model: str = field(init=False, default="")
 
@@ -47,7 +54,8 @@ class Call:
 
     def _body_for(self, model: str) -> bytes:
         request = self.request
-        if not model or model == request.model:
+        was_read = request.model or request.api is not Api.OTHER  # else it may be no JSON
+        if not was_read or not model or model == request.model:
             return request.body
         if model != self._body_model:
             self._body, self._body_model = with_model(request.body, model), model
@@ -60,6 +68,10 @@ class Call:
         if kind.startswith(b"text/event-stream"):
             await self._stream(answer, headers, usage)
             return
+        length_said = any(name == b"content-length" for name, _ in answer.headers)
+        if self.request.stream or (self.request.api is Api.OTHER and not length_said and not answer.complete):
+            await self._pass_on(answer, headers, b"", usage)  # speech and the like
+            return
         pieces: list[bytes] = []
         size = 0
         while size <= max_buffered and (piece := await answer.read()):
@@ -67,21 +79,23 @@ class Call:
             size += len(piece)
         body = b"".join(pieces)
         if size > max_buffered:
-            await self._pass_on(answer, headers, body)
+            await self._pass_on(answer, headers, body, usage)
             return
         usage.whole(body)
-        self.started = True
         length = len(body)
         if self.scope["method"] == "HEAD":  # of the answer that GET would get
             length = next((int(value) for name, value in answer.headers if name == b"content-length"), 0)
         if answer.status not in (204, 304):
             headers.append((b"content-length", b"%d" % length))
-        await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self._start(answer.status, headers)
         await self.send({"type": "http.response.body", "body": body})
 
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.started, self.status = True, status
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
     async def _stream(self, answer: Connection, headers: list[tuple[bytes, bytes]], usage: Usage) -> None:
-        self.started = True
-        await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self._start(answer.status, headers)
         try:
             rest = await self._relay(answer, usage)
         except UpstreamError as error:
@@ -112,11 +126,16 @@ class Call:
             await self.send({"type": "http.response.body", "body": b"", "more_body": True})  # waits for the client
         return events.rest()
 
-    async def _pass_on(self, answer: Connection, headers: list[tuple[bytes, bytes]], begun: bytes) -> None:
-        """An answer too large to be held. If it breaks off so does ours, which the client sees by its framing."""
-        self.started = True
-        await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    async def _pass_on(
+        self, answer: Connection, headers: list[tuple[bytes, bytes]], begun: bytes, usage: Usage
+    ) -> None:
+        """An answer that is not held until it is whole. If it breaks off so does ours, which the client sees by its
+        framing."""
+        await self._start(answer.status, headers)
         await self.send({"type": "http.response.body", "body": begun, "more_body": True})
+        usage.see(begun)
         while piece := await answer.read():
+            usage.see(piece)
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})
+        usage.end()
         await self.send({"type": "http.response.body", "body": b""})

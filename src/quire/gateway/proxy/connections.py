@@ -73,7 +73,8 @@ class Connections:
         """After its answer was read to the end."""
         connection.finish()
         held = self._by_key.get(endpoint.key)
-        if held is None or not connection.reusable or not connection.open or self._is_full(held):
+        known = held is not None and connection in held.open  # else its endpoint left, or moved
+        if held is None or not known or not connection.reusable or not connection.open or self._is_full(held):
             connection.abort()
             return
         connection.idle_since = asyncio.get_running_loop().time()
@@ -98,9 +99,12 @@ class Connections:
             held.idle.pop().abort()
 
     def close(self) -> None:
+        """Close all. Whoever waits for an answer gets an `UpstreamError`."""
         for held in self._by_key.values():
             while held.idle:
                 held.idle.pop().abort()
+            for connection in tuple(held.open):
+                connection.fail(UpstreamError("The gateway is stopping.", kind="stopped", remedy="Ask again."))
         self._by_key.clear()
 
     def _tls_context(self) -> ssl.SSLContext:

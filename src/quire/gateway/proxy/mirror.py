@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
 from quire.gateway.errors import UpstreamError
+from quire.gateway.proxy.attempt import Try
 from quire.gateway.proxy.call import Call
-from quire.gateway.proxy.forward import Forwarder, Try
+from quire.gateway.proxy.forward import Forwarder
 from quire.gateway.proxy.upstream import Waits
 from quire.gateway.request import InferenceRequest
 from quire.gateway.traffic.policy import Target
@@ -35,7 +36,7 @@ class Mirrors:
         forwarder, request = self.forwarder, _copy(call.request, target)
         choice = forwarder.director.choose_again(request)
         copy = Call(request, call.scope, call.send, call.deadline)
-        current = Try(forwarder.director, request, forwarder.director.sent(request, choice.endpoint, choice))
+        current = Try(forwarder.director, request, choice)
         settings = forwarder.settings
         waits = Waits(first_byte=settings.first_byte_timeout, idle=settings.idle_timeout, total=settings.total_timeout)
         try:

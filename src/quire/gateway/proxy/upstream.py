@@ -182,11 +182,11 @@ class Connection(asyncio.Protocol):
         if now < min(due, total_due):
             self._timer = self._loop.call_at(min(due, total_due), self._check_time)
         elif total_due <= due:
-            self._fail(UpstreamTimeout(f"The answer did not end within {waits.total:g} s.", kind="timeout"))
+            self.fail(UpstreamTimeout(f"The answer did not end within {waits.total:g} s.", kind="timeout"))
         elif self._body_begun:
-            self._fail(UpstreamTimeout(f"Endpoint {self.name} fell silent for {waits.idle:g} s.", kind="timeout"))
+            self.fail(UpstreamTimeout(f"Endpoint {self.name} fell silent for {waits.idle:g} s.", kind="timeout"))
         else:
-            self._fail(
+            self.fail(
                 UpstreamTimeout(f"Endpoint {self.name} did not answer in {waits.first_byte:g} s.", kind="timeout")
             )
 
@@ -195,7 +195,8 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
 
-    def _fail(self, error: UpstreamError) -> None:
+    def fail(self, error: UpstreamError) -> None:
+        """End the exchange with `error`, which whoever waits gets."""
         if self._error is None and not self.complete:
             self._error = error
         self._stop_timer()
@@ -205,8 +206,7 @@ class Connection(asyncio.Protocol):
 
     # --- the transport's calls ----------------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvloop's is no subclass
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -233,7 +233,7 @@ class Connection(asyncio.Protocol):
 
     def _fail_garbage(self, what: str) -> None:
         self.reusable = False
-        self._fail(UpstreamError(f"Endpoint {self.name} {what}.", kind="garbage"))
+        self.fail(UpstreamError(f"Endpoint {self.name} {what}.", kind="garbage"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()

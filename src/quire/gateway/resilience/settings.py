@@ -21,7 +21,7 @@ class ResilienceSettings:
     """… if there were at least so many."""
     window: float = 10.0
     ejection: float = 2.0
-    """The first time; doubled each time that the probe after it fails."""
+    """The first time; doubled each time that it is needed again within a window."""
     max_ejection: float = 60.0
     max_ejected_share: float = 0.5
     """Of all endpoints, at most so many are ejected by what requests met; one that is known alone never is."""

@@ -1,0 +1,223 @@
+"""The control plane: follow the events, carry out the plan, record what is seen. All it knows is in the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from quire.fleet import endpoints, events, launch
+from quire.fleet.apply import apply
+from quire.fleet.directory import ServiceDirectory
+from quire.fleet.events import AnyEvent
+from quire.fleet.journal import SNAPSHOT_EVERY, Journal
+from quire.fleet.plan import Action, Drain, Kill, Start, Stop, plan
+from quire.fleet.probe import Probe
+from quire.fleet.provider import Provider
+from quire.fleet.spec import GATEWAY
+from quire.fleet.state import FleetState, Replica
+
+TICK = 0.1
+PROBE_EVERY = {"starting": 0.2, "ready": 1.0, "unready": 1.0, "draining": 0.2}
+"""Seconds between probes, by phase."""
+FAILED_PROBES = 3
+"""In a row, before a ready replica counts as unready: one slow answer is no illness."""
+DRAIN_SETTLE = 1.0
+"""Seconds of draining before its idleness is believed: the gateway has to have read the endpoints file."""
+
+
+class ControlPlane:
+    """Runs one service. `environ` is what its processes inherit; `on_event` sees each event as it is applied."""
+
+    def __init__(
+        self,
+        directory: ServiceDirectory,
+        provider: Provider,
+        *,
+        environ: Mapping[str, str],
+        clock: Callable[[], float] = time.time,
+        on_event: Callable[[AnyEvent, FleetState], None] | None = None,
+    ) -> None:
+        self._directory = directory
+        self._provider = provider
+        self._environ = environ
+        self._clock = clock
+        self._on_event = on_event
+        self._journal = Journal(directory.database)
+        self._seq, self.state = self._journal.load()
+        self._snapshot_seq = self._seq
+        self._written: list[endpoints.Endpoint] | None = None
+        self._probes: dict[str, asyncio.Task[None]] = {}
+        self._cores = len(os.sched_getaffinity(0))
+
+    async def run(self, until: Callable[[FleetState], bool]) -> None:
+        """Work until `until(state)`; whatever runs then, runs on."""
+        probe = Probe()
+        try:
+            self._resume()
+            while True:
+                self._observe()
+                self._follow()
+                for action in plan(self.state, self._clock()):
+                    self._perform(action)
+                self._follow()
+                self._tell_gateway()
+                self._look_after_probes(probe)
+                if until(self.state):
+                    return
+                await asyncio.sleep(TICK)
+        finally:
+            for task in self._probes.values():
+                task.cancel()
+            await asyncio.gather(*self._probes.values(), return_exceptions=True)
+            await probe.close()
+            self._journal.close()
+
+    # --- events ---------------------------------------------------------------------------------------------
+
+    def record(self, event: AnyEvent) -> None:
+        self._journal.append(event)
+
+    def _follow(self) -> None:
+        for seq, event in self._journal.after(self._seq):
+            self._seq, self.state = seq, apply(self.state, event)
+            if self._on_event is not None:
+                self._on_event(event, self.state)
+        if self._seq - self._snapshot_seq >= SNAPSHOT_EVERY:
+            self._journal.compact(self._seq, self.state)
+            self._snapshot_seq = self._seq
+
+    # --- what runs ------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        """An earlier control plane may have died between deciding on a stop and sending it."""
+        for replica in self.state.replicas.values():
+            if replica.phase == "stopping":
+                self._provider.stop(replica.name)
+
+    def _observe(self) -> None:
+        """Compare what should run with what does: ends, numbers of processes, and what nobody knows of."""
+        found = self._provider.processes()
+        for replica in self.state.replicas.values():
+            if not replica.has_process:
+                continue
+            seen = found.get(replica.name)
+            if seen is None or seen.start != replica.starts:
+                self._ended(replica, None, None)
+            elif not seen.running:
+                self._ended(replica, seen.returncode, seen.error)
+            elif seen.pid is not None and seen.pid != replica.pid:
+                self.record(events.ProcessStarted(at=self._clock(), replica=replica.name, pid=seen.pid))
+        for name, seen in found.items():
+            if name not in self.state.replicas:
+                if seen.running:
+                    self._provider.kill(name)
+                else:
+                    self._provider.forget(name)
+
+    def _ended(self, replica: Replica, returncode: int | None, error: str | None) -> None:
+        self.record(events.ProcessExited(at=self._clock(), replica=replica.name, returncode=returncode, error=error))
+
+    def _perform(self, action: Action) -> None:
+        now = self._clock()
+        match action:
+            case Start():
+                self._start(action, now)
+            case Drain():
+                self.record(
+                    events.DrainDecided(at=now, replica=action.replica, deadline=action.deadline, reason=action.reason)
+                )
+            case Stop():
+                self.record(
+                    events.StopDecided(at=now, replica=action.replica, deadline=action.deadline, reason=action.reason)
+                )
+                self._provider.stop(action.replica)
+            case Kill():
+                self.record(events.KillDecided(at=now, replica=action.replica, reason=action.reason))
+                self._provider.kill(action.replica)
+
+    def _start(self, action: Start, now: float) -> None:
+        assert self.state.spec is not None
+        spec = action.role
+        engines = sum(role.replicas for role in self.state.spec.roles if role.role != GATEWAY)
+        self._follow()
+        taken = frozenset(replica.port for replica in self.state.replicas.values())
+        self.record(
+            events.StartDecided(
+                at=now,
+                replica=action.replica,
+                role=spec.role,
+                revision=spec.revision,
+                port=spec.port if spec.port is not None else self._provider.free_port(taken),
+                threads=launch.threads_for(spec, engines, self._cores),
+            )
+        )
+        self._follow()
+        replica = self.state.replicas[action.replica]
+        endpoints_file = self._directory.endpoints_file
+        if spec.role == GATEWAY:
+            self._tell_gateway()
+            launch.write_policy(launch.policy_file(endpoints_file), spec)
+        order = launch.launch(
+            replica, spec, engines=max(engines, 1), endpoints_file=endpoints_file, environ=self._environ
+        )
+        try:
+            self._provider.start(order)
+        except OSError as error:
+            self._ended(replica, None, f"It could not be started: {error}.")
+
+    def _tell_gateway(self) -> None:
+        if self.state.spec is None:
+            return
+        found = endpoints.endpoints(self.state)
+        if found != self._written:
+            endpoints.write(self._directory.endpoints_file, found)
+            self._written = found
+
+    # --- how they are ---------------------------------------------------------------------------------------
+
+    def _look_after_probes(self, probe: Probe) -> None:
+        for name, task in list(self._probes.items()):
+            if task.done():
+                del self._probes[name]
+                if not task.cancelled() and task.exception() is not None:
+                    structlog.get_logger().error("probing failed", replica=name, error=repr(task.exception()))
+        for name, replica in self.state.replicas.items():
+            if name not in self._probes and replica.phase in PROBE_EVERY:
+                self._probes[name] = asyncio.create_task(self._watch(name, replica.starts, probe))
+
+    async def _watch(self, name: str, start: int, probe: Probe) -> None:
+        """Probe one process for as long as it is there."""
+        failed = 0
+        while True:
+            replica = self.state.replicas.get(name)
+            if replica is None or replica.starts != start or replica.phase not in PROBE_EVERY:
+                return
+            if replica.phase == "draining":
+                await self._probe_draining(replica, probe)
+            else:
+                trouble = await probe.trouble(
+                    replica.port, engine=replica.role != GATEWAY, api_key=self._api_key(replica)
+                )
+                failed = 0 if trouble is None else failed + 1
+                replica = self.state.replicas.get(name)
+                if replica is None or replica.starts != start:
+                    return
+                if trouble is None and replica.phase in ("starting", "unready"):
+                    self.record(events.BecameReady(at=self._clock(), replica=name))
+                elif trouble is not None and failed >= FAILED_PROBES and replica.phase == "ready":
+                    self.record(events.BecameUnready(at=self._clock(), replica=name, reason=trouble))
+            await asyncio.sleep(PROBE_EVERY.get(replica.phase, 0))
+
+    async def _probe_draining(self, replica: Replica, probe: Probe) -> None:
+        if replica.idle or self._clock() - replica.since < DRAIN_SETTLE:
+            return
+        if await probe.in_flight(replica.port, self._api_key(replica)) == 0:
+            self.record(events.BecameIdle(at=self._clock(), replica=replica.name))
+
+    def _api_key(self, replica: Replica) -> str | None:
+        spec = None if self.state.spec is None else self.state.spec.role(replica.role)
+        return None if spec is None else launch.api_key(spec, self._environ)

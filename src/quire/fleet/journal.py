@@ -1,0 +1,130 @@
+"""The events on disk: one SQLite table that is the truth, and a snapshot so that it stays bounded.
+
+Commands and the control plane write through the same door, so a command needs no control plane to be heard, and a
+control plane that is killed loses nothing that it wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import msgspec
+
+from quire.core.errors import ConfigError
+from quire.fleet.apply import apply
+from quire.fleet.events import AnyEvent
+from quire.fleet.state import FleetState
+
+T = TypeVar("T")
+
+FORMAT = 1
+SNAPSHOT_EVERY = 1000
+KEPT_EVENTS = 5000
+"""Events kept for `quire events` once a snapshot has made them superfluous."""
+BUSY_TIMEOUT = 10.0
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS snapshot (id INTEGER PRIMARY KEY CHECK (id = 1), seq INTEGER NOT NULL, body BLOB NOT NULL);
+"""
+_EVENT = msgspec.json.Decoder[AnyEvent](AnyEvent)
+_STATE = msgspec.json.Decoder(FleetState)
+
+
+class Journal:
+    """The events of one service. Each method is one transaction; several processes may write."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or makes the file, readable by its owner alone. Raises `ConfigError` if it is of another version."""
+        self._path = path
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        self._connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            raise self._unusable(str(error)) from error
+
+    def _prepare(self) -> None:
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version not in (0, FORMAT):
+            raise self._unusable(f"its format is {version}, and this quire writes {FORMAT}")
+        self._connection.executescript(_SCHEMA)
+        self._connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _unusable(self, reason: str) -> ConfigError:
+        return ConfigError(
+            f"The fleet's state {self._path} cannot be used: {reason}.",
+            remedy="Stop what runs, then remove the file, or set QUIRE_STATE_DIR to another directory.",
+        )
+
+    def append(self, *events: AnyEvent) -> None:
+        with self._transaction():
+            self._connection.executemany(
+                "INSERT INTO events (body) VALUES (?)", [(msgspec.json.encode(event),) for event in events]
+            )
+
+    def load(self) -> tuple[int, FleetState]:
+        """The number of the last event, and the state after it."""
+        with self._transaction():
+            row = self._connection.execute("SELECT seq, body FROM snapshot").fetchone()
+            seq, state = (0, FleetState()) if row is None else (row[0], self._decode(_STATE, row[1]))
+            for number, event in self._after(seq):
+                seq, state = number, apply(state, event)
+        return seq, state
+
+    def after(self, seq: int) -> list[tuple[int, AnyEvent]]:
+        """The events after number `seq`, with their numbers."""
+        return self._after(seq)
+
+    def last(self, count: int) -> list[tuple[int, AnyEvent]]:
+        rows = self._connection.execute("SELECT seq, body FROM events ORDER BY seq DESC LIMIT ?", (count,)).fetchall()
+        return [(seq, self._decode(_EVENT, body)) for seq, body in reversed(rows)]
+
+    def compact(self, seq: int, state: FleetState) -> None:
+        """Keep `state`, which is that after event `seq`, and forget the events that are older than needed."""
+        with self._transaction():
+            self._connection.execute(
+                "INSERT INTO snapshot (id, seq, body) VALUES (1, ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET seq = excluded.seq, body = excluded.body",
+                (seq, msgspec.json.encode(state)),
+            )
+            self._connection.execute("DELETE FROM events WHERE seq <= ?", (seq - KEPT_EVENTS,))
+
+    def _after(self, seq: int) -> list[tuple[int, AnyEvent]]:
+        rows = self._connection.execute("SELECT seq, body FROM events WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
+        return [(number, self._decode(_EVENT, body)) for number, body in rows]
+
+    def _decode(self, decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+        try:
+            return decoder.decode(body)
+        except msgspec.MsgspecError as error:
+            raise self._unusable(str(error)) from error
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

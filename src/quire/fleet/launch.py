@@ -1,0 +1,93 @@
+"""From what is planned to what is executed: command lines and environments of engines and of the gateway."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from quire.fleet.provider import Launch
+from quire.fleet.spec import GATEWAY, RoleSpec
+from quire.fleet.state import Replica
+
+QUIRE = (sys.executable, "-m", "quire")
+FLEET_VARIABLES = frozenset({"QUIRE_STATE_DIR"})
+"""Settings of the fleet's own, which its processes have no use for."""
+KV_FLAGS = ("--kv-cache-memory", "--num-kv-blocks", "--memory-utilization")
+KV_SHARE = 0.5
+"""Of the memory that is free, what the KV pools of all engines together take unless they are told otherwise."""
+
+
+def launch(
+    replica: Replica, spec: RoleSpec, *, engines: int, endpoints_file: Path, environ: Mapping[str, str]
+) -> Launch:
+    """How to start `replica`. `engines` share this machine; `environ` is what the processes inherit."""
+    environment = {name: value for name, value in environ.items() if name not in FLEET_VARIABLES}
+    environment |= spec.environment
+    if spec.role == GATEWAY:
+        command = gateway_command(replica, spec, endpoints_file)
+    else:
+        command = engine_command(replica, spec, engines, environment)
+    return Launch(replica=replica.name, start=replica.starts, command=command, environment=environment)
+
+
+def engine_command(replica: Replica, spec: RoleSpec, engines: int, environment: Mapping[str, str]) -> tuple[str, ...]:
+    command = [*QUIRE, "serve", *spec.arguments, "--host", "127.0.0.1", "--port", str(replica.port)]
+    if replica.threads is not None:
+        command += ["--threads", str(replica.threads)]
+    given = {argument.partition("=")[0] for argument in spec.arguments}
+    variables = {"QUIRE_" + flag[2:].replace("-", "_").upper() for flag in KV_FLAGS}
+    if not given & set(KV_FLAGS) and not variables & set(environment):
+        command += ["--memory-utilization", f"{KV_SHARE / engines:.4f}"]
+    return tuple(command)
+
+
+def gateway_command(replica: Replica, spec: RoleSpec, endpoints_file: Path) -> tuple[str, ...]:
+    """The gateway in front: one port, the manifest's policy, and the file that names the engines."""
+    return (
+        *QUIRE,
+        "gateway",
+        "--policy",
+        str(policy_file(endpoints_file)),
+        "--endpoints-file",
+        str(endpoints_file),
+        "--host",
+        spec.host,
+        "--port",
+        str(replica.port),
+        *spec.arguments,
+    )
+
+
+def policy_file(endpoints_file: Path) -> Path:
+    return endpoints_file.with_name("policy.yaml")
+
+
+def write_policy(path: Path, spec: RoleSpec) -> None:
+    """The manifest's documents that are the gateway's: EndpointPickerConfig, objectives, rewrites, pools."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(yaml.safe_dump_all(spec.documents, sort_keys=False))
+    os.replace(part, path)
+
+
+def threads_for(spec: RoleSpec, engines: int, cores: int) -> int | None:
+    """CPU threads of one engine: what the manifest grants it, or its share of the cores; None if that was said."""
+    if spec.role == GATEWAY or any(argument.partition("=")[0] == "--threads" for argument in spec.arguments):
+        return None
+    if "QUIRE_THREADS" in spec.environment:
+        return None
+    share = cores // max(engines, 1) if spec.cpu is None else round(spec.cpu)
+    return max(1, min(share, cores))
+
+
+def api_key(spec: RoleSpec, environ: Mapping[str, str]) -> str | None:
+    """The key that the engines ask for, which probes have to send."""
+    arguments = iter(spec.arguments)
+    for argument in arguments:
+        name, given, value = argument.partition("=")
+        if name == "--api-key":
+            return value if given else next(arguments, None)
+    return spec.environment.get("QUIRE_API_KEY", environ.get("QUIRE_API_KEY"))

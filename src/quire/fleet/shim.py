@@ -1,0 +1,131 @@
+"""The small parent of every process that the fleet starts: `python -m quire.fleet.shim`, one line of JSON on stdin.
+
+It outlives the control plane, keeps the child's output in log files that do not grow without end, passes one SIGTERM
+on, and writes down how the child ended. If it is killed itself, the kernel kills the child. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_LOG_BYTES = 8 * 1024 * 1024
+"""Of one log file; the one before it is kept, too."""
+MAX_LINE_BYTES = 16 * 1024
+KEPT_LINES = 60
+PR_SET_PDEATHSIG = 1
+
+
+class RotatingLog:
+    """`path` and, once it is full, `path.1`. A disk that is full costs the log's lines, never the process."""
+
+    def __init__(self, path: Path, limit: int = MAX_LOG_BYTES) -> None:
+        self._path = path
+        self._limit = limit
+        self._file: BinaryIO | None = None
+        self._size = 0
+
+    def write(self, line: bytes) -> None:
+        with contextlib.suppress(OSError):
+            if self._file is None or self._size + len(line) > self._limit:
+                self._open()
+            assert self._file is not None
+            self._file.write(line)
+            self._size += len(line)
+
+    def _open(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._path.exists() and self._path.stat().st_size > self._limit // 2:
+            os.replace(self._path, self._path.with_name(self._path.name + ".1"))
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by the process's end
+        self._size = self._file.tell()
+
+
+def last_error(lines: list[str], returncode: int) -> str | None:
+    """Why a process ended, in its own words: its last error, or else the last thing it said.
+
+    One that was ended by a signal could say nothing about it, so that only an error counts.
+    """
+    said = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in said if line.startswith("quire: ") or "error" in line.lower()]
+    words = errors[-1:] or (said[-1:] if returncode > 0 else [])
+    if returncode < 0:
+        words = [f"It was ended by {signal_name(-returncode)}.", *words]
+    return " ".join(words)[:500] or None
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> int:
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):
+        return 1  # the control plane ended before it had written down who we are: nothing may start
+    launch: dict[str, Any] = json.loads(line)
+    record = Path(launch["record"])
+    log = RotatingLog(Path(launch["log"]))
+    written = json.loads(record.read_text())
+
+    def note(**more: object) -> None:
+        written.update(more)
+        part = record.with_suffix(".part")
+        part.write_text(json.dumps(written))
+        os.replace(part, record)
+
+    stopping = False
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: object) -> None:
+        nonlocal stopping
+        if not stopping:  # a second one would mean "at once" to the child
+            stopping = True
+            if child is not None:
+                child.send_signal(number)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        child = subprocess.Popen(  # noqa: S603 - the command is the manifest's
+            launch["command"],
+            env=launch["environment"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - there is one thread
+        )
+    except OSError as error:
+        note(returncode=127, error=f"{launch['command'][0]}: {error.strerror}")
+        return 127
+    if stopping:
+        child.send_signal(signal.SIGTERM)
+    note(child=child.pid)
+    lines: deque[str] = deque(maxlen=KEPT_LINES)
+    assert child.stdout is not None
+    while raw := child.stdout.readline(MAX_LINE_BYTES):
+        log.write(raw)
+        lines.append(raw.decode("utf-8", "replace"))
+    returncode = child.wait()
+    note(returncode=returncode, error=last_error(list(lines), returncode) if returncode != 0 else None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The default policy: where a request is expected to cost least, learnt from what happens. No weights."""

@@ -1,0 +1,294 @@
+"""The queue behind the director's gate, on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from math import inf
+from typing import Protocol
+
+from quire.gateway.director import DEFAULT_OUTPUT_TOKENS, Gate
+from quire.gateway.endpoint import Clock, Endpoint
+from quire.gateway.errors import Dropped, NoEndpoint, ShuttingDown
+from quire.gateway.flow.policies import Waiting, lane_key
+from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
+from quire.gateway.flow.rate import DispatchRate
+from quire.gateway.flow.refusals import refusal
+from quire.gateway.flow.saturation import EngineQueues, SaturationDetector, Shares
+from quire.gateway.plugin import Conclusion, Observer
+from quire.gateway.request import InferenceRequest, Outcome
+
+Candidates = Callable[[InferenceRequest], Sequence[Endpoint]]
+"""`Director.candidates`."""
+
+
+class Cancellable(Protocol):
+    def cancel(self) -> None: ...
+
+
+CallLater = Callable[[float, Callable[[], None]], Cancellable]
+"""Calls the function after so many seconds, unless cancelled: `loop.call_later`."""
+
+
+@dataclass(slots=True)
+class _Inside:
+    """A request that was let go and has not left."""
+
+    request: InferenceRequest
+    places: Sequence[Endpoint]
+    """Where it may go, until it is sent."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneSnapshot:
+    """What waits for one model in one priority band."""
+
+    model: str
+    priority: int
+    requests: int
+    has_endpoints: bool
+    oldest: float
+    """Seconds that the oldest of the model has waited."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowSnapshot:
+    waiting: int
+    size: int
+    inside: int
+    """Requests that were let go and are not over."""
+    dispatch_rate: float
+    """A second."""
+    lanes: Sequence[LaneSnapshot]
+
+
+class FlowController(Gate, Observer):
+    """Lets requests go while the endpoints that could serve them are not full; the others wait, in `FlowQueue`'s order.
+
+    Nothing runs without a reason: something leaves, the metrics or the pool have changed (`poke`), or the next request
+    expires. It must be among the director's observers too: so it knows which requests have reached an endpoint's count.
+    """
+
+    name = "flow-control"
+
+    def __init__(
+        self,
+        settings: QueueSettings,
+        candidates: Candidates,
+        clock: Clock,
+        *,
+        detector: SaturationDetector | None = None,
+        awaited: Callable[[InferenceRequest], bool] = lambda _request: True,
+        call_later: CallLater | None = None,
+    ) -> None:
+        """`awaited` says of a request without endpoints whether one may come (a model scaled to zero, say); if not it
+        is refused at once."""
+        self._settings = settings
+        self._candidates = candidates
+        self._clock = clock
+        self._detector = detector or EngineQueues()
+        self._awaited = awaited
+        self._call_later = call_later
+        self._queue = FlowQueue(settings)
+        self._futures: dict[Waiting, asyncio.Future[None]] = {}
+        self._inside: dict[int, _Inside] = {}
+        self._shares = Shares()
+        self._rate = DispatchRate(clock())
+        self._timer: Cancellable | None = None
+        self._timer_at = inf
+        self._poked = False
+        self._closed = False
+
+    # --- the gate -------------------------------------------------------------------------------------------
+
+    async def enter(self, request: InferenceRequest) -> None:
+        now = self._clock()
+        if self._closed:
+            raise self._shutting_down()
+        lane: Lane | None = None
+        if len(self._queue):
+            self._cycle(now)
+            lane = self._queue.lane(lane_key(request))
+        if lane is not None and request.priority <= lane.priority:  # it would overtake
+            await self._wait(self._offer(request, now, has_endpoints=lane.has_endpoints))
+            return
+        candidates = self._candidates(request)
+        if candidates:
+            saturation = self._saturation(candidates, now)
+            if saturation < self._queue.ceiling(request.priority, saturation, lane):
+                self._let_go(request, candidates, now)
+                return
+        elif not self._awaited(request):
+            model = request.target_model or request.model
+            raise NoEndpoint(f"No endpoint serves the model {model!r}.", retry_after=1.0)
+        await self._wait(self._offer(request, now, has_endpoints=bool(candidates)))
+
+    def _offer(self, request: InferenceRequest, now: float, *, has_endpoints: bool) -> Waiting:
+        place, displaced = self._queue.offer(request, now, has_endpoints=has_endpoints)
+        for waiting in displaced:
+            self._reject(waiting, Rejection.DISPLACED, now)
+        if isinstance(place, Rejection):
+            raise self._error(request, place, now)
+        self._set_timer(now)
+        return place
+
+    async def _wait(self, waiting: Waiting) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._futures[waiting] = future
+        try:
+            await future
+        except asyncio.CancelledError:
+            if not self._queue.cancel(waiting) and id(waiting.request) in self._inside:
+                self.leave(waiting.request)  # let go in the same instant: nobody else will give its place back
+            self._set_timer(self._clock())
+            raise
+        finally:
+            self._futures.pop(waiting, None)
+
+    def leave(self, request: InferenceRequest) -> None:
+        inside = self._inside.pop(id(request), None)
+        assert inside is not None, f"request {request.id} leaves, and has not entered"
+        self._settle(inside)
+        self.poke()
+
+    def poke(self) -> None:
+        """Look again, soon: metrics, or the endpoints that there are, have changed. Several pokes of one turn of the
+        loop are one."""
+        if not self._poked and len(self._queue):
+            self._poked = True
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def close(self) -> None:
+        """Turn away all that wait, and all that come."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for waiting, future in self._futures.items():
+            self._queue.cancel(waiting)
+            if not future.done():
+                future.set_exception(self._shutting_down())
+
+    # --- as an observer -------------------------------------------------------------------------------------
+
+    def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
+        inside = self._inside.get(id(request))
+        if inside is not None:
+            self._settle(inside)
+
+    def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
+        """What it wrote goes to its flow's account; its prompt did when it was let go."""
+        tokens = 2.0 * (outcome.output_tokens or 0)
+        band = self._settings.band(request.priority)
+        band.fairness.served(request.fairness_id or request.tenant, tokens, self._clock())
+
+    # --- what is looked at from outside ---------------------------------------------------------------------
+
+    def snapshot(self) -> FlowSnapshot:
+        now = self._clock()
+        lanes = [
+            LaneSnapshot(
+                model=lane.key.model,
+                priority=priority,
+                requests=len(queue),
+                has_endpoints=lane.has_endpoints,
+                oldest=now - lane.oldest.enqueued,
+            )
+            for lane in self._queue.lanes
+            for priority, queue in lane.bands.items()
+        ]
+        return FlowSnapshot(
+            waiting=len(self._queue),
+            size=self._queue.size,
+            inside=len(self._inside),
+            dispatch_rate=self._rate.per_second(now),
+            lanes=lanes,
+        )
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        self._poked = False
+        if not self._closed:
+            self._cycle(self._clock())
+
+    def _cycle(self, now: float) -> None:
+        """Let go what can go: the highest priority first, lanes of the same priority in turns."""
+        ready = self._ready(now)
+        for expired, reason in self._queue.expire(now):
+            self._reject(expired, reason, now)
+        heapify(ready)
+        while ready:
+            _, _, order, lane, candidates = heappop(ready)
+            if not lane.bands:
+                continue
+            waiting = self._queue.dispatch(lane, now, self._saturation(candidates, now))
+            if waiting is None:
+                continue
+            future = self._futures[waiting]
+            if not future.done():  # else cancelled, and about to find out
+                self._let_go(waiting.request, candidates, now)
+                future.set_result(None)
+            if lane.bands:
+                heappush(ready, (-lane.priority, lane.turn, order, lane, candidates))
+        self._set_timer(now)
+
+    def _ready(self, now: float) -> list[tuple[int, int, int, Lane, Sequence[Endpoint]]]:
+        ready: list[tuple[int, int, int, Lane, Sequence[Endpoint]]] = []
+        for order, lane in enumerate(self._queue.lanes):
+            candidates = self._candidates(lane.oldest.request)
+            self._queue.set_endpoints(lane, now, has_endpoints=bool(candidates))
+            if candidates:
+                ready.append((-lane.priority, lane.turn, order, lane, candidates))
+        return ready
+
+    def _saturation(self, candidates: Sequence[Endpoint], now: float) -> float:
+        return self._detector.saturation(candidates, now, self._shares.of(candidates))
+
+    def _let_go(self, request: InferenceRequest, candidates: Sequence[Endpoint], now: float) -> None:
+        output = DEFAULT_OUTPUT_TOKENS if request.max_tokens is None else request.max_tokens
+        inside = _Inside(request, candidates, request.prompt_tokens + output)
+        self._inside[id(request)] = inside
+        self._shares.add(inside.places, inside.tokens, 1)
+        self._rate.add(now)
+
+    def _settle(self, inside: _Inside) -> None:
+        """It is on its way no more."""
+        if inside.places:
+            self._shares.add(inside.places, inside.tokens, -1)
+            inside.places = ()
+
+    def _set_timer(self, now: float) -> None:
+        at = self._queue.next_deadline()
+        if at == self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timer_at = at
+        if at < inf:
+            call_later = self._call_later or asyncio.get_running_loop().call_later
+            self._timer = call_later(max(at - now, 0.0), self._expired)
+
+    def _expired(self) -> None:
+        self._timer, self._timer_at = None, inf
+        self._look()
+
+    def _reject(self, waiting: Waiting, reason: Rejection, now: float) -> None:
+        future = self._futures.get(waiting)
+        if future is not None and not future.done():
+            future.set_exception(self._error(waiting.request, reason, now, now - waiting.enqueued))
+
+    def _error(self, request: InferenceRequest, reason: Rejection, now: float, waited: float = 0.0) -> Dropped:
+        return refusal(
+            request,
+            reason,
+            waiting=len(self._queue),
+            waited=waited,
+            retry_after=self._rate.retry_after(len(self._queue) + 1, now),
+        )
+
+    def _shutting_down(self) -> ShuttingDown:
+        return ShuttingDown("The gateway is shutting down.", retry_after=1.0)

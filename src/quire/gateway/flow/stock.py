@@ -1,0 +1,211 @@
+"""Flow control's plugins by their types, with llm-d's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any, Final, Literal
+
+import msgspec
+import structlog
+
+from quire.core.errors import ConfigError
+from quire.gateway.flow.attained import LeastAttainedService
+from quire.gateway.flow.limits import ExplicitHoldback, PriorityHoldback, SoftReflectiveCeiling, StaticLimit
+from quire.gateway.flow.policies import (
+    EarliestDeadlineFirst,
+    FirstComeFirstServed,
+    GlobalStrict,
+    RoundRobin,
+    SloDeadline,
+)
+from quire.gateway.flow.saturation import Concurrency, Highest, SaturationDetector, Utilization
+from quire.gateway.flow.units import parse_duration
+from quire.gateway.plugin import Factory, Plugin, Services, read_parameters
+
+SHORTEST_STALENESS: Final = 1.0
+"""Seconds. The gateway reads metrics five times a second, and less often where that fails: with less, one failed
+reading would make an endpoint full."""
+
+
+class _Parameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True, rename="camel", kw_only=True):
+    pass
+
+
+class _None(_Parameters, frozen=True):
+    pass
+
+
+class _Utilization(_Parameters, frozen=True):
+    queue_depth_threshold: int = 5
+    kv_cache_util_threshold: float = 0.8
+    metrics_staleness_threshold: str = "2s"
+    staleness_policy: Literal["saturated", "ignore"] = "saturated"
+    headroom: float = 0.0
+    in_flight_load_producer_name: str = ""
+    """Taken and not needed: what is in flight is always counted."""
+
+
+class _Concurrency(_Parameters, frozen=True):
+    concurrency_mode: Literal["requests", "tokens", "hybrid"] = "requests"
+    max_concurrency: int = 100
+    max_token_concurrency: int = 1_000_000
+    headroom: float = 0.0
+
+
+class _Highest(_Parameters, frozen=True):
+    detectors: tuple[str, ...] = ()
+    stages: Mapping[str, Sequence[str]] = {}
+
+
+class _Static(_Parameters, frozen=True):
+    threshold: float = 1.0
+
+
+class _Holdback(_Parameters, frozen=True):
+    shape: Literal["linear"] | None = None
+    domain: Literal["rank", "value", "explicit"] = "rank"
+    min_ceiling: float | None = None
+    max_ceiling: float | None = None
+    ceilings: Mapping[str | int, float] | None = None
+
+
+class _ProgramAware(_Parameters, frozen=True):
+    strategy: Literal["las"] = "las"
+    las_weight_service: float = 0.8
+    las_weight_head_wait: float = 0.2
+    las_decay_factor: float = 0.99997
+    las_half_life_seconds: float = 60.0
+    eviction_ttl_seconds: float = 3600.0
+    eviction_sweep_seconds: float = 300.0
+
+
+def flow_plugins() -> Mapping[str, Factory]:
+    """By type, for the registry of plugins."""
+    return {
+        "global-strict-fairness-policy": _plain(GlobalStrict, "global-strict-fairness-policy"),
+        "round-robin-fairness-policy": _plain(RoundRobin, "round-robin-fairness-policy"),
+        "program-aware-fairness": _program_aware,
+        "fcfs-ordering-policy": _plain(FirstComeFirstServed, "fcfs-ordering-policy"),
+        "edf-ordering-policy": _plain(EarliestDeadlineFirst, "edf-ordering-policy"),
+        "slo-deadline-ordering-policy": _plain(SloDeadline, "slo-deadline-ordering-policy"),
+        "static-usage-limit-policy": _static,
+        "priority-holdback-policy": _holdback,
+        "soft-reflective-ceiling-policy": _plain(SoftReflectiveCeiling, "soft-reflective-ceiling-policy"),
+        "utilization-detector": _utilization,
+        "concurrency-detector": _concurrency,
+        "max-saturation-detector": _highest,
+    }
+
+
+def _plain(kind: type[Plugin], plugin: str) -> Factory:
+    def make(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
+        read_parameters(_None, parameters, plugin)
+        return kind()
+
+    return make
+
+
+def _check(holds: bool, plugin: str, what: str) -> None:
+    if not holds:
+        raise ConfigError(f"Plugin {plugin!r}: {what}.", param="plugins", remedy="Change its parameters.")
+
+
+def _utilization(parameters: Mapping[str, Any], services: Services) -> Plugin:
+    name = "utilization-detector"
+    given = read_parameters(_Utilization, parameters, name)
+    staleness = parse_duration(given.metrics_staleness_threshold, f"{name}.metricsStalenessThreshold")
+    _check(given.queue_depth_threshold > 0, name, "queueDepthThreshold must be above 0")
+    _check(0.0 < given.kv_cache_util_threshold <= 1.0, name, "kvCacheUtilThreshold must be above 0, up to 1")
+    _check(staleness > 0, name, "metricsStalenessThreshold must be above 0")
+    _check(given.headroom >= 0.0 and isfinite(given.headroom), name, "headroom must not be negative")
+    if staleness < SHORTEST_STALENESS:
+        structlog.get_logger().warning(
+            "staleness_threshold_raised", plugin=name, asked_seconds=staleness, used_seconds=SHORTEST_STALENESS
+        )
+    return Utilization(
+        queue_depth=given.queue_depth_threshold,
+        kv_use=given.kv_cache_util_threshold,
+        staleness=max(staleness, SHORTEST_STALENESS),
+        stale=given.staleness_policy,
+        headroom=given.headroom,
+        now=services.clock,
+    )
+
+
+def _concurrency(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
+    name = "concurrency-detector"
+    given = read_parameters(_Concurrency, parameters, name)
+    _check(given.max_concurrency > 0, name, "maxConcurrency must be above 0")
+    _check(given.max_token_concurrency > 0, name, "maxTokenConcurrency must be above 0")
+    _check(given.headroom >= 0.0 and isfinite(given.headroom), name, "headroom must not be negative")
+    mode = given.concurrency_mode
+    return Concurrency(
+        requests=None if mode == "tokens" else given.max_concurrency,
+        tokens=None if mode == "requests" else given.max_token_concurrency,
+        headroom=given.headroom,
+    )
+
+
+def _highest(parameters: Mapping[str, Any], services: Services) -> Plugin:
+    name = "max-saturation-detector"
+    given = read_parameters(_Highest, parameters, name)
+    _check(bool(given.detectors), name, "detectors must name at least one")
+    _check(len(set(given.detectors)) == len(given.detectors), name, "detectors names one twice")
+    _check(not given.stages, name, "stages are not supported: all of a model's endpoints are judged together")
+    detectors = [services.plugin(child) for child in given.detectors]
+    for child, detector in zip(given.detectors, detectors, strict=True):
+        _check(isinstance(detector, SaturationDetector), name, f"{child!r} is not a saturation detector")
+    return Highest([detector for detector in detectors if isinstance(detector, SaturationDetector)])
+
+
+def _static(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
+    given = read_parameters(_Static, parameters, "static-usage-limit-policy")
+    _check(given.threshold > 0, "static-usage-limit-policy", "threshold must be above 0")
+    return StaticLimit(given.threshold)
+
+
+def _holdback(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
+    name = "priority-holdback-policy"
+    given = read_parameters(_Holdback, parameters, name)
+    if given.domain == "explicit":
+        interpolated = (given.shape, given.min_ceiling, given.max_ceiling)
+        _check(interpolated == (None, None, None), name, "domain explicit takes ceilings alone")
+        return ExplicitHoldback(_ceilings(given.ceilings or {}, name))
+    _check(given.ceilings is None, name, "ceilings need domain: explicit")
+    low, high = given.min_ceiling, 1.0 if given.max_ceiling is None else given.max_ceiling
+    if low is None:
+        raise ConfigError(f"Plugin {name!r}: minCeiling is missing.", param="plugins", remedy="Set it, from 0 to 1.")
+    _check(0.0 <= low < 1.0 and 0.0 < high <= 1.0 and low <= high, name, "0 <= minCeiling <= maxCeiling <= 1 must hold")
+    return PriorityHoldback(low, high, given.domain)
+
+
+def _ceilings(given: Mapping[str | int, float], name: str) -> Mapping[int, float]:
+    _check(bool(given), name, "domain explicit needs ceilings")
+    try:
+        ceilings = {int(priority): ceiling for priority, ceiling in given.items()}
+    except ValueError as error:
+        raise ConfigError(
+            f"Plugin {name!r}: ceilings: {error}.", param="plugins", remedy="Its keys are priorities."
+        ) from error
+    ordered = [ceilings[priority] for priority in sorted(ceilings, reverse=True)]
+    _check(all(0.0 <= ceiling <= 1.0 for ceiling in ordered), name, "ceilings must be from 0 to 1")
+    _check(ordered == sorted(ordered, reverse=True), name, "a lower priority must not have a higher ceiling")
+    return ceilings
+
+
+def _program_aware(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
+    """Flows are ranked by attained service alone; the age of a flow's first request, which llm-d mixes in by weight,
+    would reorder all flows at every moment. Accounts go by decay and number, not by the eviction times."""
+    name = "program-aware-fairness"
+    given = read_parameters(_ProgramAware, parameters, name)
+    half_life = given.las_half_life_seconds
+    _check(0.0 < given.las_decay_factor <= 1.0, name, "lasDecayFactor must be above 0, up to 1")
+    _check(half_life >= 0 and isfinite(half_life), name, "lasHalfLifeSeconds must not be negative")
+    ignored = {"lasWeightService", "lasWeightHeadWait", "evictionTtlSeconds", "evictionSweepSeconds"} & set(parameters)
+    if ignored:
+        structlog.get_logger().warning("parameters_without_effect", plugin=name, parameters=sorted(ignored))
+    if half_life:
+        return LeastAttainedService(half_life)
+    _check(given.las_decay_factor < 1.0, name, "lasDecayFactor must be below 1 where there is no half-life")
+    return LeastAttainedService.with_factor(given.las_decay_factor)

@@ -1,0 +1,1 @@
+"""What is found out about a request before it is scheduled."""

@@ -1,0 +1,43 @@
+"""`predicted-latency-producer`: what TTFT and TPOT to expect at each endpoint, learnt online.
+
+The same lines as the default policy's (`cost.learner`), for configurations that score or filter by latency. There are
+no sidecars, and each endpoint has its own line: hardware may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quire.gateway.cost.policy import ExpectedCost
+from quire.gateway.endpoint import Endpoint
+from quire.gateway.plugin import Conclusion, Observer, Parameters, Producer, Services
+from quire.gateway.request import InferenceRequest, Outcome
+
+
+class LatencyParameters(Parameters, frozen=True):
+    """llm-d's predictor has settings of its sidecars; they are accepted, and mean nothing here."""
+
+    sampling_mean: float = 0.0
+    max_sampled_tokens: int = 0
+    slo_buffer_factor: float = 1.0
+    streaming_mode: bool = False
+    predictor: Mapping[str, Any] = {}
+
+
+class PredictedLatency(Producer, Observer):
+    def __init__(self, services: Services) -> None:
+        self._model = ExpectedCost(services)
+
+    def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
+        if endpoints:
+            self._model.score(request, endpoints)  # writes the predictions; the scores are nobody's
+
+    def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
+        self._model.sent(request, endpoint, choice)
+
+    def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:
+        self._model.first_byte(request, endpoint, ttft)
+
+    def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
+        self._model.finished(request, endpoint, outcome)
