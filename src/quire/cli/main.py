@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "serve": ("quire.cli.serve:serve", "Serve a model behind an OpenAI-compatible API."),
+    "gateway": (
+        "quire.cli.gateway:gateway",
+        "Put one address before many model servers: routing by prefix and load.",
+    ),
     "chat": ("quire.cli.chat:chat", "Talk with a model, here in the terminal."),
     "complete": ("quire.cli.complete:complete", "Continue one prompt."),
     "plan": ("quire.cli.plan:plan", "Tell what fits in memory and how fast it can run, before reading a weight."),

@@ -90,7 +90,6 @@ _GATEWAY: Mapping[str, Rule] = {
     "endpoints_file": _NAME,
     "endpoints_dns": _NAME,
     "policy": _NAME,
-    "tokenizer": _NAME,
     "scrape_interval": _SECONDS,
     "health_interval": _SECONDS,
     "connect_timeout": _SECONDS,
@@ -98,6 +97,7 @@ _GATEWAY: Mapping[str, Rule] = {
     "idle_timeout": _SECONDS,
     "max_retries": between(0, 100),
     "extproc_port": between(0, 65_535),
+    "hedge_delay": _SECONDS,
     "explain_requests": between(0, 1_048_576),
 }
 

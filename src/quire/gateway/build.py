@@ -32,6 +32,7 @@ from quire.gateway.plugin import (
     Services,
 )
 from quire.gateway.plugins.stock import ALIASES, MEANINGLESS
+from quire.gateway.producers.tokens import EXACT
 from quire.gateway.schedule import Profile, Scheduler, WeightedScorer
 
 DEFAULT_PICKER: Final = "max-score-picker"
@@ -208,7 +209,8 @@ def build_picker(
     """`shared`: see `Services`. Raises `ConfigError`."""
     builder = _Builder(registry, pool, clock, rng, {} if shared is None else shared)
     if config is None:
-        for type_name in _OWN_DEFAULT:
+        precise = ("precise-prefix-cache-producer",) if builder.shared.get(EXACT) else ()
+        for type_name in (*_OWN_DEFAULT, *precise):
             builder.declare(PluginSpec(type=type_name))
     else:
         for spec in config.plugins:

@@ -4,13 +4,15 @@ others there.
     queued     prompt tokens not cached that are to be computed before it, and what waits besides
     prefill    its own prompt tokens that are not cached there, by the credit of the tier that holds them; half as much
                again, since what is computed twice keeps others waiting
-    decode     its output tokens, each a step of the batch that it joins, and what it adds to the others' steps
+    decode     its output tokens, each a step of the batch that it joins, and what it adds to the others' steps; only
+               what is more than at the best endpoint, since some decoding there is everywhere
 
 The prices come from `learner`, or from the endpoint where it reports them (quire does). What this gateway has sent
 counts at once, so that a burst does not pile up on who looked idle a moment ago; of what the endpoint reports only the
 part that is not ours is added. A prefix sent somewhere counts as there at once too: those that follow wait for it
-where that is cheaper than computing it again, and go elsewhere when the queue has grown. Costs within a tenth of the
-least count as equal, and chance decides: estimates are no better than that, and always the same one would fill up.
+where that is cheaper than computing it again, and go elsewhere when the queue has grown. Costs that differ by less than
+a tenth (of the least, or of what the whole prompt would cost) count as equal, and chance decides: estimates are no
+better than that, and always the same one would fill up.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from quire.gateway.request import InferenceRequest, Outcome, Prediction
 TWICE: Final = 0.5
 """Of the time for own prompt tokens, what counts for others' waiting."""
 ALIKE: Final = 0.1
+LEAST_GAP: Final = 0.002
+"""Seconds that nobody notices."""
 STALE: Final = 5.0
 """Seconds after which what an endpoint reported counts no more."""
 OUTPUT_FORGET: Final = 0.05
@@ -51,12 +55,15 @@ class ExpectedCost(Scorer, Observer):
         now = self._clock()
         output = self._expected_output(request)
         parts = [self._parts(request, endpoint, output, now) for endpoint in candidates]
-        costs = [part["cost"] for part in parts]
+        least_decode = min(part["decode_seconds"] for part in parts)
+        whole = min(part.pop("whole_prompt") for part in parts)
         for endpoint, part in zip(candidates, parts, strict=True):
+            part["cost"] = round(part["cost"] + part["decode_seconds"] - least_decode, 6)
             request.predictions[endpoint.key] = Prediction(part["predicted_ttft"], part["predicted_tpot"])
         self._details = parts
-        least = max(min(costs), 1e-9)
-        return [1.0 if cost <= least * (1.0 + ALIKE) else least / cost for cost in costs]
+        least = min(part["cost"] for part in parts)
+        enough = least + max(ALIKE * least, ALIKE * whole, LEAST_GAP)
+        return [min(enough / max(part["cost"], 1e-9), 1.0) for part in parts]
 
     def details(self) -> Sequence[object] | None:
         return self._details
@@ -70,7 +77,8 @@ class ExpectedCost(Scorer, Observer):
         step = costs.step + costs.sequence * beside
         decode = output * (step + costs.sequence * beside)
         return {
-            "cost": queued + own * (1.0 + TWICE) + decode,
+            "cost": queued + own * (1.0 + TWICE),
+            "whole_prompt": request.prompt_tokens * costs.prefill,
             "cached_tokens": round(cached),
             "queued_seconds": round(queued, 6),
             "prefill_seconds": round(own, 6),

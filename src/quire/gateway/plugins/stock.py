@@ -8,10 +8,12 @@ from typing import Any, Final, TypeVar
 
 from quire.core.registry import Registry
 from quire.gateway.cost.policy import ExpectedCost
+from quire.gateway.flow.stock import flow_plugins
 from quire.gateway.plugin import Factory, NoParameters, Parameters, Plugin, Services, plugin_registry, read_parameters
 from quire.gateway.plugins import admitters, affinity_scorers, filters, load_scorers, pickers, profiles, sessions
 from quire.gateway.producers.known import InflightLoad, InflightLoadParameters, SessionId, SessionIdParameters
 from quire.gateway.producers.latency import LatencyParameters, PredictedLatency
+from quire.gateway.producers.precise import PreciseParameters, PrecisePrefix
 from quire.gateway.producers.prefix import ApproxPrefix, PrefixParameters
 from quire.gateway.producers.tokens import TokenParameters, TokenProducer
 
@@ -190,6 +192,7 @@ ADMITTERS: Final[Sequence[StockPlugin]] = (
 PRODUCERS: Final[Sequence[StockPlugin]] = (
     stock("token-producer", TokenProducer, TokenParameters, TokenProducer),
     stock("approx-prefix-cache-producer", ApproxPrefix, PrefixParameters, ApproxPrefix),
+    stock("precise-prefix-cache-producer", PrecisePrefix, PreciseParameters, PrecisePrefix),
     stock("predicted-latency-producer", PredictedLatency, LatencyParameters, lambda _, s: PredictedLatency(s)),
     stock("inflight-load-producer", InflightLoad, InflightLoadParameters, lambda _p, _s: InflightLoad()),
     stock("session-id-producer", SessionId, SessionIdParameters, lambda p, _: SessionId(p.header_name, p.cookie_name)),
@@ -230,9 +233,11 @@ MEANINGLESS: Final[Mapping[str, str]] = {
 """Types that llm-d knows and that have nothing to do here, each with the reason, which is told."""
 
 
-def stock_plugins(more: Sequence[StockPlugin] = ()) -> Registry[Factory]:
-    """All of them, and those of `more`: flow control's, the KV index's."""
+def stock_plugins() -> Registry[Factory]:
+    """All of them, flow control's too."""
     registry = plugin_registry()
-    for one in (*SCORERS, *FILTERS, *PICKERS, *HANDLERS, *ADMITTERS, *PRODUCERS, *DEFAULT_POLICY, *more):
+    for one in (*SCORERS, *FILTERS, *PICKERS, *HANDLERS, *ADMITTERS, *PRODUCERS, *DEFAULT_POLICY):
         registry.add(one.type_name, one.make)
+    for type_name, factory in flow_plugins().items():
+        registry.add(type_name, factory)
     return registry
