@@ -25,7 +25,7 @@ def check_kv_events(url: str, api_key: str | None = None) -> list[Check]:
         return [_failed(f"{address}: {reason}", "Is the gateway running? Check the URL.")]
     except (msgspec.DecodeError, ValueError) as error:
         return [_failed(f"{address} does not answer as quire's gateway does: {error}", "Check the URL.")]
-    if status is None:
+    if status is None or not status.endpoints:
         return [
             Check(
                 name=NAME,

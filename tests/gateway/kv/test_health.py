@@ -37,7 +37,7 @@ def test_nothing_is_said_when_all_is_well():
     ("status", "words", "fields"),
     [
         ("fail", "Nothing answers at tcp://10.0.0.1:5557", {"connected": False}),
-        ("fail", "though the engine has served 50 requests", {"batches": 0, "stored": 0, "last_topic": ""}),
+        ("fail", "though 50 prompts came meanwhile", {"batches": 0, "stored": 0, "last_topic": ""}),
         ("warn", "names the model 'other', but it serves alias, model", {"last_topic": "kv@h:1@other"}),
         ("warn", "blocks of 32 tokens, its metrics say 16", {"block_size": 32}),
         ("warn", "none of 100 prompts began with one", {"matches": 0}),
@@ -63,7 +63,9 @@ def test_what_may_pass_is_not_said():
     assert said(matches=0, queries=FEWEST_QUERIES - 1) == []
     assert said(missed=5, replayed=5, resyncs=0) == []
     assert said(known=Expected(), block_size=99, last_topic="kv@h:1@other") == []
-    [(status, detail)] = said(known=Expected(), batches=0, stored=0)
+    [(status, detail)] = said(known=Expected(), batches=0, stored=0, queries=3)
     assert (status, "so far" in detail) == ("warn", True)
+    [(status, detail)] = said(known=Expected(), batches=0, stored=0)
+    assert (status, "100 prompts" in detail) == ("fail", True)
     [(status, _)] = said(known=Expected(requests=0), batches=0, stored=0)
     assert status == "warn"

@@ -409,14 +409,20 @@ async def test_subscriptions_follow_the_pool(scene):
     assert scene.index.num_blocks == 0
 
 
-async def test_an_endpoint_that_does_not_say_where_is_a_finding(scene):
+async def test_an_endpoint_that_does_not_say_where_is_a_finding_beside_those_that_do(scene):
     pool = Pool()
     subscriptions = KVSubscriptions(pool, scene.index, scene.context)
     subscriptions.start()
-    for text in ("x", "0", "65536", "1234567"):
+    wrong = ("x", "0", "65536", "1234567")
+    for text in wrong:
         pool.put(Endpoint(f"p{text}", "127.0.0.1", 1, labels={"quire.ai/kv-events-port": text}))
-    assert [(finding.endpoint, finding.status) for finding in subscriptions.findings()] == [
-        (f"default/p{text}", "warn") for text in ("x", "0", "65536", "1234567")
+    assert subscriptions.findings() == []
+    engine = await scene.engine()
+    pool.put(Endpoint("e", "127.0.0.1", 2, labels={"quire.ai/kv-events-port": str(port(engine.events))}))
+    await until(lambda: any(health.connected for health in scene.index.health().values()))
+    await engine.say(stored(1))
+    assert [(finding.endpoint, finding.status) for finding in subscriptions.findings()][-4:] == [
+        (f"default/p{text}", "warn") for text in wrong
     ]
     await subscriptions.stop()
 

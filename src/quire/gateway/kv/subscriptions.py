@@ -83,7 +83,10 @@ class KVSubscriptions:
         self._tasks[endpoint.key] = ports, asyncio.create_task(self._hear(endpoint, ports))
 
     def findings(self) -> list[KVFinding]:
-        """What is wrong with the events of the endpoints."""
+        """What is wrong with the events of the endpoints; nothing where none tells any, and none were configured."""
+        heard = {key: health for key, health in self.index.health().items() if key in self._tasks}
+        if not heard:
+            return []
         expected = {
             endpoint.key: Expected(
                 block_size=None if endpoint.metrics is None else endpoint.metrics.block_size, models=endpoint.models
@@ -94,13 +97,12 @@ class KVSubscriptions:
             KVFinding(
                 endpoint=endpoint.key,
                 status="warn",
-                detail="It does not say where it tells its KV events.",
+                detail="It does not say where it tells its KV events, though others do.",
                 remedy=f"Enable them in the engine; if it is not quire's, label the endpoint {PORT_LABEL}.",
             )
             for endpoint in self.pool.all
             if endpoint.key not in self._tasks
         ]
-        heard = {key: health for key, health in self.index.health().items() if key in self._tasks}
         return [*diagnose(heard, expected), *silent]
 
     def _left(self, endpoint: Endpoint) -> None:
