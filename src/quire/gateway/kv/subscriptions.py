@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
+import zmq
 import zmq.asyncio
 
 from quire.gateway.endpoint import Endpoint, Pool
@@ -18,6 +19,7 @@ from quire.gateway.kv.subscriber import KVEventSubscriber, Patience
 PORT_LABEL: Final = "quire.ai/kv-events-port"
 REPLAY_PORT_LABEL: Final = "quire.ai/kv-replay-port"
 RETRY_SECONDS = 1.0
+MAX_SOCKETS = 32_768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,11 @@ class KVSubscriptions:
     ports: Callable[[Endpoint], EventPorts | None] = field(default_factory=PortsOf)
     patience: Patience = field(default_factory=Patience)
     _tasks: dict[str, tuple[EventPorts, asyncio.Task[None]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Each endpoint takes three, one that watches the connection among them; ZeroMQ allows 1023 unless told before
+        # the first is made.
+        self.context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
 
     def start(self) -> None:
         self.pool.watch(self.refresh, self._left)
