@@ -3,16 +3,17 @@ others there.
 
     queued     prompt tokens not cached that are to be computed before it, and what waits besides
     prefill    its own prompt tokens that are not cached there, by the credit of the tier that holds them; half as much
-               again, since what is computed twice keeps others waiting
+               again, since what is computed twice keeps others waiting; and once or twice again where prompts are found
+               in caches as a rule, since what is put into a full one drives out what others would have found
     decode     its output tokens, each a step of the batch that it joins, and what it adds to the others' steps; only
                what is more than at the best endpoint, since some decoding there is everywhere
 
 The prices come from `learner`, or from the endpoint where it reports them (quire does). What this gateway has sent
 counts at once, so that a burst does not pile up on who looked idle a moment ago; of what the endpoint reports only the
 part that is not ours is added. A prefix sent somewhere counts as there at once too: those that follow wait for it
-where that is cheaper than computing it again, and go elsewhere when the queue has grown. Costs that differ by less than
-a tenth (of the least, or of what the whole prompt would cost) count as equal, and chance decides: estimates are no
-better than that, and always the same one would fill up.
+where that is cheaper than computing it again, and go elsewhere when the queue has grown. Costs that differ by less
+than a tenth (of the least, or of what the whole prompt would cost) count as equal: estimates are no better than that.
+Between equals it goes to who has been given the fewest tokens to compute of late, so that all caches fill alike.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from quire.gateway.endpoint import Endpoint
 from quire.gateway.plugin import Conclusion, Observer, Scorer, Services
 from quire.gateway.request import InferenceRequest, Outcome, Prediction
 
-TWICE: Final = 0.5
+OTHERS_WAIT: Final = 0.5
 """Of the time for own prompt tokens, what counts for others' waiting."""
+DRIVEN_OUT: Final = 1.5
+"""Of the same, what counts for what it drives out of the cache, if prompts were always found there."""
 ALIKE: Final = 0.1
 LEAST_GAP: Final = 0.002
 """Seconds that nobody notices."""
+BETWEEN_EQUALS: Final = 1e-3
+"""The most that the score of one differs from an equal's."""
+GIVEN_HALF_LIFE: Final = 600.0
 STALE: Final = 5.0
 """Seconds after which what an endpoint reported counts no more."""
 OUTPUT_FORGET: Final = 0.05
@@ -47,7 +53,12 @@ class ExpectedCost(Scorer, Observer):
         self._details: Sequence[object] | None = None
         self._open: dict[str, tuple[str, int, int, float]] = {}
         """By request id: endpoint, tokens queued before it and its own, others beside it, when it was sent."""
-        services.pool.watch(lambda _: None, lambda endpoint: self._learner.forget(endpoint.key))
+        self._found = 0.0
+        """Share of prompts that is found in caches, of late."""
+        self._given: dict[str, float] = {}
+        """By endpoint: prompt tokens that it was given to compute, of late."""
+        self._faded = services.clock()
+        services.pool.watch(lambda _: None, self._left)
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
@@ -63,7 +74,12 @@ class ExpectedCost(Scorer, Observer):
         self._details = parts
         least = min(part["cost"] for part in parts)
         enough = least + max(ALIKE * least, ALIKE * whole, LEAST_GAP)
-        return [min(enough / max(part["cost"], 1e-9), 1.0) for part in parts]
+        given = [self._given.get(endpoint.key, 0.0) for endpoint in candidates]
+        most = max(*given, 1.0) if len(given) > 1 else 1.0
+        return [
+            1.0 - BETWEEN_EQUALS * tokens / most if part["cost"] <= enough else enough / part["cost"] - BETWEEN_EQUALS
+            for part, tokens in zip(parts, given, strict=True)
+        ]
 
     def details(self) -> Sequence[object] | None:
         return self._details
@@ -77,7 +93,7 @@ class ExpectedCost(Scorer, Observer):
         step = costs.step + costs.sequence * beside
         decode = output * (step + costs.sequence * beside)
         return {
-            "cost": queued + own * (1.0 + TWICE),
+            "cost": queued + own * (1.0 + OTHERS_WAIT + DRIVEN_OUT * self._found),
             "whole_prompt": request.prompt_tokens * costs.prefill,
             "cached_tokens": round(cached),
             "queued_seconds": round(queued, 6),
@@ -118,8 +134,24 @@ class ExpectedCost(Scorer, Observer):
         tokens, beside = self._before(endpoint, now)
         own = max(request.prompt_tokens - round(_cached(request, endpoint.key)), 0)
         self._uncached += OUTPUT_FORGET * (own - self._uncached)
+        if request.prompt_tokens:
+            self._found += OUTPUT_FORGET * (1.0 - own / request.prompt_tokens - self._found)
+        self._give(endpoint.key, own, now)
         if len(self._open) < MAX_OPEN:
             self._open[request.id] = (endpoint.key, round(tokens) + own, beside, now)
+
+    def _give(self, key: str, tokens: int, now: float) -> None:
+        if now - self._faded > GIVEN_HALF_LIFE / 16:
+            kept = 0.5 ** ((now - self._faded) / GIVEN_HALF_LIFE)
+            self._given = {name: given * kept for name, given in self._given.items()}
+            self._faded = now
+        if key not in self._given:  # who has just come is not to be given everything
+            self._given[key] = min(self._given.values(), default=0.0)
+        self._given[key] += tokens
+
+    def _left(self, endpoint: Endpoint) -> None:
+        self._learner.forget(endpoint.key)
+        self._given.pop(endpoint.key, None)
 
     def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:
         found = self._open.get(request.id)
