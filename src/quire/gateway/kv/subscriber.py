@@ -86,6 +86,7 @@ class KVEventSubscriber:
     async def run(self) -> None:
         """Forgets the endpoint's blocks when it ends."""
         hearing = self._context.socket(zmq.SUB)
+        watching: zmq.asyncio.Socket | None = None
         try:
             hearing.setsockopt(zmq.LINGER, 0)
             hearing.setsockopt(zmq.RCVHWM, MAX_WAITING)
@@ -103,6 +104,8 @@ class KVEventSubscriber:
             self.health.connected = False
             self._index.clear(self._endpoint)
             hearing.disable_monitor()
+            if watching is not None:
+                watching.close(linger=0)
             hearing.close(linger=0)
 
     async def _hear(self, hearing: zmq.asyncio.Socket, watching: zmq.asyncio.Socket) -> None:
