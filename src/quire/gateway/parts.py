@@ -24,12 +24,12 @@ from quire.gateway.explain import Explainer
 from quire.gateway.flow.controller import FlowController
 from quire.gateway.flow.settings import flow_settings
 from quire.gateway.kv.index import KVIndex
-from quire.gateway.kv.subscriptions import KVSubscriptions
+from quire.gateway.kv.subscriptions import KVSubscriptions, PortsOf
 from quire.gateway.metrics import GatewayMetrics
 from quire.gateway.plugin import Observer, Services
 from quire.gateway.plugins.stock import stock_plugins
 from quire.gateway.policy_file import PolicyFile
-from quire.gateway.producers.precise import KV_INDEX
+from quire.gateway.producers.precise import KV_INDEX, PrecisePrefix
 from quire.gateway.producers.tokens import EXACT, HTTP
 from quire.gateway.proxy.settings import ProxySettings
 from quire.gateway.request import InferenceRequest
@@ -132,7 +132,8 @@ def make_parts(
     director.gate = flow if flow is not None else OpenGate()
     watching: list[Observer] = [*picker.observers, metrics, explainer]
     director.observers = [*watching, flow] if flow is not None else watching
-    subscriptions = KVSubscriptions(pool, index, context)
+    precise = next((plugin for plugin in picker.plugins.values() if isinstance(plugin, PrecisePrefix)), None)
+    subscriptions = KVSubscriptions(pool, index, context, PortsOf() if precise is None else precise.ports)
     return Parts(
         config=config,
         clock=clock,
