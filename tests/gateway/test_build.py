@@ -162,6 +162,8 @@ def test_errors_say_what(document: Mapping[str, Any], says: str) -> None:
         ({"plugins": [{"type": "metrics-data-source"}]}, "metrics-data-source"),
         ({"plugins": [{"type": "by-label-selector", "parameters": {"matchLabels": {}}}]}, "label-selector-filter"),
         ({"featureGates": ["experimentalThing"]}, "experimentalThing"),
+        ({"plugins": [{"type": "active-request-scorer", "parameters": {"requestTimeout": "2m"}}]}, "requestTimeout"),
+        ({"plugins": [{"type": "no-hit-lru-scorer", "parameters": {"prefixPluginName": "p"}}]}, "prefixPluginName"),
         ({"plugins": [{"type": "token-producer", "parameters": {"backend": "estimate"}}]}, "backend"),
         (
             {

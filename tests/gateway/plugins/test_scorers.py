@@ -62,7 +62,7 @@ def test_prefixes(make: Any, endpoint: Any, request_for: Any) -> None:
 
 def test_cold_prompts_go_round(make: Any, endpoint: Any, request_for: Any) -> None:
     three = [endpoint(name) for name in "abc"]
-    scorer = make("no-hit-lru-scorer", prefixPluginName="unused")
+    scorer = make("no-hit-lru-scorer")
     cold, warm = request_for(matches={}), request_for(matches={"b": 64})
     assert scorer.score(cold, three) == [1.0, 0.5, 0.0]
     scorer.sent(cold, three[0], Conclusion(three[:1]))
