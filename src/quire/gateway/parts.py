@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,15 @@ class Parts:
 
     async def start(self) -> None:
         """Endpoints are known when this returns. Raises `ConfigError`."""
+        if self.flow is not None:
+            poke = self.flow.poke
+            self.pool.watch(lambda _: poke(), lambda _: poke())
+            self.metrics.watch(
+                "llm_d_epp_flow_control_queue_size", "Requests held, by priority.", _queue_sizes(self.flow), "priority"
+            )
+        self.metrics.watch(
+            "quire_gateway_shadow", "Mirrored requests, by what came of them.", _shadow_counts(self.shadow), "outcome"
+        )
         await self.discovery.start()
         self.subscriptions.start()
         self.scraper.start()
@@ -155,6 +164,23 @@ def _flow(policy: Policy, picker: BuildResult, director: Director, services: Ser
     return FlowController(
         settings.queue, director.candidates, director.clock, detector=settings.detector, awaited=_awaited(director.pool)
     )
+
+
+def _queue_sizes(flow: FlowController) -> Callable[[], Mapping[str, float]]:
+    def sizes() -> Mapping[str, float]:
+        return {str(priority): float(count) for priority, count in flow.snapshot().by_priority().items()}
+
+    return sizes
+
+
+def _shadow_counts(shadow: Shadow) -> Callable[[], Mapping[str, float]]:
+    def counts() -> Mapping[str, float]:
+        return {
+            name: float(sum(getattr(one, name) for one in shadow.counts.values()))
+            for name in ("same", "different", "failed", "skipped", "uncompared")
+        }
+
+    return counts
 
 
 def _awaited(pool: Pool) -> Callable[[InferenceRequest], bool]:
