@@ -103,7 +103,7 @@ FLAGS = {
         "--config",
     },
     "kernels": {"--dtype", "--isa", "--json"},
-    "doctor": {"--host", "--port", "--model", "--no-model", "--config", "--json"},
+    "doctor": {"--host", "--port", "--model", "--no-model", "--gateway", "--api-key", "--config", "--json"},
     "version": {"--json"},
     "bench throughput": MODEL | ENGINE | PROMPTS | {"--num-prompts", "--backend"},
     "bench latency": MODEL | ENGINE | PROMPTS | {"--batch-size", "--num-iters", "--num-warmup-iters"},

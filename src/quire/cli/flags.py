@@ -108,6 +108,7 @@ if TYPE_CHECKING:
     IsaFlag = Mapping[str, object] | None
     ServerFlags = Mapping[str, object] | None
     FleetFlags = Mapping[str, object] | None
+    ApplyFlags = Mapping[str, object] | None
     StateDirFlag = Mapping[str, object] | None
     GatewayFlags = Mapping[str, object] | None
 else:
@@ -117,7 +118,8 @@ else:
     IsaFlag = flags_of(EngineConfig, "Engine", frozenset(field.name for field in fields(EngineConfig)) - {"isa"})
     ServerFlags = flags_of(ServerConfig, "Server")
     FleetFlags = flags_of(FleetConfig, "Fleet")
-    StateDirFlag = flags_of(FleetConfig, "Fleet", frozenset({"host", "port"}))
+    ApplyFlags = flags_of(FleetConfig, "Fleet", frozenset({"host", "port"}))
+    StateDirFlag = flags_of(FleetConfig, "Fleet", frozenset({"host", "port", "pvc_dir"}))
     GatewayFlags = flags_of(GatewayConfig, "Gateway")
 
 ConfigFile = Annotated[

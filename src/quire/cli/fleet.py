@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from quire.cli.bench.report import print_json
 from quire.cli.flags import StateDirFlag, settings
+from quire.cli.following import follow, start_control
 from quire.config.fleet import FleetConfig
-from quire.core.errors import ConfigError, EngineDead, NotFound
+from quire.core.errors import ConfigError, NotFound
 from quire.fleet.directory import ControlLock, ServiceDirectory, services, state_root
 from quire.fleet.events import AnyEvent, DownRequested, DrainRequested, RoleScaled
 from quire.fleet.journal import Journal
@@ -20,7 +24,6 @@ from quire.fleet.state import FleetState, Replica
 from quire.fleet.words import age, describe, status, summary
 
 MAX_REPLICAS = 1000
-POLL = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +82,23 @@ def unknown(what: str, name: str, there: list[str]) -> NotFound:
     return NotFound(f"There is no {what} {name!r}.", param=what, remedy=remedy)
 
 
-def order(service: Service, event: AnyEvent) -> None:
-    """Write a command down, and say so if nobody is there to follow it."""
+Wait = Annotated[bool, Parameter(negative="--no-wait")]
+
+
+def order(
+    service: Service, event: AnyEvent, *, wait: bool, until: Callable[[FleetState], bool] = lambda state: state.settled
+) -> None:
+    """Write a command down; wait until it is done, or say that nobody is there to do it."""
+    name = service.directory.name
     with Journal(service.directory.database) as journal:
         journal.append(event)
-    print(f"{service.directory.name}: {describe(event)}", flush=True)
     if service.control is None:
-        name = service.directory.name
-        print(f"{name}: no control plane runs; this is done once `quire up` starts one.", flush=True)
+        print(f"{name}: {describe(event)}; no control plane runs, and it is done once `quire up` starts one")
+    elif wait:
+        state = follow(service.directory, service.seq, service.state, until=until)
+        print(f"{name}: {summary(state)}")
+    else:
+        print(f"{name}: {describe(event)}")
 
 
 def ps(*, json: bool = False, state_dir: StateDirFlag = None) -> None:
@@ -173,7 +185,9 @@ def _as_json(service: Service) -> dict[str, Any]:
     }
 
 
-def scale(name: str, replicas: int, *, role: str | None = None, state_dir: StateDirFlag = None) -> None:
+def scale(
+    name: str, replicas: int, *, role: str | None = None, wait: Wait = True, state_dir: StateDirFlag = None
+) -> None:
     """Set the number of a service's replicas; those that go are drained first.
 
     Parameters
@@ -184,6 +198,8 @@ def scale(name: str, replicas: int, *, role: str | None = None, state_dir: State
         How many there shall be.
     role
         Which ones, where a service has several roles: both, decode or prefill.
+    wait
+        Come back when it is done.
     """
     service = find(name, state_dir)
     if not 0 <= replicas <= MAX_REPLICAS:
@@ -195,10 +211,10 @@ def scale(name: str, replicas: int, *, role: str | None = None, state_dir: State
     if role not in roles:
         shown = "No --role is given" if role is None else f"--role is {role!r}"
         raise ConfigError(f"{shown}.", param="role", remedy=f"{name} has: {', '.join(roles) or 'none'}.")
-    order(service, RoleScaled(at=time.time(), role=role, replicas=replicas))
+    order(service, RoleScaled(at=time.time(), role=role, replicas=replicas), wait=wait)
 
 
-def drain(replica: str, *, timeout: float | None = None, state_dir: StateDirFlag = None) -> None:
+def drain(replica: str, *, timeout: float | None = None, wait: Wait = True, state_dir: StateDirFlag = None) -> None:
     """Let a replica finish what it runs, then stop and replace it. `quire scale` makes it fewer.
 
     Parameters
@@ -207,13 +223,21 @@ def drain(replica: str, *, timeout: float | None = None, state_dir: StateDirFlag
         Its name, as `quire ps` shows it.
     timeout
         Seconds that it may take; the manifest's terminationGracePeriodSeconds otherwise.
+    wait
+        Come back when it is done.
     """
     service, found = find_replica(replica, state_dir)
     if found.role == GATEWAY:
         raise ConfigError(f"{replica} is the gateway.", param="replica", remedy="Only engines are drained.")
     if timeout is not None and not 0 <= timeout <= 86_400:
         raise ConfigError(f"--timeout is {timeout:g}.", param="timeout", remedy="Give 0 to 86,400 seconds.")
-    order(service, DrainRequested(at=time.time(), replica=replica, timeout=timeout))
+    event = DrainRequested(at=time.time(), replica=replica, timeout=timeout)
+    start = found.starts
+    order(service, event, wait=wait, until=lambda state: state.settled and not _is_there(state, replica, start))
+
+
+def _is_there(state: FleetState, replica: str, start: int) -> bool:
+    return replica in state.replicas and state.replicas[replica].starts == start
 
 
 def down(name: str | None = None, *, now: bool = False, state_dir: StateDirFlag = None) -> None:
@@ -230,26 +254,9 @@ def down(name: str | None = None, *, now: bool = False, state_dir: StateDirFlag 
     if service.state.down and not service.state.replicas:
         print(f"{service.directory.name}: is down already")
         return
-    order_down(service, DownRequested(at=time.time(), at_once=now))
-
-
-def order_down(service: Service, event: DownRequested) -> None:
-    """Write it down, have somebody do it, and wait until it is done."""
-    from quire.cli.up import start_control
-
     with Journal(service.directory.database) as journal:
-        journal.append(event)
-        if ControlLock(service.directory).holder() is None:
-            start_control(service.directory)
-        while True:
-            _, state = journal.load()
-            if not state.replicas:
-                print(f"{service.directory.name}: down")
-                return
-            if not state.down:
-                raise EngineDead(f"{service.directory.name} was started again meanwhile.")
-            time.sleep(POLL)
-
-
-def apply() -> None:
-    raise NotImplementedError
+        journal.append(DownRequested(at=time.time(), at_once=now))
+    if ControlLock(service.directory).holder() is None:
+        start_control(service.directory)
+    follow(service.directory, service.seq, service.state, until=lambda state: state.down and not state.replicas)
+    print(f"{service.directory.name}: down")

@@ -19,16 +19,21 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "serve": ("quire.cli.serve:serve", "Serve a model behind an OpenAI-compatible API."),
+    "gateway": (
+        "quire.cli.gateway:gateway",
+        "Put one address before many model servers: routing by prefix and load.",
+    ),
     "chat": ("quire.cli.chat:chat", "Talk with a model, here in the terminal."),
     "complete": ("quire.cli.complete:complete", "Continue one prompt."),
     "plan": ("quire.cli.plan:plan", "Tell what fits in memory and how fast it can run, before reading a weight."),
     "quantize": ("quire.cli.quantize:quantize", "Write a checkpoint with weights in 8 or 4 bits."),
+    "explain": ("quire.cli.explain:explain", "Tell why the gateway sent a request where it did."),
     "kernels": ("quire.cli.kernels:kernels", "List which implementation serves each op on this machine, and why."),
     "up": ("quire.cli.up:up", "Run a service on this machine: engines and the gateway in front."),
     "ps": ("quire.cli.fleet:ps", "List what runs."),
     "logs": ("quire.cli.logs:logs", "Show what a service's processes wrote."),
     "events": ("quire.cli.logs:events", "Show what happened to a service."),
-    "apply": ("quire.cli.fleet:apply", "Change a running service to what a manifest says, without losing a request."),
+    "apply": ("quire.cli.apply:apply", "Change a running service to what a manifest says, without losing a request."),
     "scale": ("quire.cli.fleet:scale", "Set the number of a service's replicas."),
     "drain": ("quire.cli.fleet:drain", "Let a replica finish what it runs, and replace it."),
     "down": ("quire.cli.fleet:down", "Stop a service."),

@@ -11,6 +11,8 @@ class FleetConfig:
 
     state_dir: str | None = None
     """Directory of the services' state and logs; quire in the XDG state directory otherwise."""
+    pvc_dir: str | None = None
+    """Directory with a folder for each persistent volume claim: pvc://NAME/PATH is NAME/PATH in it."""
     host: str = "127.0.0.1"
     """Address that the gateway listens on; loopback unless told otherwise."""
     port: int = 8000

@@ -19,8 +19,8 @@ class GatewayConfig(ListenConfig):
     """name:port; every address that the name resolves to is an endpoint."""
     policy: str | None = None
     """A YAML file of EndpointPickerConfig, InferenceObjective, InferenceModelRewrite, InferencePool, TrafficPolicy."""
-    tokenizer: str | None = None
-    """Directory with the model's tokenizer.json; prompts are then counted and matched by tokens, not by bytes."""
+    exact_tokens: bool = False
+    """Have an endpoint tokenize each prompt first, so that engines' KV events tell exactly what is cached where."""
     scrape_interval: float = 0.2
     """Seconds between two readings of an endpoint's metrics."""
     health_interval: float = 2.0
@@ -35,5 +35,7 @@ class GatewayConfig(ListenConfig):
     """Other endpoints that are tried when one fails before the first byte of its answer."""
     extproc_port: int | None = None
     """Port of Envoy's external processing door (gRPC); none: the door is closed."""
+    hedge_delay: float | None = None
+    """Seconds after which a second endpoint is asked too when the first has not begun to answer; none: never."""
     explain_requests: int = 10_000
     """Requests whose routing is remembered for /explain."""

@@ -90,7 +90,6 @@ _GATEWAY: Mapping[str, Rule] = {
     "endpoints_file": _NAME,
     "endpoints_dns": _NAME,
     "policy": _NAME,
-    "tokenizer": _NAME,
     "scrape_interval": _SECONDS,
     "health_interval": _SECONDS,
     "connect_timeout": _SECONDS,
@@ -98,10 +97,11 @@ _GATEWAY: Mapping[str, Rule] = {
     "idle_timeout": _SECONDS,
     "max_retries": between(0, 100),
     "extproc_port": between(0, 65_535),
+    "hedge_delay": _SECONDS,
     "explain_requests": between(0, 1_048_576),
 }
 
-_FLEET: Mapping[str, Rule] = {"state_dir": _NAME, "host": _NAME, "port": between(0, 65_535)}
+_FLEET: Mapping[str, Rule] = {"state_dir": _NAME, "pvc_dir": _NAME, "host": _NAME, "port": between(0, 65_535)}
 
 _RULES: Sequence[tuple[type[object], Mapping[str, Rule]]] = (
     (EngineConfig, _ENGINE),

@@ -36,6 +36,7 @@ def apply(state: FleetState, event: e.Event) -> FleetState:
             | e.ProcessStarted()
             | e.BecameReady()
             | e.BecameUnready()
+            | e.WentOverLimit()
             | e.BecameIdle()
         ):
             replica = state.replicas.get(event.replica)
@@ -113,6 +114,8 @@ def _changed(replica: Replica, event: e.Event) -> Replica:
             return change(replica, phase="ready", since=event.at, ready_since=ready_since)
         case e.BecameUnready(reason=reason) if replica.phase == "ready":
             return change(replica, phase="unready", since=event.at, last_error=reason)
+        case e.WentOverLimit(reason=reason):
+            return change(replica, over_limit=reason)
         case e.BecameIdle() if replica.phase == "draining":
             return change(replica, idle=True)
     return replica
@@ -133,6 +136,7 @@ def _exited(state: FleetState, replica: Replica, event: e.ProcessExited) -> Flee
         not_before=event.at + backoff(failures),
         ready_since=None,
         killed=False,
+        over_limit=None,
         last_error=error,
     )
     return _with(state, failed)

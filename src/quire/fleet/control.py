@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import structlog
 
@@ -21,6 +22,7 @@ from quire.fleet.spec import GATEWAY
 from quire.fleet.state import FleetState, Replica
 
 TICK = 0.1
+GIB = 2**30
 PROBE_EVERY = {"starting": 0.2, "ready": 1.0, "unready": 1.0, "draining": 0.2}
 """Seconds between probes, by phase."""
 FAILED_PROBES = 3
@@ -49,6 +51,7 @@ class ControlPlane:
         self._journal = Journal(directory.database)
         self._seq, self.state = self._journal.load()
         self._snapshot_seq = self._seq
+        self._policy: tuple[dict[str, Any], ...] | None = None
         self._written: list[endpoints.Endpoint] | None = None
         self._probes: dict[str, asyncio.Task[None]] = {}
         self._cores = len(os.sched_getaffinity(0))
@@ -152,7 +155,7 @@ class ControlPlane:
                 role=spec.role,
                 revision=spec.revision,
                 port=spec.port if spec.port is not None else self._provider.free_port(taken),
-                threads=launch.threads_for(spec, engines, self._cores),
+                threads=launch.threads_for(spec, engines, self._cores, self._environ),
             )
         )
         self._follow()
@@ -160,7 +163,6 @@ class ControlPlane:
         endpoints_file = self._directory.endpoints_file
         if spec.role == GATEWAY:
             self._tell_gateway()
-            launch.write_policy(launch.policy_file(endpoints_file), spec)
         order = launch.launch(
             replica, spec, engines=max(engines, 1), endpoints_file=endpoints_file, environ=self._environ
         )
@@ -176,6 +178,10 @@ class ControlPlane:
         if found != self._written:
             endpoints.write(self._directory.endpoints_file, found)
             self._written = found
+        gateway = self.state.spec.role(GATEWAY)
+        if gateway is not None and gateway.documents != self._policy:
+            launch.write_policy(launch.policy_file(self._directory.endpoints_file), gateway)
+            self._policy = gateway.documents
 
     # --- how they are ---------------------------------------------------------------------------------------
 
@@ -203,6 +209,7 @@ class ControlPlane:
                     replica.port, engine=replica.role != GATEWAY, api_key=self._api_key(replica)
                 )
                 failed = 0 if trouble is None else failed + 1
+                self._watch_memory(replica)
                 replica = self.state.replicas.get(name)
                 if replica is None or replica.starts != start:
                     return
@@ -211,6 +218,15 @@ class ControlPlane:
                 elif trouble is not None and failed >= FAILED_PROBES and replica.phase == "ready":
                     self.record(events.BecameUnready(at=self._clock(), replica=name, reason=trouble))
             await asyncio.sleep(PROBE_EVERY.get(replica.phase, 0))
+
+    def _watch_memory(self, replica: Replica) -> None:
+        spec = None if self.state.spec is None else self.state.spec.role(replica.role)
+        if spec is None or spec.memory is None or replica.over_limit is not None:
+            return
+        held = self._provider.memory(replica.name)
+        if held > spec.memory:
+            reason = f"It holds {held / GIB:.2f} GiB of memory, more than its limit of {spec.memory / GIB:.2f} GiB."
+            self.record(events.WentOverLimit(at=self._clock(), replica=replica.name, reason=reason))
 
     async def _probe_draining(self, replica: Replica, probe: Probe) -> None:
         if replica.idle or self._clock() - replica.since < DRAIN_SETTLE:

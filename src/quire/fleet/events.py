@@ -91,6 +91,13 @@ class BecameUnready(Event, frozen=True, kw_only=True, tag=True):
     reason: str
 
 
+class WentOverLimit(Event, frozen=True, kw_only=True, tag=True):
+    """It holds more memory than the manifest grants it."""
+
+    replica: str
+    reason: str
+
+
 class BecameIdle(Event, frozen=True, kw_only=True, tag=True):
     """A draining replica has nothing left to do."""
 
@@ -117,6 +124,7 @@ AnyEvent = (
     | ProcessStarted
     | BecameReady
     | BecameUnready
+    | WentOverLimit
     | BecameIdle
     | ProcessExited
 )

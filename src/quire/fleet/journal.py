@@ -73,7 +73,7 @@ class Journal:
 
     def load(self) -> tuple[int, FleetState]:
         """The number of the last event, and the state after it."""
-        with self._transaction():
+        with self._transaction("DEFERRED"):
             row = self._connection.execute("SELECT seq, body FROM snapshot").fetchone()
             seq, state = (0, FleetState()) if row is None else (row[0], self._decode(_STATE, row[1]))
             for number, event in self._after(seq):
@@ -109,14 +109,18 @@ class Journal:
             raise self._unusable(str(error)) from error
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
+    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
+        """Raises `ConfigError` if the file cannot be written: a full disk, another owner."""
         try:
-            yield
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
+            self._connection.execute(f"BEGIN {kind}")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._unusable(str(error)) from error
 
     def close(self) -> None:
         self._connection.close()

@@ -14,8 +14,6 @@ from quire.fleet.spec import GATEWAY, RoleSpec
 from quire.fleet.state import Replica
 
 QUIRE = (sys.executable, "-m", "quire")
-FLEET_VARIABLES = frozenset({"QUIRE_STATE_DIR"})
-"""Settings of the fleet's own, which its processes have no use for."""
 KV_FLAGS = ("--kv-cache-memory", "--num-kv-blocks", "--memory-utilization")
 KV_SHARE = 0.5
 """Of the memory that is free, what the KV pools of all engines together take unless they are told otherwise."""
@@ -25,8 +23,7 @@ def launch(
     replica: Replica, spec: RoleSpec, *, engines: int, endpoints_file: Path, environ: Mapping[str, str]
 ) -> Launch:
     """How to start `replica`. `engines` share this machine; `environ` is what the processes inherit."""
-    environment = {name: value for name, value in environ.items() if name not in FLEET_VARIABLES}
-    environment |= spec.environment
+    environment = {**environ, **spec.environment}
     if spec.role == GATEWAY:
         command = gateway_command(replica, spec, endpoints_file)
     else:
@@ -73,11 +70,11 @@ def write_policy(path: Path, spec: RoleSpec) -> None:
     os.replace(part, path)
 
 
-def threads_for(spec: RoleSpec, engines: int, cores: int) -> int | None:
+def threads_for(spec: RoleSpec, engines: int, cores: int, environ: Mapping[str, str]) -> int | None:
     """CPU threads of one engine: what the manifest grants it, or its share of the cores; None if that was said."""
     if spec.role == GATEWAY or any(argument.partition("=")[0] == "--threads" for argument in spec.arguments):
         return None
-    if "QUIRE_THREADS" in spec.environment:
+    if "QUIRE_THREADS" in {**environ, **spec.environment}:
         return None
     share = cores // max(engines, 1) if spec.cpu is None else round(spec.cpu)
     return max(1, min(share, cores))

@@ -64,7 +64,9 @@ def _overdue(state: FleetState, now: float) -> list[Action]:
         waited = now - replica.since
         if replica.killed:
             continue
-        if replica.phase == "draining" and (replica.idle or due):
+        if replica.over_limit is not None and replica.has_process:
+            actions.append(Kill(replica=replica.name, reason=replica.over_limit))
+        elif replica.phase == "draining" and (replica.idle or due):
             reason = "idle" if replica.idle else "the deadline for draining has passed"
             actions.append(Stop(replica=replica.name, deadline=now + timeouts.stop_timeout, reason=reason))
         elif replica.phase == "stopping" and due:
@@ -102,22 +104,21 @@ def _stop(replica: Replica, state: FleetState, now: float, reason: str) -> Stop:
 
 def _role(spec: RoleSpec, state: FleetState, now: float, taken: set[str]) -> list[Action]:
     there = state.of_role(spec.role)
-    staying = [replica for replica in there if not replica.leaving and not replica.killed]
+    staying = [replica for replica in there if not replica.leaving]
     current = [replica for replica in staying if replica.revision == spec.revision]
     leave = _who_leaves(spec, staying)
     actions: list[Action] = [
         _let_go(spec, state, replica, now, reason) for replica, reason in leave if replica.name not in taken
     ]
     gone = {replica.name for replica, _ in leave} | taken
-    for replica in current:
-        if replica.phase == "backoff" and now >= replica.not_before and replica.name not in gone:
-            actions.append(Start(replica=replica.name, role=spec))
+    most = spec.replicas + spec.surge
+    again = [replica.name for replica in current if replica.phase == "backoff" and now >= replica.not_before]
+    again = [name for name in again if name not in gone]
+    names = again[: max(0, most - sum(replica.has_process for replica in there))]
     asked_to_go = sum(replica.drain_asked for replica in current)
-    wanted = spec.replicas - (len(current) - asked_to_go)
-    room = spec.replicas + spec.surge - len(there)
-    for name in _free_names(spec, state, min(wanted, room)):
-        actions.append(Start(replica=name, role=spec))
-    return actions
+    missing = spec.replicas - (len(current) - asked_to_go)
+    names += _free_names(spec, state, min(missing, most - len(there)))
+    return actions + [Start(replica=name, role=spec) for name in names]
 
 
 def _who_leaves(spec: RoleSpec, staying: list[Replica]) -> list[tuple[Replica, str]]:

@@ -43,7 +43,7 @@ class Processes:
         self._logs = directory / "logs"
         for path in (self._records, self._logs):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._children: dict[str, subprocess.Popen[bytes]] = {}  # only to be reaped
+        self._children: list[subprocess.Popen[bytes]] = []  # only to be reaped
 
     def free_port(self, taken: frozenset[int]) -> int:
         for _ in range(PORT_ATTEMPTS):
@@ -76,7 +76,7 @@ class Processes:
         }
         with shim.stdin as pipe:
             pipe.write(json.dumps(orders).encode() + b"\n")
-        self._children[launch.replica] = shim
+        self._children.append(shim)
 
     def stop(self, replica: str) -> None:
         record = self._read(self._path(replica))
@@ -89,8 +89,7 @@ class Processes:
             send_signal(record.shim, signal.SIGKILL)  # the kernel ends the child with it
 
     def processes(self) -> dict[str, Found]:
-        for child in self._children.values():
-            child.poll()
+        self._children = [child for child in self._children if child.poll() is None]
         found = {}
         for path in sorted(self._records.glob("*.json")):
             running_before = (record := self._read(path)) is not None and is_running(record.shim)
@@ -108,7 +107,6 @@ class Processes:
 
     def forget(self, replica: str) -> None:
         self._path(replica).unlink(missing_ok=True)
-        self._children.pop(replica, None)
 
     def memory(self, replica: str) -> int:
         record = self._read(self._path(replica))

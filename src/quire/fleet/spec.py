@@ -10,6 +10,8 @@ import msgspec
 
 Role = Literal["both", "decode", "prefill", "gateway"]
 GATEWAY: Role = "gateway"
+PICKER_CONFIG = "EndpointPickerConfig"
+"""The kind of policy that a gateway reads once, when it starts."""
 
 DEFAULT_DRAIN_TIMEOUT = 300.0
 """Seconds: streams of language models are long, and a replica that is idle does not wait for it."""
@@ -28,7 +30,7 @@ class RoleSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What follows `quire serve` (or `quire gateway`); address and threads are added at the start."""
     environment: dict[str, str] = {}
     documents: tuple[dict[str, Any], ...] = ()
-    """The gateway's configuration, as documents of its file."""
+    """The gateway's policy, as documents of its file, which it reads again whenever that changes."""
     port: int | None = None
     """A fixed port; one is allotted at each start otherwise."""
     host: str = "127.0.0.1"
@@ -50,7 +52,7 @@ class RoleSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             self.role,
             self.arguments,
             sorted(self.environment.items()),
-            self.documents,
+            [document for document in self.documents if document.get("kind") == PICKER_CONFIG],
             self.port,
             self.host,
             self.cpu,

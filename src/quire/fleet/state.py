@@ -40,6 +40,8 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Asked for by the operator, not yet begun."""
     drain_asked: bool = False
     idle: bool = False
+    over_limit: str | None = None
+    """Why it has to be ended, if it has."""
     killed: bool = False
     last_error: str | None = None
 
@@ -78,6 +80,6 @@ class FleetState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for spec in self.spec.roles:
             there = self.of_role(spec.role)
             as_asked = [item for item in there if item.phase == "ready" and item.revision == spec.revision]
-            if len(there) != spec.replicas or len(as_asked) != spec.replicas:
+            if len(there) != spec.replicas or len(as_asked) != spec.replicas or any(i.drain_asked for i in there):
                 return False
         return all(self.spec.role(replica.role) is not None for replica in self.replicas.values())

@@ -36,6 +36,8 @@ def describe(event: e.AnyEvent) -> str:
             return f"{replica}: ready"
         case e.BecameUnready(replica=replica, reason=reason):
             return f"{replica}: unready: {reason}"
+        case e.WentOverLimit(replica=replica, reason=reason):
+            return f"{replica}: {reason}"
         case e.BecameIdle(replica=replica):
             return f"{replica}: idle"
         case e.ProcessExited(replica=replica, returncode=returncode, error=error):

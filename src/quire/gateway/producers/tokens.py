@@ -1,35 +1,35 @@
 """`token-producer`: how many tokens a prompt has, and which, where something here can tokenise.
 
-Without a tokenizer the number is estimated from bytes; how many bytes make a token is learnt from what answers report,
-by model. With one (quire's `--tokenizer DIRECTORY`) prompts become the very tokens that an engine computes: chats are
-rendered by the model's own template first. vLLM's render endpoint is asked where the parameters name it, as llm-d does.
+The number is estimated from bytes; how many bytes make a token is learnt from what answers report, by model. Where the
+very tokens are wanted (to match engines' KV events) an endpoint is asked for them, with the model's own template: by
+/tokenize, which quire and vLLM have (`--exact-tokens`), or by the render endpoint that parameters name, as in llm-d.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Final
 
 import aiohttp
 import msgspec
 
 from quire.gateway.endpoint import Endpoint
+from quire.gateway.flow.units import parse_duration
 from quire.gateway.plugin import Observer, Parameters, Producer, Services
 from quire.gateway.request import Api, InferenceRequest, Outcome
 
 BYTES_PER_TOKEN: Final = 4.0
 MAX_MODELS: Final = 1000
 FORGET: Final = 0.02
-INLINE_BYTES: Final = 16 * 1024
-"""Prompts up to this size are tokenised at once (a millisecond); longer ones on a thread."""
-TOKENIZE: Final = "tokenize"
+EXACT: Final = "exact_tokens"
 HTTP: Final = "http"
-"""Names under which the gateway shares a tokeniser (`Tokenize`) and its client session."""
-
-Tokenize = Callable[[InferenceRequest], Sequence[int] | None]
-"""The tokens of a prompt; None where it cannot tell. Runs on a thread too."""
+"""Names under which the gateway shares that exact tokens are wanted, and its client session."""
+TIMEOUT: Final = 5.0
+MAX_ANSWER: Final = 16 * 1024 * 1024
+_TOKENIZED: Final = ("prompt", "messages", "tools", "chat_template_kwargs", "add_generation_prompt")
+"""Fields of a request that decide its tokens."""
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class RenderParameters(Parameters, frozen=True):
@@ -54,6 +54,9 @@ class TokenProducer(Producer, Observer):
         )
         self._render = render
         self._shared = services.shared
+        self._rng = services.rng
+        seconds = TIMEOUT if self._render is None else parse_duration(self._render.timeout, "vllm.timeout")
+        self._timeout = aiohttp.ClientTimeout(total=seconds)
         self._ratios: OrderedDict[str, float] = OrderedDict()
 
     def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> Awaitable[None] | None:
@@ -65,27 +68,26 @@ class TokenProducer(Producer, Observer):
             return None
         ratio = self._ratios.get(request.target_model, BYTES_PER_TOKEN)
         request.prompt_tokens = max(round(len(request.prompt) / ratio), 1) if request.prompt else 0
-        tokenize: Tokenize | None = self._shared.get(TOKENIZE)
-        if tokenize is not None and request.api in (Api.CHAT, Api.COMPLETIONS):
-            if len(request.prompt) <= INLINE_BYTES:
-                _take(request, tokenize(request))
-                return None
-            return self._on_thread(request, tokenize)
-        if self._render is not None and request.api in (Api.CHAT, Api.COMPLETIONS, Api.MESSAGES):
-            return self._ask(request, self._render)
+        if request.api not in (Api.CHAT, Api.COMPLETIONS, Api.MESSAGES) or not request.prompt:
+            return None
+        if self._render is not None:
+            return self._ask(request, self._render.url.rstrip("/") + request.path + "/render", request.body)
+        if self._shared.get(EXACT) and endpoints and request.api is not Api.MESSAGES:
+            endpoint = self._rng.choice(endpoints)
+            return self._ask(request, endpoint.url + "/tokenize", _tokenize_body(request))
         return None
 
-    async def _on_thread(self, request: InferenceRequest, tokenize: Tokenize) -> None:
-        _take(request, await asyncio.to_thread(tokenize, request))
-
-    async def _ask(self, request: InferenceRequest, render: RenderParameters) -> None:
+    async def _ask(self, request: InferenceRequest, url: str, body: bytes) -> None:
         session: aiohttp.ClientSession = self._shared[HTTP]
-        timeout = aiohttp.ClientTimeout(total=_seconds(render.timeout))
         headers = {"content-type": "application/json"}
-        url = render.url.rstrip("/") + request.path + "/render"
-        async with session.post(url, data=request.body, headers=headers, timeout=timeout) as answer:
+        if "authorization" in request.headers:
+            headers["authorization"] = request.headers["authorization"]
+        async with session.post(url, data=body, headers=headers, timeout=self._timeout) as answer:
             answer.raise_for_status()
-            _take(request, token_ids_of(msgspec.json.decode(await answer.content.read(16 * 1024 * 1024))))
+            ids = token_ids_of(msgspec.json.decode(await answer.content.read(MAX_ANSWER)))
+        if ids:
+            request.token_ids = ids
+            request.prompt_tokens = len(ids)
 
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
         if not outcome.ok or not outcome.prompt_tokens or not request.prompt or request.token_ids is not None:
@@ -98,23 +100,18 @@ class TokenProducer(Producer, Observer):
             self._ratios.popitem(last=False)
 
 
-def _take(request: InferenceRequest, ids: Sequence[int] | None) -> None:
-    if ids:
-        request.token_ids = ids
-        request.prompt_tokens = len(ids)
+def _tokenize_body(request: InferenceRequest) -> bytes:
+    fields = _object.decode(request.body)
+    kept = {name: fields[name] for name in _TOKENIZED if name in fields}
+    return msgspec.json.encode({"model": msgspec.Raw(msgspec.json.encode(request.target_model)), **kept})
 
 
 def token_ids_of(rendered: Any) -> Sequence[int] | None:
-    """Of a render endpoint's answer: one object, or a list of them, with `token_ids` or `prompt_token_ids`."""
+    """Of a render endpoint's answer: one object, or a list of them, with `token_ids` or `prompt_token_ids`; of
+    /tokenize, one with `tokens`."""
     first = rendered[0] if isinstance(rendered, list) and rendered else rendered
     if not isinstance(first, dict):
         return None
-    ids = first.get("token_ids", first.get("prompt_token_ids"))
+    ids = first.get("token_ids", first.get("prompt_token_ids", first.get("tokens")))
     whole = isinstance(ids, list) and all(isinstance(one, int) and 0 <= one < 2**32 for one in ids)
     return ids if whole else None
-
-
-def _seconds(text: str) -> float:
-    """Of a duration such as 5s or 500ms."""
-    number = text.removesuffix("ms").removesuffix("s")
-    return float(number) / (1000.0 if text.endswith("ms") else 1.0)

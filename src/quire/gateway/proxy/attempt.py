@@ -51,6 +51,7 @@ class Try:
             first_byte=self.attempt.first_byte,
             finished=self.director.clock(),
             output_tokens=self.usage.output_tokens,
+            prompt_tokens=self.usage.prompt_tokens,
             cached_tokens=self.usage.cached_tokens,
         )
         self.director.finished(self.request, self.attempt, outcome)

@@ -17,12 +17,13 @@ class Usage:
     """Sees each piece of an answer pass. A quote inside a string of JSON is escaped, so that `"usage":` is always a
     field's name."""
 
-    __slots__ = ("_num_events", "_tail", "_tap", "cached_tokens", "output_tokens")
+    __slots__ = ("_num_events", "_tail", "_tap", "cached_tokens", "output_tokens", "prompt_tokens")
 
     def __init__(self, tap: Callable[[bytes], None] | None = None) -> None:
         """`tap` is given every piece as well: an answer that is compared with another."""
         self._tap = tap
         self.output_tokens: int | None = None
+        self.prompt_tokens: int | None = None
         self.cached_tokens: int | None = None
         self._num_events = 0
         self._tail: deque[bytes] = deque(maxlen=8)
@@ -56,6 +57,7 @@ class Usage:
     def _take(self, usage: dict[str, Any]) -> None:
         """OpenAI's names, those of its Responses, and Anthropic's."""
         self.output_tokens = _count(usage.get("completion_tokens", usage.get("output_tokens")))
+        self.prompt_tokens = _count(usage.get("prompt_tokens", usage.get("input_tokens")))
         details = usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
         cached = details.get("cached_tokens") if isinstance(details, dict) else usage.get("cache_read_input_tokens")
         self.cached_tokens = _count(cached)

@@ -1,0 +1,1 @@
+"""Reading manifests: KServe's LLMInferenceService and what belongs to it."""
