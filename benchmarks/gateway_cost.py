@@ -1,7 +1,7 @@
 """What the gateway itself costs: CPU per request and per streamed piece, added latency, memory.
 
-Three processes: a fake model server that answers at once, the gateway, and this client. CPU is the gateway's own
-process time, so that it is per core whatever else the machine does.
+Three processes: a fake model server that answers at once, `quire gateway` with its default policy, and this client.
+CPU is the gateway's own process time, so that it is per core whatever else the machine does.
 
     python benchmarks/gateway_cost.py                      # everything, about a minute
     python benchmarks/gateway_cost.py --only chunks memory --requests 100000
@@ -47,6 +47,13 @@ ANSWER = json.dumps(
     }
 ).encode()
 ANSWER_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+PAGES = {
+    b"/v1/models": b'{"object": "list", "data": [{"id": "m", "object": "model"}]}',
+    b"/metrics": b"".join(
+        b'vllm:%b{engine="0",model_name="m"} %d\n' % (name, value)
+        for name, value in ((b"num_requests_waiting", 0), (b"num_requests_running", 3), (b"kv_cache_usage_perc", 0))
+    ),
+}
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 PATH = "/v1/chat/completions"
 
@@ -75,11 +82,13 @@ class ModelServer(asyncio.Protocol):
         length = int(self.data[at + 16 : self.data.find(b"\r\n", at)]) if at >= 0 else 0
         if len(self.data) < end + 4 + length:
             return
+        target = bytes(self.data[:end]).split(b" ", 2)[1]
         body = bytes(self.data[end + 4 :])
         self.data.clear()
         plan = body.find(b'"user": "')
         if plan < 0:
-            self.transport.write(ANSWER_HEAD % len(ANSWER) + ANSWER)
+            answer = PAGES.get(target, ANSWER)
+            self.transport.write(ANSWER_HEAD % len(answer) + answer)
             return
         pieces, seconds = body[plan + 9 : body.find(b'"', plan + 9)].split(b"/")
         self.transport.write(STREAM_HEAD)
@@ -96,39 +105,6 @@ class ModelServer(asyncio.Protocol):
 async def serve_model(port: int) -> None:
     server = await asyncio.get_running_loop().create_server(ModelServer, "127.0.0.1", port, backlog=4096)
     await server.serve_forever()
-
-
-# --- the gateway --------------------------------------------------------------------------------------------
-
-
-async def serve_gateway(port: int, upstream: int) -> None:
-    from quire.config.server import ListenConfig
-    from quire.gateway.director import Director
-    from quire.gateway.endpoint import Endpoint, Pool
-    from quire.gateway.plugin import Conclusion, Picker, ProfileHandler
-    from quire.gateway.proxy.app import build_app
-    from quire.gateway.schedule import Profile, Scheduler
-    from quire.web.server import Server, allow_open_files, bind, uvicorn_config
-
-    class First(Picker):
-        def pick(self, request, candidates, totals):  # type: ignore[no-untyped-def]
-            return candidates
-
-    class Single(ProfileHandler):
-        def next_profiles(self, request, profiles, results):  # type: ignore[no-untyped-def]
-            return () if results else profiles
-
-        def conclude(self, request, results):  # type: ignore[no-untyped-def]
-            return Conclusion(results["default"])
-
-    pool = Pool()
-    pool.put(Endpoint("upstream", "127.0.0.1", upstream))
-    scheduler = Scheduler({"default": Profile("default", (), (), First())}, Single())
-    director = Director(pool=pool, scheduler=scheduler, clock=time.monotonic)
-    listen = ListenConfig(port=port, max_connections=8192)
-    allow_open_files(2 * listen.max_connections)
-    with bind(listen) as listener:
-        await Server(uvicorn_config(build_app(director), listen)).serve(sockets=[listener])
 
 
 # --- the client ---------------------------------------------------------------------------------------------
@@ -324,19 +300,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=(), help="requests chunks latency prompts streams memory")
     parser.add_argument("--requests", type=int, default=20_000, help="for memory")
     parser.add_argument("--json", help="file to write the numbers to")
-    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--serve-model", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        kind, *ports = options.serve
-        numbers = [int(port) for port in ports]
-        uvloop.run(serve_model(*numbers) if kind == "model" else serve_gateway(*numbers))
+    if options.serve_model:
+        uvloop.run(serve_model(options.serve_model))
         return
     from quire.web.server import allow_open_files
 
     allow_open_files(8192)
     upstream, gateway = free_port(), free_port()
-    commands = [["model", upstream], ["gateway", gateway, upstream]]
-    processes = [subprocess.Popen([sys.executable, __file__, "--serve", *map(str, command)]) for command in commands]
+    processes = [subprocess.Popen([sys.executable, __file__, "--serve-model", str(upstream)])]
+    command = [sys.executable, "-m", "quire", "gateway", "--port", str(gateway), "--max-connections", "8192"]
+    processes.append(subprocess.Popen([*command, "--endpoints", f"http://127.0.0.1:{upstream}"]))
     try:
         wait_for(upstream)
         wait_for(gateway)

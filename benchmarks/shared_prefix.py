@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import random
 import socket
 import statistics
 import subprocess
@@ -149,12 +150,14 @@ async def measure(case: Case, url: str, seed: int) -> Result:
     )
     requests = make_requests(workload)
     warm = case.groups if case.shared else 4
+    measured = requests[warm:]
+    random.Random(seed).shuffle(measured)  # in turns they would suit whoever takes turns
     load = Load(
         url=url,
         endpoint="completions",
-        model=None,
+        model="bench",
         warmup=requests[:warm],
-        requests=requests[warm:],
+        requests=measured,
         arrivals=[float(at) for at in arrival_times(case.requests, case.rate, 1.0, seed)],
         max_concurrency=None,
         extra={"temperature": 0.0, "ignore_eos": True},

@@ -111,7 +111,7 @@ FLAGS = {
     "scale": {"--name", "--replicas", "--role", "--wait", "--no-wait", "--state-dir"},
     "drain": {"--replica", "--timeout", "--wait", "--no-wait", "--state-dir"},
     "down": {"--name", "--now", "--state-dir"},
-    "doctor": {"--host", "--port", "--model", "--no-model", "--config", "--json"},
+    "doctor": {"--host", "--port", "--model", "--no-model", "--gateway", "--api-key", "--config", "--json"},
     "version": {"--json"},
     "bench throughput": MODEL | ENGINE | PROMPTS | {"--num-prompts", "--backend"},
     "bench latency": MODEL | ENGINE | PROMPTS | {"--batch-size", "--num-iters", "--num-warmup-iters"},

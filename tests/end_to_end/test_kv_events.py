@@ -1,5 +1,9 @@
 """`quire serve` tells what its prefix cache holds, read as any router would: by ZeroMQ and msgpack's own library."""
 
+import json
+import subprocess
+import sys
+
 import msgpack
 import pytest
 import zmq
@@ -37,6 +41,16 @@ def test_where_is_told(telling):
     assert topic == f"kv@{telling.root.removeprefix('http://')}@quire-tiny"
     assert value == 1
     assert endpoint.startswith("tcp://127.0.0.1:")
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_served(telling):
+    [(labels, _)] = samples(telling)["quire_kv_events_info"]
+    taken = json.dumps({"enable_kv_cache_events": True, "endpoint": labels["endpoint"], "bind": True})
+    command = [sys.executable, "-m", "quire", "serve", "--port=0", f"--kv-events-config={taken}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert f"KV events cannot be published at {labels['endpoint']}: Address already in use." in done.stderr
+    assert done.stdout == ""
 
 
 def test_blocks_of_a_prompt_are_told_once_with_their_tokens_and_salt(telling):

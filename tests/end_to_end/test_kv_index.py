@@ -7,10 +7,14 @@ import socket
 import time
 
 import pytest
+import uvicorn
 import zmq.asyncio
+from starlette.applications import Starlette
 
+from quire.cli.main import main
 from quire.gateway.endpoint import Endpoint, Pool
 from quire.gateway.kv.index import KVIndex
+from quire.gateway.kv.route import kv_route
 from quire.gateway.kv.subscriptions import KVSubscriptions
 from quire.gateway.scrape import parse_metrics
 
@@ -36,6 +40,8 @@ def evicting(start_server):
 
 
 class Router:
+    """What the gateway has of KV events, and no more."""
+
     def __init__(self, server) -> None:
         self.server = server
         self.context = zmq.asyncio.Context()
@@ -110,6 +116,44 @@ async def test_what_is_expected_to_be_cached_is_cached(router):
     assert health.block_size == BLOCK
     assert health.blocks <= 40
     assert router.subscriptions.findings() == []
+
+
+async def doctor(router, capsys) -> dict[str, list[dict]]:
+    """What `quire doctor --gateway` says, by the name of the check."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(Starlette(routes=[kv_route(router.subscriptions)]), log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    await asyncio.to_thread(main, ["doctor", "--no-model", "--port", "0", "--json", "--gateway", url])
+    server.should_exit = True
+    await serving
+    checks = {}
+    for check in json.loads(capsys.readouterr().out)["checks"]:
+        checks.setdefault(check["name"], []).append(check)
+    return checks
+
+
+async def test_the_doctor_sees_whether_events_come(router, evicting, capsys):
+    await router.ask(list(range(80)))
+    await router.know(list(range(80)))
+    [check] = (await doctor(router, capsys))["kv events"]
+    assert check["status"] == "ok", check
+    router.endpoint.models = frozenset({"another"})
+    router.pool.put(Endpoint("deaf", "127.0.0.1", 1, labels={"quire.ai/kv-events-port": str(free_port())}))
+    checks = {check["detail"].partition(":")[0]: check for check in (await doctor(router, capsys))["kv events"]}
+    assert (checks["default/e"]["status"], checks["default/deaf"]["status"]) == ("warn", "fail")
+    assert "names the model 'quire-tiny', but it serves another" in checks["default/e"]["detail"]
+    assert "Nothing answers" in checks["default/deaf"]["detail"]
+
+
+def test_the_doctor_sees_that_there_is_no_gateway(evicting, capsys):
+    main(["doctor", "--no-model", "--port", "0", "--json", "--gateway", f"http://127.0.0.1:{free_port()}"])
+    [check] = [check for check in json.loads(capsys.readouterr().out)["checks"] if check["name"] == "kv events"]
+    assert check["status"] == "fail"
+    main(["doctor", "--no-model", "--port", "0", "--json", "--gateway", evicting.root])
+    [check] = [check for check in json.loads(capsys.readouterr().out)["checks"] if check["name"] == "kv events"]
+    assert (check["status"], "listens to no engine's KV events" in check["detail"]) == ("warn", True)
 
 
 async def test_who_comes_late_knows_the_same(router, evicting):

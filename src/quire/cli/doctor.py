@@ -20,10 +20,12 @@ def doctor(
     host: str | None = None,
     port: int | None = None,
     model: Annotated[bool, Parameter(negative="--no-model")] = True,
+    gateway: str | None = None,
+    api_key: str | None = None,
     config: ConfigFile = None,
     json: bool = False,
 ) -> int:
-    """Check the installation and the machine. The exit code is 1 if a check fails.
+    """Check the installation and the machine, and a gateway that runs. The exit code is 1 if a check fails.
 
     Parameters
     ----------
@@ -33,6 +35,10 @@ def doctor(
         Port that a server would listen on.
     model
         Load the built-in model and ask it a question.
+    gateway
+        URL of a gateway: whether the KV events of its engines have any effect.
+    api_key
+        Sent to the gateway.
     json
         Print JSON.
     """
@@ -40,6 +46,10 @@ def doctor(
     flags = {name: value for name, value in given.items() if value is not None}
     wanted = settings(ServerConfig, flags, config=config).value
     checks = run_checks(wanted.host, wanted.port, ask_model=model)
+    if gateway is not None:
+        from quire.cli.gateway_checks import check_kv_events
+
+        checks.extend(check_kv_events(gateway, api_key))
     failed = any(check.status == "fail" for check in checks)
     if json:
         print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})

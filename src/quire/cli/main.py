@@ -27,6 +27,7 @@ COMMANDS = {
     "complete": ("quire.cli.complete:complete", "Continue one prompt."),
     "plan": ("quire.cli.plan:plan", "Tell what fits in memory and how fast it can run, before reading a weight."),
     "quantize": ("quire.cli.quantize:quantize", "Write a checkpoint with weights in 8 or 4 bits."),
+    "explain": ("quire.cli.explain:explain", "Tell why the gateway sent a request where it did."),
     "kernels": ("quire.cli.kernels:kernels", "List which implementation serves each op on this machine, and why."),
     "up": ("quire.cli.up:up", "Run a service on this machine: engines and the gateway in front."),
     "ps": ("quire.cli.fleet:ps", "List what runs."),

@@ -174,7 +174,7 @@ def _open(
     except zmq.ZMQError as error:
         opened.close()
         raise ConfigError(
-            f"KV events cannot be published at {endpoint}: {error.strerror}.",
+            f"KV events cannot be published at {endpoint}: {zmq.strerror(error.errno or 0)}.",
             param=PARAM,
             remedy="Name another endpoint, such as tcp://*:5560; each engine needs one of its own.",
         ) from None

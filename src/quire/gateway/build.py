@@ -18,6 +18,7 @@ from typing import Any, Final
 from quire.core.errors import ConfigError
 from quire.core.registry import Registry
 from quire.gateway.endpoint import Clock, Pool
+from quire.gateway.legacy import modernise
 from quire.gateway.picker_config import EndpointPickerConfig, PluginSpec, SchedulingPlugin, SchedulingProfile
 from quire.gateway.plugin import (
     Admitter,
@@ -89,6 +90,12 @@ class _Builder:
 
     def declare(self, spec: PluginSpec) -> None:
         """Raises `ConfigError` for a type that nobody knows."""
+        specs, notes = modernise(spec)
+        self.warnings += notes
+        for one in specs:
+            self._declare(one)
+
+    def _declare(self, spec: PluginSpec) -> None:
         type_name = ALIASES.get(spec.type, spec.type)
         if type_name != spec.type:
             self.warnings.append(f"plugin type {spec.type} is called {type_name} now")
@@ -136,8 +143,23 @@ class _Builder:
         self.making.pop()
         return plugin
 
+    def add_named_producers(self) -> None:
+        """Those that parameters name, which may be stock ones that the file does not list."""
+        for label, spec in list(self.specs.items()):
+            for parameter, name in (spec.parameters or {}).items():
+                if not parameter.endswith("ProducerName") or not name or name in self.types:
+                    continue
+                if not isinstance(name, str) or name not in self.registry:
+                    raise ConfigError(
+                        f"{parameter} of plugin {label!r} is {name!r}, and there is no such plugin.",
+                        param="plugins",
+                        remedy=f"Known are: {', '.join(self.types)}.",
+                    )
+                self.declare(PluginSpec(type=name))
+
     def add_producers(self) -> None:
         """Those that are needed and not there."""
+        self.add_named_producers()
         names = list(self.types)
         while names:
             needed = _NEEDS.get(self.types[names.pop()])
@@ -170,12 +192,19 @@ class _Builder:
         if len(picked) > 1:
             names = " and ".join(picker.name for picker in picked)
             raise ConfigError(f"Profile {wanted.name!r} has several pickers: {names}.", remedy="Keep one.")
-        return Profile(wanted.name, filters, scorers, picked[0] if picked else self._default(DEFAULT_PICKER, Picker))
+        return Profile(wanted.name, filters, scorers, picked[0] if picked else self._picker())
 
-    def _default(self, type_name: str, kind: type[Any]) -> Any:
-        if type_name not in self.types:
-            self.declare(PluginSpec(type=type_name))
-        plugin = self.plugin(type_name)
+    def _picker(self) -> Picker:
+        """For a profile without one: that of the file, as in llm-d, else the default."""
+        there = self.of_kind(Picker)
+        picker: Picker = self._default(there[0] if there else DEFAULT_PICKER, Picker)
+        return picker
+
+    def _default(self, name: str, kind: type[Any]) -> Any:
+        """The plugin of this name; if it is not there, one is made of the type that is called so."""
+        if name not in self.types:
+            self.declare(PluginSpec(type=name))
+        plugin = self.plugin(name)
         assert isinstance(plugin, kind)
         return plugin
 
@@ -223,8 +252,8 @@ def build_picker(
     used = {entry.plugin_ref for profile in profiles for entry in profile.plugins}
     plugins = {name: builder.plugin(name) for name in builder.types}
     for name, plugin in plugins.items():
-        scheduling = isinstance(plugin, (Filter, Scorer, Picker)) and not isinstance(plugin, (Producer, Observer))
-        if scheduling and name not in used and name not in (DEFAULT_PICKER, DEFAULT_HANDLER):
+        scheduling = isinstance(plugin, (Filter, Scorer, Picker)) and not isinstance(plugin, Producer)
+        if scheduling and name not in used and plugin not in [profile.picker for profile in made.values()]:
             builder.warnings.append(f"plugin {name} has no effect: no profile refers to it")
     return BuildResult(
         scheduler=Scheduler(made, handler),

@@ -94,11 +94,11 @@ class Director:
             ids = request.prompt_token_ids
             request.prompt_tokens = len(ids) if ids is not None else -(-len(request.prompt) // BYTES_PER_TOKEN)
         self._aim(request, frozenset())
-        for admitter in self.admitters:
-            admitter.admit(request, self.pool.all)
+        self._admit(request, after_producers=False)
         await self.gate.enter(request)
         try:
             await self._produce(request)
+            self._admit(request, after_producers=True)
             return self.choose_again(request)
         except BaseException:
             self.gate.leave(request)
@@ -113,6 +113,11 @@ class Director:
         choice = self.scheduler.schedule(request, candidates)
         self.chosen(request, choice)
         return choice
+
+    def _admit(self, request: InferenceRequest, *, after_producers: bool) -> None:
+        for admitter in self.admitters:
+            if admitter.after_producers == after_producers:
+                admitter.admit(request, self.pool.all)
 
     def _aim(self, request: InferenceRequest, excluded: frozenset[str]) -> None:
         """Turn to the first fallback that has endpoints, if the target has none. If all have none it stays: it is the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from quire.gateway.explain import Explainer
 from quire.gateway.flow.controller import FlowController
 from quire.gateway.flow.settings import flow_settings
 from quire.gateway.kv.index import KVIndex
-from quire.gateway.kv.subscriptions import KVSubscriptions
+from quire.gateway.kv.subscriptions import KVSubscriptions, PortsOf
 from quire.gateway.metrics import GatewayMetrics
 from quire.gateway.plugin import Observer, Services
 from quire.gateway.plugins.stock import stock_plugins
 from quire.gateway.policy_file import PolicyFile
-from quire.gateway.producers.precise import KV_INDEX
+from quire.gateway.producers.precise import KV_INDEX, PrecisePrefix
 from quire.gateway.producers.tokens import EXACT, HTTP
 from quire.gateway.proxy.settings import ProxySettings
 from quire.gateway.request import InferenceRequest
@@ -63,6 +63,15 @@ class Parts:
 
     async def start(self) -> None:
         """Endpoints are known when this returns. Raises `ConfigError`."""
+        if self.flow is not None:
+            poke = self.flow.poke
+            self.pool.watch(lambda _: poke(), lambda _: poke())
+            self.metrics.watch(
+                "llm_d_epp_flow_control_queue_size", "Requests held, by priority.", _queue_sizes(self.flow), "priority"
+            )
+        self.metrics.watch(
+            "quire_gateway_shadow", "Mirrored requests, by what came of them.", _shadow_counts(self.shadow), "outcome"
+        )
         await self.discovery.start()
         self.subscriptions.start()
         self.scraper.start()
@@ -123,7 +132,8 @@ def make_parts(
     director.gate = flow if flow is not None else OpenGate()
     watching: list[Observer] = [*picker.observers, metrics, explainer]
     director.observers = [*watching, flow] if flow is not None else watching
-    subscriptions = KVSubscriptions(pool, index, context)
+    precise = next((plugin for plugin in picker.plugins.values() if isinstance(plugin, PrecisePrefix)), None)
+    subscriptions = KVSubscriptions(pool, index, context, PortsOf() if precise is None else precise.ports)
     return Parts(
         config=config,
         clock=clock,
@@ -154,6 +164,23 @@ def _flow(policy: Policy, picker: BuildResult, director: Director, services: Ser
     return FlowController(
         settings.queue, director.candidates, director.clock, detector=settings.detector, awaited=_awaited(director.pool)
     )
+
+
+def _queue_sizes(flow: FlowController) -> Callable[[], Mapping[str, float]]:
+    def sizes() -> Mapping[str, float]:
+        return {str(priority): float(count) for priority, count in flow.snapshot().by_priority().items()}
+
+    return sizes
+
+
+def _shadow_counts(shadow: Shadow) -> Callable[[], Mapping[str, float]]:
+    def counts() -> Mapping[str, float]:
+        return {
+            name: float(sum(getattr(one, name) for one in shadow.counts.values()))
+            for name in ("same", "different", "failed", "skipped", "uncompared")
+        }
+
+    return counts
 
 
 def _awaited(pool: Pool) -> Callable[[InferenceRequest], bool]:

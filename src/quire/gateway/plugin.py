@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -37,6 +37,10 @@ class Producer(Plugin):
 
 
 class Admitter(Plugin):
+    after_producers: ClassVar[bool] = False
+    """It looks at what producers find out: it is asked when the request is about to be scheduled, others before it is
+    queued."""
+
     @abstractmethod
     def admit(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
         """Raises `Dropped` to turn the request away."""
@@ -145,7 +149,7 @@ def read_parameters(kind: type[P], parameters: Mapping[str, Any], plugin: str) -
         return msgspec.convert(dict(parameters), kind)
     except msgspec.ValidationError as error:
         raise ConfigError(
-            f"Plugin {plugin!r}: {error}.", param="plugins", remedy="See docs/gateway.md for its parameters."
+            f"Plugin {plugin!r}: {error}.", param="plugins", remedy="See docs/gateway-plugins.md for its parameters."
         ) from error
 
 

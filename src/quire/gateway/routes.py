@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from quire.core.errors import NotFound
 from quire.gateway.endpoint import Endpoint
+from quire.gateway.kv.route import kv_route
 from quire.gateway.metrics import CONTENT_TYPE
 from quire.gateway.parts import Parts
 from quire.web.answers import error_response
@@ -31,15 +32,11 @@ def own_routes(parts: Parts) -> list[Route]:
     async def endpoints(_: Request) -> Response:
         return _json({"endpoints": [describe(endpoint, parts.clock()) for endpoint in parts.pool]})
 
-    async def kv_events(_: Request) -> Response:
-        health, findings = parts.index.health(), parts.subscriptions.findings()
-        return _json({"blocks": parts.index.num_blocks, "endpoints": health, "findings": findings})
-
     return [
         Route("/metrics", metrics, methods=["GET"]),
         Route("/explain/{request_id}", explain, methods=["GET"]),
         Route("/endpoints", endpoints, methods=["GET"]),
-        Route("/kv-events", kv_events, methods=["GET"]),
+        kv_route(parts.subscriptions),
     ]
 
 

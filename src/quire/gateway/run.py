@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -14,12 +15,15 @@ from starlette.types import ASGIApp
 
 from quire.config.gateway import GatewayConfig
 from quire.core.errors import ConfigError
+from quire.gateway.endpoint import Pool
 from quire.gateway.parts import Parts, make_parts, proxy_settings, shadow_of
 from quire.gateway.proxy.app import Finished, Gateway, build_app
 from quire.gateway.proxy.mirror import Mirrors
 from quire.gateway.routes import own_routes
 from quire.web.auth import ApiKey
 from quire.web.server import Server, StopOrders, allow_open_files, bind, url, uvicorn_config
+
+FIRST_LOOKS = 2.0
 
 
 def to_stdout(line: str) -> None:
@@ -46,6 +50,7 @@ async def run(
         await parts.start()
         stack.push_async_callback(gateway.stop)
         gateway.start(session)
+        await _first_looks(parts.pool)
         following = asyncio.create_task(parts.policy.follow())
         stack.callback(following.cancel)
         if config.extproc_port is not None:
@@ -68,6 +73,14 @@ async def run(
             task.cancel()
         await asyncio.gather(draining, drained, hurrying, return_exceptions=True)
     return 0
+
+
+async def _first_looks(pool: Pool) -> None:
+    """Until every endpoint has said which models it has, so that the first client finds them; not for long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(FIRST_LOOKS):
+            while any(endpoint.models is None for endpoint in pool.all):
+                await asyncio.sleep(0.02)
 
 
 def open_session() -> aiohttp.ClientSession:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,17 +33,18 @@ class BodyWriter:
     __slots__ = ("_cycle",)
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        self._cycle = weakref.ref(cycle)  # whose scope knows this
 
     @property
     def usable(self) -> bool:
         """Once `http.response.start` was sent, for a body whose length was not said."""
-        return bool(self._cycle.response_started and self._cycle.chunked_encoding)
+        cycle = self._cycle()
+        return cycle is not None and cycle.response_started and bool(cycle.chunked_encoding)
 
     def write(self, data: bytes) -> bool:
         """`data` is not empty. False: the client lags behind; `send` waits for it, with an empty piece too."""
-        cycle = self._cycle
-        if cycle.disconnected or cycle.response_complete:
+        cycle = self._cycle()
+        if cycle is None or cycle.disconnected or cycle.response_complete:
             return True
         cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return not cycle.flow.write_paused

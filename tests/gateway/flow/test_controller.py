@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,9 +16,10 @@ from quire.gateway.director import Attempt, Director
 from quire.gateway.endpoint import Endpoint, EndpointMetrics, Pool
 from quire.gateway.errors import Dropped, Evicted, Expired, NoEndpoint, QueueCapacity, Saturated, ShuttingDown
 from quire.gateway.flow.controller import FlowController
+from quire.gateway.flow.limits import SoftReflectiveCeiling, UsageLimitPolicy
 from quire.gateway.flow.policies import RoundRobin
 from quire.gateway.flow.queue import BandSettings, QueueSettings
-from quire.gateway.flow.saturation import Concurrency
+from quire.gateway.flow.saturation import NOTHING, Concurrency, OnTheWay, SaturationDetector
 from quire.gateway.plugin import Conclusion, Picker, ProfileHandler
 from quire.gateway.request import Api, InferenceRequest, Outcome
 from quire.gateway.schedule import Profile, Scheduler
@@ -160,6 +162,18 @@ async def test_tenants_take_turns() -> None:
     assert service.order == ["first", "flood-0", "quiet"]
 
 
+async def test_a_tenant_is_one_flow_whatever_it_writes_into_the_header() -> None:
+    service = Service(default_band=BandSettings(fairness=RoundRobin()))
+    current = request("first", tenant="none")
+    await service.come(current)
+    for number in range(3):
+        await service.come(request(f"many-{number}", tenant="many", fairness_id=f"mask-{number}"))
+    await service.come(request("one", tenant="one"))
+    await service.leave(current)
+    await service.leave(next(iter(service.control._inside.values())).request)
+    assert service.order == ["first", "many-0", "one"]
+
+
 async def test_a_full_model_holds_up_no_other() -> None:
     service = Service()
     service.endpoints = [
@@ -190,6 +204,43 @@ async def test_models_that_share_endpoints_share_by_priority_then_in_turns() -> 
     assert service.order[:2] == ["first", "urgent"]
     assert sorted(service.order[2:4]) == ["a-0", "b-0"]
     assert sorted(service.order[4:]) == ["a-1", "b-1"]
+
+
+async def test_nobody_who_waits_is_overtaken_through_another_model() -> None:
+    """The place is given back and, before the loop looks, somebody else comes for the same endpoint."""
+    service = Service()
+    first = request("first")
+    await service.come(first)
+    await service.come(request("waits", model="a"))
+    service.control.leave(first)
+    await service.come(request("comes", model="b"))
+    assert service.order == ["first", "waits"]
+
+
+async def test_nobody_who_waits_is_overtaken_through_a_ceiling_that_goes_up_and_down() -> None:
+    """At a saturation of 3/4 the lower of two priorities may go each third time that it is asked about."""
+    service = Service(places=4, bands={1: BandSettings()}, limits=SoftReflectiveCeiling())
+    for number in range(3):
+        await service.come(request(f"{number}", 1))
+    assert service.control.snapshot().inside == 3
+    await service.come(request("first"))
+    await service.come(request("second"))
+    service.control.poke()
+    await settle()
+    assert service.order == ["0", "1", "2", "first"]
+
+
+async def test_models_take_turns_for_places_that_become_free_at_once() -> None:
+    service = Service(places=2)
+    running = [request("first"), request("second")]
+    for one in running:
+        await service.come(one)
+    for name in ("a-0", "a-1", "b-0", "b-1"):
+        await service.come(request(name, model=name[0]))
+    for one in running:
+        service.control.leave(one)
+    await settle()
+    assert sorted(service.order[2:]) == ["a-0", "b-0"]
 
 
 async def test_a_request_waits_as_long_as_it_may() -> None:
@@ -310,6 +361,7 @@ async def test_a_client_that_goes_away_leaves_at_once() -> None:
     assert service.control.snapshot().waiting == 1
     await service.leave(first)
     assert service.order == ["first", "third"]
+    assert all(timer.off for timer in service.time.timers)
 
 
 async def test_a_client_that_goes_away_in_the_instant_it_is_let_go_gives_its_place_back() -> None:
@@ -445,3 +497,136 @@ def test_whatever_happens_nobody_is_forgotten(steps: list[int], seed: int) -> No
                 assert isinstance(error, Dropped)
 
     asyncio.run(run())
+
+
+# --- ending requests in flight --------------------------------------------------------------------------------
+
+
+class Evicting(Service):
+    """Requests are sent as soon as they are let go, all to one endpoint with so many places."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__(places)
+        self.ended: list[str] = []
+        self.control = FlowController(
+            QueueSettings(shed_negative=False),
+            self.candidates,
+            self.time,
+            detector=Concurrency(places),
+            evict=lambda one: self.ended.append(one.id),
+            call_later=self.time.call_later,
+        )
+
+    async def send(self, request: InferenceRequest) -> None:
+        await self.come(request)
+        self.endpoints[0].load.requests += 1
+        self.control.sent(request, self.endpoints[0], Conclusion(self.endpoints))
+
+    async def end(self, request: InferenceRequest) -> None:
+        self.endpoints[0].load.requests -= 1
+        await self.leave(request)
+
+
+async def test_the_newest_of_the_lowest_priority_is_ended_for_those_who_wait() -> None:
+    service = Evicting(places=4)
+    running = [request("plain"), request("old", -1), request("new", -1), request("least", -5)]
+    for one in running:
+        await service.send(one)
+        service.time.advance(1.0)
+    await service.come(request("urgent"))
+    service.control.poke()
+    await settle()
+    assert service.ended == ["least"]
+    service.control.poke()  # it has not ended yet: nothing more is done
+    await settle()
+    assert service.ended == ["least"]
+    await service.end(running[3])
+    assert service.order[-1] == "urgent"
+    await service.come(request("second"))
+    service.control.poke()  # the metrics have had no time to show it
+    await settle()
+    assert service.ended == ["least"]
+    service.time.advance(1.1)
+    service.control.poke()
+    await settle()
+    assert service.ended == ["least", "new"]
+
+
+async def test_nobody_is_ended_for_its_own_priority_nor_anybody_of_none_below_zero() -> None:
+    service = Evicting(places=2)
+    await service.send(request("plain"))
+    await service.send(request("shed", -1))
+    await service.come(request("as low", -1))
+    for _ in range(3):
+        service.time.advance(2.0)
+        service.control.poke()
+        await settle()
+    assert service.ended == []
+    await service.come(request("urgent", 7))
+    for _ in range(8):
+        service.time.advance(6.0)
+        service.control.poke()
+        await settle()
+    assert service.ended == ["shed"]
+
+
+async def test_a_cancelled_request_leaves_no_timer() -> None:
+    service = Service()
+    await service.come(request("first"))
+    task = await service.come(request("second"))
+    assert not all(timer.off for timer in service.time.timers)
+    task.cancel()
+    await settle()
+    assert all(timer.off for timer in service.time.timers)
+
+
+class Faulty(SaturationDetector):
+    name = "faulty"
+
+    def saturation(self, endpoints: Sequence[Endpoint], now: float, on_the_way: OnTheWay = NOTHING) -> float:
+        raise RuntimeError("it does not work")
+
+
+class FaultyLimits(UsageLimitPolicy):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def ceilings(self, saturation: float, priorities: Sequence[int]) -> Sequence[float]:
+        self.calls += 1
+        return () if self.calls > 2 else (1.0,) * len(priorities)
+
+
+async def test_a_detector_that_fails_holds_nobody_up() -> None:
+    service = Service()
+    control = FlowController(QueueSettings(), service.candidates, service.time, detector=Faulty())
+    with structlog.testing.capture_logs() as logs:
+        await control.enter(request("first"))
+    assert logs[0]["plugin"] == "faulty"
+
+
+async def test_where_a_policy_fails_requests_still_expire() -> None:
+    service = Service(limits=FaultyLimits(), ttl=10.0)
+    await service.come(request("first"))
+    task = await service.come(request("second"))
+    with pytest.raises(IndexError):
+        service.control._look()
+    with pytest.raises(IndexError):
+        await service.control.enter(request("third"))
+    service.time.advance(11.0)
+    await settle()
+    assert reason(task) is Expired
+
+
+async def test_what_waits_is_shown_by_model_and_by_priority() -> None:
+    service = Service()
+    await service.come(request("first"))
+    for name, priority in (("a", 0), ("a", 3), ("b", 0)):
+        await service.come(request("waits", priority, model=name))
+    service.time.advance(2.0)
+    service.control.poke()
+    await settle()
+    snapshot = service.control.snapshot()
+    assert (snapshot.waiting, snapshot.inside) == (3, 1)
+    assert snapshot.by_model() == {"a": 2, "b": 1}
+    assert snapshot.by_priority() == {0: 2, 3: 1}
+    assert all((lane.oldest, lane.saturation) == (2.0, 1.0) for lane in snapshot.lanes)

@@ -140,6 +140,23 @@ async def test_a_body_that_is_too_large(rig, fake, said) -> None:
     assert not gateway.servers[0].received
 
 
+async def test_all_bodies_together_are_bounded(rig, fake) -> None:
+    settings = ProxySettings(max_held=10_000)
+    async with rig([fake.never, fake.answer], settings=settings) as gateway, aiohttp.ClientSession() as http:
+        url = f"{gateway.url}/v1/chat/completions"
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(request_bytes(user="x" * 6000))
+        await until(lambda: gateway.servers[0].received)
+        async with http.post(url, json=CHAT | {"user": "x" * 6000}) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (429, "saturated")
+        writer.transport.abort()
+        await gateway.settled()
+        async with http.post(url, json=CHAT | {"user": "x" * 6000}) as answer:
+            assert answer.status == 200
+        await gateway.settled()
+        assert gateway.app.proxy.holding.now == 0
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"model": 5}', b"[" * 100_000, b'{"a":' * 100_000])
 async def test_a_body_that_is_none(rig, fake, body) -> None:
     async with rig([fake.answer]) as gateway, aiohttp.ClientSession() as http:

@@ -225,6 +225,20 @@ async def test_what_is_not_known_to_be_harmless_is_not_done_twice(rig, fake) -> 
     assert not gateway.servers[1].received
 
 
+async def test_what_is_not_known_to_be_harmless_goes_out_on_a_fresh_connection(rig, fake) -> None:
+    async def answers_first(received, wire) -> None:
+        if len(gateway.servers[0].received) == 1:
+            await fake.answer(received, wire)
+        else:
+            wire.reset()
+
+    async with rig([answers_first]) as gateway:
+        assert (await ask(gateway))[0] == 200
+        await gateway.settled()
+        assert (await ask(gateway, "/v1/load_lora_adapter"))[0] == 502
+    assert [len(gateway.servers[0].received), gateway.servers[0].connections] == [2, 2]
+
+
 async def test_retries_stay_within_their_budget(rig, fake) -> None:
     settings = ProxySettings(
         resilience=ResilienceSettings(retry_share=0.1, retry_burst=5, consecutive_failures=10**6, min_attempts=10**6)

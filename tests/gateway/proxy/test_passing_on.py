@@ -190,6 +190,57 @@ async def test_what_is_streamed_in_another_format_is_not_held(rig, fake) -> None
         assert await answer.read() == b"second"
 
 
+async def test_streams_that_are_compressed_are_passed_on_as_they_come(rig, fake) -> None:
+    gate = asyncio.Event()
+    head = fake.head(200, "text/event-stream", transfer_encoding="chunked", content_encoding="gzip")
+
+    async def packed(_, wire) -> None:
+        await wire.write(head + fake.chunk(b"\x1f\x8b1"))
+        await gate.wait()
+        await wire.write(fake.chunk(b"2") + fake.LAST_CHUNK)
+
+    async with (
+        rig([packed]) as gateway,
+        aiohttp.ClientSession(auto_decompress=False) as client,
+        client.post(f"{gateway.url}/v1/chat/completions", json=CHAT | {"stream": True}) as answer,
+    ):
+        assert await answer.content.readany() == b"\x1f\x8b1"
+        gate.set()
+        assert await answer.read() == b"2"
+
+
+async def test_trailers_are_no_headers(rig, fake) -> None:
+    trailing = fake.chunk(b"{}") + b"0\r\nx-late: 1\r\n\r\n"
+    async with (
+        rig([fake.raw(fake.head(200, transfer_encoding="chunked") + trailing, then="next")]) as gateway,
+        aiohttp.ClientSession() as client,
+        client.post(f"{gateway.url}/v1/chat/completions", json=CHAT) as answer,
+    ):
+        assert await answer.json() == {}
+        assert "x-late" not in answer.headers
+
+
+async def test_an_answer_to_no_question_is_nobodys(rig, fake) -> None:
+    answer = fake.head(200, content_length="2") + b"{}"
+    smuggled = fake.head(200, content_length="5") + b'"two"'
+    async with rig([fake.raw(answer + smuggled, then="next")]) as gateway, aiohttp.ClientSession() as client:
+        for _ in range(3):
+            async with client.post(f"{gateway.url}/v1/chat/completions", json=CHAT) as got:
+                assert (got.status, await got.read()) == (200, b"{}")
+            await gateway.settled()
+    assert gateway.servers[0].connections == 3
+
+
+async def test_what_follows_a_stream_does_not_cost_its_end(rig, fake) -> None:
+    whole = fake.chunk(fake.delta("w0")) + fake.chunk(b"data: [DONE]\n\n") + fake.LAST_CHUNK
+    async with (
+        rig([fake.raw(fake.STREAM_HEAD + whole + b"and some more")]) as gateway,
+        aiohttp.ClientSession() as client,
+        client.post(f"{gateway.url}/v1/chat/completions", json=CHAT | {"stream": True}) as answer,
+    ):
+        assert await answer.read() == fake.delta("w0") + b"data: [DONE]\n\n"
+
+
 async def test_connections_are_reused(rig, fake) -> None:
     async with rig([fake.answer]) as gateway, aiohttp.ClientSession() as client:
         for _ in range(5):

@@ -183,9 +183,8 @@ def test_whatever_happens_it_comes_back(happenings: list[tuple[float, str]]) -> 
                     breaker.probe()
             case _:
                 breaker.step(now)
-        assert (
-            breaker.state is not State.OPEN or 0 < breaker.reopens_at - now <= SETTINGS.max_ejection or what != "fail"
-        )
+        if breaker.state is State.OPEN:
+            assert breaker.reopens_at - now <= SETTINGS.max_ejection
         assert len(breaker._slices) <= 12
         assert not breaker.probing or breaker.state is State.HALF_OPEN
     now = max(now, breaker.reopens_at)
@@ -202,14 +201,15 @@ def test_whatever_happens_it_comes_back(happenings: list[tuple[float, str]]) -> 
 def test_a_budget_is_kept(asks: list[bool], share: float, burst: int) -> None:
     budget, requests, spent = Budget(share=share, burst=burst), 0, 0
     for ask in asks:
-        if ask:
-            spent += budget.spend()
-        else:
+        if ask and budget.allows:
+            budget.spend()
+            spent += 1
+        elif not ask:
             budget.earn()
             requests += 1
         assert spent <= burst + share * requests + 1e-6
     if not any(asks) and burst >= 1:
-        assert budget.spend()
+        assert budget.allows
 
 
 def test_hedging_learns_when_most_have_begun() -> None:

@@ -1,33 +1,36 @@
-"""What an endpoint's time is made of, learnt from the requests that it served.
+"""What an endpoint's time is made of, learnt from the requests that were served.
 
-    TTFT = base + prefill x (tokens queued before + own tokens not cached)
-    TPOT = step + sequence x (others beside it)
+    TTFT = speed x (base + prefill x (tokens queued before + own tokens not cached))
+    TPOT = speed x (step + sequence x (others beside it))
 
-Each is a line fitted by weighted least squares whose evidence fades with time, so that a machine that changes is
-believed again after a while. All endpoints' evidence together is the prior of each: one that has just come is taken for
-average hardware, and a few requests tell otherwise.
+The lines are fitted by least squares to what all endpoints showed, each observation divided by its endpoint's speed;
+an endpoint has only its speed, a factor for either line. So one that has just come is taken for average hardware, a
+few requests tell otherwise, and what chance did to one endpoint's requests does not send the next ones elsewhere.
+Evidence fades: a machine that was slow is believed to be average again after a while, tried, and judged anew.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Final
 
 HALF_LIFE: Final = 60.0
 """Seconds after which an observation counts half."""
 PRIOR_WEIGHT: Final = 4.0
-"""Observations that the average of all endpoints counts for."""
+"""Observations that what was believed before counts for."""
 OUTLIER: Final = 8.0
-"""An observation of more than so many times what was expected counts as that."""
+"""An observation of more than so many times what was expected, or less than its reciprocal, counts as that."""
+SAME_SPEED: Final = math.log(1.2)
+"""Endpoints that differ by less are taken to be equal: the difference is chance, mostly."""
 
 
 @dataclass(slots=True)
 class Line:
-    """y = intercept + slope·x, both at least 0, by sums that fade."""
+    """y = intercept + slope·x, neither below 0, by sums that fade."""
 
     intercept: float
     slope: float
-    """Until something was seen."""
     n: float = 0.0
     sx: float = 0.0
     sy: float = 0.0
@@ -35,47 +38,64 @@ class Line:
     sxy: float = 0.0
     time: float = 0.0
 
-    def fade(self, now: float) -> None:
-        if now > self.time:
-            kept = 0.5 ** ((now - self.time) / HALF_LIFE)
-            self.n, self.sx, self.sy = self.n * kept, self.sx * kept, self.sy * kept
-            self.sxx, self.sxy = self.sxx * kept, self.sxy * kept
-        self.time = now
+    def at(self, x: float) -> float:
+        return self.intercept + self.slope * x
 
     def add(self, x: float, y: float, now: float) -> None:
-        self.fade(now)
-        self.n += 1.0
-        self.sx += x
-        self.sy += y
-        self.sxx += x * x
-        self.sxy += x * y
+        kept = 0.5 ** ((now - self.time) / HALF_LIFE) if now > self.time else 1.0
+        self.time = now
+        self.n = self.n * kept + 1.0
+        self.sx = self.sx * kept + x
+        self.sy = self.sy * kept + y
+        self.sxx = self.sxx * kept + x * x
+        self.sxy = self.sxy * kept + x * y
+        self._fit()
 
-    def fit(self, prior: tuple[float, float]) -> tuple[float, float]:
-        """Intercept and slope, pulled to those of `prior` (a ridge of `PRIOR_WEIGHT` observations)."""
-        n, sx, sy, sxx, sxy = self.n, self.sx, self.sy, self.sxx, self.sxy
-        mean_square = sxx / n if n else 0.0
-        ridge_slope = PRIOR_WEIGHT * (mean_square or 1.0)
-        a = n + PRIOR_WEIGHT
-        d = sxx + ridge_slope
-        right = (sy + PRIOR_WEIGHT * prior[0], sxy + ridge_slope * prior[1])
-        determinant = a * d - sx * sx
-        if determinant <= 0:
-            return prior
-        intercept = (right[0] * d - sx * right[1]) / determinant
-        slope = (a * right[1] - sx * right[0]) / determinant
+    def _fit(self) -> None:
+        """What it was pulls as much as `PRIOR_WEIGHT` observations do, so that it stays where nothing speaks
+        against it: a slope, where all x were the same."""
+        ridge = PRIOR_WEIGHT * (self.sxx / self.n or 1.0)
+        a, b, d = self.n + PRIOR_WEIGHT, self.sx, self.sxx + ridge
+        e, f = self.sy + PRIOR_WEIGHT * self.intercept, self.sxy + ridge * self.slope
+        determinant = a * d - b * b  # positive: sx² ≤ n·sxx
+        intercept, slope = (e * d - b * f) / determinant, (a * f - b * e) / determinant
         if slope < 0:
-            return max(right[0] / a, 0.0), 0.0
-        if intercept < 0:
-            return 0.0, max(right[1] / d, 0.0)
-        return intercept, slope
+            intercept, slope = e / a, 0.0
+        elif intercept < 0:
+            intercept, slope = 0.0, f / d
+        self.intercept, self.slope = intercept, slope
+
+
+@dataclass(slots=True)
+class Speed:
+    """How many times as long as the line says one endpoint takes: a mean of logarithms, which fades."""
+
+    n: float = 0.0
+    total: float = 0.0
+    time: float = 0.0
+
+    def _fade(self, now: float) -> None:
+        if now > self.time:
+            kept = 0.5 ** ((now - self.time) / HALF_LIFE)
+            self.n, self.total, self.time = self.n * kept, self.total * kept, now
+
+    def add(self, ratio: float, now: float) -> None:
+        self._fade(now)
+        self.n += 1.0
+        self.total += math.log(ratio)
+
+    def factor(self, now: float) -> float:
+        self._fade(now)
+        mean = self.total / (self.n + PRIOR_WEIGHT)
+        return 1.0 if abs(mean) < SAME_SPEED else math.exp(mean)
 
 
 @dataclass(slots=True)
 class Pace:
-    """One endpoint's, or all endpoints' together."""
+    """One endpoint's speeds."""
 
-    ttft: Line = field(default_factory=lambda: Line(0.02, 5e-4))
-    tpot: Line = field(default_factory=lambda: Line(0.02, 5e-4))
+    prefill: Speed = field(default_factory=Speed)
+    decode: Speed = field(default_factory=Speed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,44 +109,47 @@ class Costs:
 
 
 class Learner:
-    """Paces by endpoint key, and of all."""
+    """The lines of a pool, and the speed of each endpoint by its key."""
 
     def __init__(self) -> None:
-        self._all = Pace()
+        self._ttft = Line(0.02, 1e-4)
+        self._tpot = Line(0.02, 5e-4)
         self._paces: dict[str, Pace] = {}
 
     def costs(self, key: str, now: float) -> Costs:
         pace = self._paces.get(key)
-        base, prefill = _fit(None if pace is None else pace.ttft, self._all.ttft, now)
-        step, sequence = _fit(None if pace is None else pace.tpot, self._all.tpot, now)
-        return Costs(base, max(prefill, 1e-9), max(step, 1e-9), sequence)
+        prefill, decode = (1.0, 1.0) if pace is None else (pace.prefill.factor(now), pace.decode.factor(now))
+        return Costs(
+            base=prefill * self._ttft.intercept,
+            prefill=prefill * max(self._ttft.slope, 1e-9),
+            step=decode * max(self._tpot.intercept, 1e-9),
+            sequence=decode * self._tpot.slope,
+        )
 
-    def saw_first(self, key: str, tokens: int, ttft: float, now: float) -> None:
+    def hint(self, prefill: float | None, step: float | None) -> None:
+        """What an endpoint says of its paces; believed until something was seen."""
+        if prefill and not self._ttft.n:
+            self._ttft.slope = prefill
+        if step and not self._tpot.n:
+            self._tpot.intercept = step
+
+    def saw_first(self, key: str, tokens: float, ttft: float, now: float) -> None:
         """`tokens`: queued before it, and its own that were not cached."""
-        costs = self.costs(key, now)
-        pace = self._paces.setdefault(key, Pace())
-        _add((pace.ttft, self._all.ttft), (tokens, ttft), costs.base + costs.prefill * tokens, now)
+        _learn(self._ttft, self._paces.setdefault(key, Pace()).prefill, tokens, ttft, now)
 
-    def saw_tokens(self, key: str, beside: int, tpot: float, now: float) -> None:
+    def saw_tokens(self, key: str, beside: float, tpot: float, now: float) -> None:
         """`tpot`: seconds per token of a request with so many others beside it."""
-        costs = self.costs(key, now)
-        pace = self._paces.setdefault(key, Pace())
-        _add((pace.tpot, self._all.tpot), (beside, tpot), costs.step + costs.sequence * beside, now)
+        _learn(self._tpot, self._paces.setdefault(key, Pace()).decode, beside, tpot, now)
 
     def forget(self, key: str) -> None:
         self._paces.pop(key, None)
 
 
-def _add(lines: tuple[Line, Line], seen: tuple[float, float], expected: float, now: float) -> None:
-    x, y = seen
-    for line in lines:
-        line.add(x, min(y, OUTLIER * expected) if line.n >= PRIOR_WEIGHT else y, now)
-
-
-def _fit(own: Line | None, shared: Line, now: float) -> tuple[float, float]:
-    shared.fade(now)
-    prior = shared.fit((shared.intercept, shared.slope)) if shared.n >= 1 else (shared.intercept, shared.slope)
-    if own is None:
-        return prior
-    own.fade(now)
-    return own.fit(prior)
+def _learn(line: Line, speed: Speed, x: float, y: float, now: float) -> None:
+    factor = speed.factor(now)
+    expected = max(line.at(x), 1e-9)
+    reference = max(y, 1e-9) / factor
+    if line.n >= PRIOR_WEIGHT:  # before, nothing is known that it could be compared with
+        reference = min(max(reference, expected / OUTLIER), expected * OUTLIER)
+        speed.add(reference * factor / expected, now)
+    line.add(x, reference, now)

@@ -1,147 +1,77 @@
-"""`expected-cost-scorer`: an endpoint's cost is the seconds that a request is expected to take there, and to take from
-others there.
+"""`expected-cost-scorer`: an endpoint's cost is the seconds that a request is expected to take there, and those that
+the requests which are there already lose by it.
 
-    queued     prompt tokens not cached that are to be computed before it, and what waits besides
-    prefill    its own prompt tokens that are not cached there, by the credit of the tier that holds them; half as much
-               again, since what is computed twice keeps others waiting
-    decode     its output tokens, each a step of the batch that it joins, and what it adds to the others' steps; only
-               what is more than at the best endpoint, since some decoding there is everywhere
+    queued     prompt tokens to be computed before it
+    prefill    its own prompt tokens that are not cached there, by the credit of the tier that holds them
+    decode     its output tokens, each a step of the batch that it joins
+    others     its prefill, and what it adds to each step, for everyone who is there
 
-The prices come from `learner`, or from the endpoint where it reports them (quire does). What this gateway has sent
-counts at once, so that a burst does not pile up on who looked idle a moment ago; of what the endpoint reports only the
-part that is not ours is added. A prefix sent somewhere counts as there at once too: those that follow wait for it
-where that is cheaper than computing it again, and go elsewhere when the queue has grown. Costs that differ by less than
-a tenth (of the least, or of what the whole prompt would cost) count as equal, and chance decides: estimates are no
-better than that, and always the same one would fill up.
+The last is what keeps a loaded pool from falling over: looking at its own wait alone a request flees from the queue
+before its cached prefix to compute the prefix elsewhere, where it pushes out another one, whose next request flees too.
+On an idle pool nobody loses by it, and the wait alone counts. The prices are learnt (`learner`); there are no weights.
+
+What this gateway has sent counts at once, so that a burst does not pile up on who looked idle a moment ago; of what an
+endpoint reports only the part that is not ours is added. A prefix sent somewhere counts as there at once too: those
+that follow wait for it where that is cheaper than computing it again. Costs that are the same within a tenth, not
+counting what all of them have in common, are equal, and chance decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
-from quire.gateway.cost.learner import Costs, Learner
+from quire.gateway.cost.model import CostModel, Estimate, expected_cached
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.plugin import Conclusion, Observer, Scorer, Services
-from quire.gateway.request import InferenceRequest, Outcome, Prediction
+from quire.gateway.request import InferenceRequest, Outcome
 
-TWICE: Final = 0.5
-"""Of the time for own prompt tokens, what counts for others' waiting."""
+__all__ = ["ExpectedCost", "expected_cached"]
+
 ALIKE: Final = 0.1
-LEAST_GAP: Final = 0.002
-"""Seconds that nobody notices."""
-STALE: Final = 5.0
-"""Seconds after which what an endpoint reported counts no more."""
-OUTPUT_FORGET: Final = 0.05
-DEFAULT_OUTPUT: Final = 128.0
-MAX_OPEN: Final = 100_000
 
 
 class ExpectedCost(Scorer, Observer):
     def __init__(self, services: Services) -> None:
-        self._clock = services.clock
-        self._learner = Learner()
-        self._output = DEFAULT_OUTPUT
-        self._uncached = 256.0
-        """Mean prompt tokens to be computed per request: what a request of others in a queue is taken to cost."""
-        self._details: Sequence[object] | None = None
-        self._open: dict[str, tuple[str, int, int, float]] = {}
-        """By request id: endpoint, tokens queued before it and its own, others beside it, when it was sent."""
-        services.pool.watch(lambda _: None, lambda endpoint: self._learner.forget(endpoint.key))
-
-    # --- scoring ----------------------------------------------------------------------------------------------------
+        self.name = "expected-cost-scorer"
+        self._model = CostModel(services)
+        self._estimates: Sequence[Estimate] | None = None
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        now = self._clock()
-        output = self._expected_output(request)
-        parts = [self._parts(request, endpoint, output, now) for endpoint in candidates]
-        least_decode = min(part["decode_seconds"] for part in parts)
-        whole = min(part.pop("whole_prompt") for part in parts)
-        for endpoint, part in zip(candidates, parts, strict=True):
-            part["cost"] = round(part["cost"] + part["decode_seconds"] - least_decode, 6)
-            request.predictions[endpoint.key] = Prediction(part["predicted_ttft"], part["predicted_tpot"])
-        self._details = parts
-        least = min(part["cost"] for part in parts)
-        enough = least + max(ALIKE * least, ALIKE * whole, LEAST_GAP)
-        return [min(enough / max(part["cost"], 1e-9), 1.0) for part in parts]
+        estimates = [self._model.estimate(request, endpoint) for endpoint in candidates]
+        for endpoint, estimate in zip(candidates, estimates, strict=True):
+            request.predictions[endpoint.key] = estimate.prediction
+        self._estimates = estimates
+        return scores([estimate.cost for estimate in estimates], min(estimate.decode for estimate in estimates))
 
     def details(self) -> Sequence[object] | None:
-        return self._details
-
-    def _parts(self, request: InferenceRequest, endpoint: Endpoint, output: float, now: float) -> dict[str, Any]:
-        costs = self._costs(endpoint, now)
-        cached = min(_cached(request, endpoint.key), float(request.prompt_tokens))
-        own = (request.prompt_tokens - cached) * costs.prefill
-        tokens, beside = self._before(endpoint, now)
-        queued = tokens * costs.prefill
-        step = costs.step + costs.sequence * beside
-        decode = output * (step + costs.sequence * beside)
-        return {
-            "cost": queued + own * (1.0 + TWICE),
-            "whole_prompt": request.prompt_tokens * costs.prefill,
-            "cached_tokens": round(cached),
-            "queued_seconds": round(queued, 6),
-            "prefill_seconds": round(own, 6),
-            "decode_seconds": round(decode, 6),
-            "predicted_ttft": costs.base + queued + own,
-            "predicted_tpot": step,
-        }
-
-    def _costs(self, endpoint: Endpoint, now: float) -> Costs:
-        learnt = self._learner.costs(endpoint.key, now)
-        metrics = endpoint.metrics
-        if metrics is None or not metrics.prefill_seconds_per_token:
-            return learnt
-        step = metrics.decode_seconds_per_step or learnt.step
-        return Costs(learnt.base, metrics.prefill_seconds_per_token, step, learnt.sequence)
-
-    def _before(self, endpoint: Endpoint, now: float) -> tuple[float, int]:
-        """Prompt tokens to be computed before a request that comes now, and requests beside it."""
-        load, metrics = endpoint.load, endpoint.metrics
-        tokens, beside = float(load.prefill_tokens), load.requests
-        if metrics is None or now - metrics.time > STALE:
-            return tokens, beside
-        others = max(metrics.waiting + metrics.running - load.requests, 0)
-        if metrics.waiting_tokens is not None:
-            tokens = max(tokens, float(metrics.waiting_tokens))
-        else:
-            tokens += min(others, metrics.waiting) * self._uncached
-        return tokens, beside + others
-
-    def _expected_output(self, request: InferenceRequest) -> float:
-        return self._output if request.max_tokens is None else min(self._output, float(request.max_tokens))
-
-    # --- learning ---------------------------------------------------------------------------------------------------
+        return None if self._estimates is None else [_detail(estimate) for estimate in self._estimates]
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
-        now = self._clock()
-        tokens, beside = self._before(endpoint, now)
-        own = max(request.prompt_tokens - round(_cached(request, endpoint.key)), 0)
-        self._uncached += OUTPUT_FORGET * (own - self._uncached)
-        if len(self._open) < MAX_OPEN:
-            self._open[request.id] = (endpoint.key, round(tokens) + own, beside, now)
+        self._model.sent(self.name, request, endpoint)
 
     def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:
-        found = self._open.get(request.id)
-        if found is not None and request.stream:  # the first byte of any other answer is its last, too
-            self._learner.saw_first(endpoint.key, found[1], ttft, self._clock())
+        self._model.first_byte(self.name, request, endpoint)
 
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
-        found = self._open.pop(request.id, None)
-        output = outcome.output_tokens
-        if found is None or not outcome.ok or not output:
-            return
-        self._output += OUTPUT_FORGET * (output - self._output)
-        if request.stream and outcome.first_byte is not None and output > 1:
-            tpot = (outcome.finished - outcome.first_byte) / (output - 1)
-            self._learner.saw_tokens(endpoint.key, found[2], tpot, self._clock())
+        self._model.finished(self.name, request, endpoint, outcome)
 
 
-def _cached(request: InferenceRequest, key: str) -> float:
-    """The most that any producer thinks is there, by credit."""
-    return max((found[key].weighted_tokens for found in request.prefix.values() if key in found), default=0.0)
+def scores(costs: Sequence[float], common: float) -> Sequence[float]:
+    """1 for the least cost and those alike, else the least's share of the cost. `common`: what every one pays."""
+    least = min(costs)
+    alike = least + ALIKE * (least - common)
+    return [1.0 if cost <= alike else least / cost for cost in costs]
 
 
-def expected_cached(request: InferenceRequest, endpoint: Endpoint) -> int:
-    """Prompt tokens thought to be cached at an endpoint, on any tier; for the director's counting."""
-    return max((found[endpoint.key].tokens for found in request.prefix.values() if endpoint.key in found), default=0)
+def _detail(estimate: Estimate) -> dict[str, float]:
+    return {
+        "cost": estimate.cost,
+        "cached_tokens": round(estimate.cached_tokens),
+        "queued_seconds": estimate.queued,
+        "prefill_seconds": estimate.prefill,
+        "decode_seconds": estimate.decode,
+        "others_seconds": estimate.others,
+        "predicted_ttft": estimate.prediction.ttft,
+        "predicted_tpot": estimate.prediction.tpot,
+    }

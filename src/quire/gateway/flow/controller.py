@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Protocol
 
+import structlog
+
 from quire.gateway.director import DEFAULT_OUTPUT_TOKENS, Gate
 from quire.gateway.endpoint import Clock, Endpoint
 from quire.gateway.errors import Dropped, NoEndpoint, ShuttingDown
-from quire.gateway.flow.policies import Waiting, lane_key
+from quire.gateway.flow.policies import Waiting, flow_of, lane_key
 from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
 from quire.gateway.flow.rate import DispatchRate
+from quire.gateway.flow.reclaim import Reclaimer
 from quire.gateway.flow.refusals import refusal
 from quire.gateway.flow.saturation import EngineQueues, SaturationDetector, Shares
 from quire.gateway.plugin import Conclusion, Observer
@@ -30,6 +34,9 @@ class Cancellable(Protocol):
 
 CallLater = Callable[[float, Callable[[], None]], Cancellable]
 """Calls the function after so many seconds, unless cancelled: `loop.call_later`."""
+
+_Ready = tuple[int, int, int, Lane, Sequence[Endpoint]]
+"""By what lanes with endpoints take turns, the lane, and its endpoints."""
 
 
 @dataclass(slots=True)
@@ -50,6 +57,8 @@ class LaneSnapshot:
     priority: int
     requests: int
     has_endpoints: bool
+    saturation: float
+    """Of the model's endpoints, when last looked at; 0 before."""
     oldest: float
     """Seconds that the oldest of the model has waited."""
 
@@ -63,6 +72,19 @@ class FlowSnapshot:
     dispatch_rate: float
     """A second."""
     lanes: Sequence[LaneSnapshot]
+
+    def by_model(self) -> Mapping[str, int]:
+        """Requests that wait."""
+        models: Counter[str] = Counter()
+        for lane in self.lanes:
+            models[lane.model] += lane.requests
+        return models
+
+    def by_priority(self) -> Mapping[int, int]:
+        priorities: Counter[int] = Counter()
+        for lane in self.lanes:
+            priorities[lane.priority] += lane.requests
+        return priorities
 
 
 class FlowController(Gate, Observer):
@@ -82,10 +104,12 @@ class FlowController(Gate, Observer):
         *,
         detector: SaturationDetector | None = None,
         awaited: Callable[[InferenceRequest], bool] = lambda _request: True,
+        evict: Callable[[InferenceRequest], None] | None = None,
         call_later: CallLater | None = None,
     ) -> None:
         """`awaited` says of a request without endpoints whether one may come (a model scaled to zero, say); if not it
-        is refused at once."""
+        is refused at once. With `evict`, which must break a request in flight off and not raise, those of negative
+        priority are ended when others wait."""
         self._settings = settings
         self._candidates = candidates
         self._clock = clock
@@ -97,6 +121,7 @@ class FlowController(Gate, Observer):
         self._inside: dict[int, _Inside] = {}
         self._shares = Shares()
         self._rate = DispatchRate(clock())
+        self._reclaimer = None if evict is None else Reclaimer(evict)
         self._timer: Cancellable | None = None
         self._timer_at = inf
         self._poked = False
@@ -152,6 +177,8 @@ class FlowController(Gate, Observer):
         inside = self._inside.pop(id(request), None)
         assert inside is not None, f"request {request.id} leaves, and has not entered"
         self._settle(inside)
+        if self._reclaimer is not None:
+            self._reclaimer.left(request, self._clock())
         self.poke()
 
     def poke(self) -> None:
@@ -175,14 +202,17 @@ class FlowController(Gate, Observer):
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
         inside = self._inside.get(id(request))
-        if inside is not None:
-            self._settle(inside)
+        if inside is None:
+            return
+        self._settle(inside)
+        if self._reclaimer is not None:
+            self._reclaimer.sent(request, endpoint, self._clock())
 
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
         """What it wrote goes to its flow's account; its prompt did when it was let go."""
         tokens = 2.0 * (outcome.output_tokens or 0)
         band = self._settings.band(request.priority)
-        band.fairness.served(request.fairness_id or request.tenant, tokens, self._clock())
+        band.fairness.served(flow_of(request), tokens, self._clock())
 
     # --- what is looked at from outside ---------------------------------------------------------------------
 
@@ -194,6 +224,7 @@ class FlowController(Gate, Observer):
                 priority=priority,
                 requests=len(queue),
                 has_endpoints=lane.has_endpoints,
+                saturation=lane.saturation,
                 oldest=now - lane.oldest.enqueued,
             )
             for lane in self._queue.lanes
@@ -219,13 +250,21 @@ class FlowController(Gate, Observer):
         ready = self._ready(now)
         for expired, reason in self._queue.expire(now):
             self._reject(expired, reason, now)
+        try:
+            self._dispatch(ready, now)
+        finally:  # even where a plugin failed, nobody waits for ever
+            self._set_timer(now)
+
+    def _dispatch(self, ready: list[_Ready], now: float) -> None:
         heapify(ready)
         while ready:
             _, _, order, lane, candidates = heappop(ready)
             if not lane.bands:
                 continue
-            waiting = self._queue.dispatch(lane, now, self._saturation(candidates, now))
+            saturation = self._saturation(candidates, now)
+            waiting = self._queue.dispatch(lane, now, saturation)
             if waiting is None:
+                self._reclaim(lane, candidates, saturation, now)
                 continue
             future = self._futures[waiting]
             if not future.done():  # else cancelled, and about to find out
@@ -233,10 +272,9 @@ class FlowController(Gate, Observer):
                 future.set_result(None)
             if lane.bands:
                 heappush(ready, (-lane.priority, lane.turn, order, lane, candidates))
-        self._set_timer(now)
 
-    def _ready(self, now: float) -> list[tuple[int, int, int, Lane, Sequence[Endpoint]]]:
-        ready: list[tuple[int, int, int, Lane, Sequence[Endpoint]]] = []
+    def _ready(self, now: float) -> list[_Ready]:
+        ready: list[_Ready] = []
         for order, lane in enumerate(self._queue.lanes):
             candidates = self._candidates(lane.oldest.request)
             self._queue.set_endpoints(lane, now, has_endpoints=bool(candidates))
@@ -245,7 +283,18 @@ class FlowController(Gate, Observer):
         return ready
 
     def _saturation(self, candidates: Sequence[Endpoint], now: float) -> float:
-        return self._detector.saturation(candidates, now, self._shares.of(candidates))
+        try:
+            return self._detector.saturation(candidates, now, self._shares.of(candidates))
+        except Exception as error:  # one plugin's fault never holds requests up
+            structlog.get_logger().warning("saturation_unknown", plugin=self._detector.name, error=str(error))
+            return 0.0
+
+    def _reclaim(self, lane: Lane, candidates: Sequence[Endpoint], saturation: float, now: float) -> None:
+        if self._reclaimer is None:
+            return
+        if 0.0 < lane.ceiling <= saturation:  # one of 0 is held back whatever room there is
+            footprint = saturation / max(len(self._inside), 1)
+            self._reclaimer.blocked(lane.priority, candidates, saturation - lane.ceiling, footprint, now)
 
     def _let_go(self, request: InferenceRequest, candidates: Sequence[Endpoint], now: float) -> None:
         output = DEFAULT_OUTPUT_TOKENS if request.max_tokens is None else request.max_tokens

@@ -29,6 +29,11 @@ def lane_key(request: InferenceRequest) -> LaneKey:
     return LaneKey(request.target_model or request.model, request.subset, frozenset(request.selector.items()))
 
 
+def flow_of(request: InferenceRequest) -> str:
+    """Whose request it is. A known tenant is one flow, whatever it writes into the fairness header."""
+    return request.tenant or request.fairness_id
+
+
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A request in the queue. Equal to itself only."""

@@ -24,6 +24,7 @@ from quire.gateway.flow.policies import (
     LaneKey,
     OrderingPolicy,
     Waiting,
+    flow_of,
     lane_key,
 )
 from quire.gateway.request import InferenceRequest
@@ -103,6 +104,9 @@ class Lane:
         """When `has_endpoints` last changed."""
         self.turn = 0
         """When it was last served, in dispatches: lanes of equal priority take turns."""
+        self.saturation = 0.0
+        self.ceiling = inf
+        """Of its highest priority; both as of when it was last to be dispatched."""
         self.bands: dict[int, BandQueue] = {}
         """Without empty ones."""
         self.waiting: OrderedDict[Waiting, None] = OrderedDict()
@@ -164,8 +168,7 @@ class FlowQueue:
         displaced = self._make_room(priority, size)
         if displaced is None:
             return Rejection.CAPACITY, ()
-        flow = request.fairness_id or request.tenant
-        waiting = Waiting(request, key, priority, flow, now, now + self._settings.ttl, size)
+        waiting = Waiting(request, key, priority, flow_of(request), now, now + self._settings.ttl, size)
         self._add(waiting, now, has_endpoints=has_endpoints)
         return waiting, displaced
 
@@ -232,7 +235,8 @@ class FlowQueue:
         if not lane.has_endpoints or not lane.bands:
             return None
         priority = lane.priority
-        if saturation >= self.ceiling(priority, saturation, lane):
+        lane.saturation, lane.ceiling = saturation, self.ceiling(priority, saturation, lane)
+        if saturation >= lane.ceiling:
             return None
         waiting = lane.bands[priority].take(now)
         self._turn += 1
@@ -268,11 +272,12 @@ class FlowQueue:
         return gone
 
     def deadline(self, lane: Lane, waiting: Waiting) -> float:
-        """When it expires if nothing changes. However often endpoints come and go, it waits no longer than both times
-        together."""
+        """When it expires if nothing changes. However often endpoints come and go, it waits no longer than the longer
+        of both times (llm-d's rule)."""
         settings = self._settings
         ttl = settings.ttl if lane.has_endpoints else settings.no_endpoint_ttl
-        return min(max(waiting.enqueued, lane.since) + ttl, waiting.enqueued + settings.ttl + settings.no_endpoint_ttl)
+        longest = max(settings.ttl, settings.no_endpoint_ttl)
+        return min(max(waiting.enqueued, lane.since) + ttl, waiting.enqueued + longest)
 
     def next_deadline(self) -> float:
         """When `expire` has something to do; infinite if never."""

@@ -66,46 +66,55 @@ class SaturationDetector(Plugin):
         """Of these endpoints together; at least one. `on_the_way` is to all of them together."""
 
 
+BURST: Final = 256
+"""Requests that an endpoint without a queue gets between two readings of its metrics: more than engines run at once, so
+that no burst is held back for want of news, and few enough that a long queue here does not all go to the first endpoint
+that has a moment's room."""
 _SEEN: Final = "flow-control/seen"
 """Endpoint attribute: (time of its metrics, requests that this gateway had open there when they came)."""
 
 
 def waiting_now(endpoint: Endpoint, metrics: EndpointMetrics, on_the_way: float) -> float:
     """Requests in an endpoint's queue: what it said, plus what this gateway sent there since, less what has come back.
-    Other gateways' requests are in what it said. 0 where none waited: then it has room, and what was sent since runs.
+    Other gateways' requests are in what it said. Where none waited there is room, and nobody knows how much: what was
+    sent since is taken to run, up to `BURST` or as many as ran already.
     """
     seen = endpoint.attributes.get(_SEEN)
     if not isinstance(seen, tuple) or seen[0] != metrics.time:
         seen = endpoint.attributes[_SEEN] = (metrics.time, endpoint.load.requests)
+    since: float = endpoint.load.requests - seen[1] + on_the_way
     if not metrics.waiting:
-        return 0.0
-    sent_since: int = endpoint.load.requests - seen[1]
-    return max(metrics.waiting + sent_since + on_the_way, 0.0)
+        since -= max(BURST, metrics.running)
+    return max(metrics.waiting + since, 0.0)
 
 
 class EngineQueues(SaturationDetector):
-    """What quire does unless told otherwise: full is a pool of which every endpoint has requests waiting.
+    """`engine-queue-detector`, quire's default: a pool is full when requests wait at every one of its endpoints.
 
-    An engine without waiting requests has room, and nobody knows how much: it gets all there is, as without flow
-    control, so that at low load and in a burst nothing is ever held back. Where requests wait, whatever was sent since
-    it said so waits too, and from `queue_depth` on the endpoint is full; that keeps enough in its queue that it never
-    runs dry before the next one comes. The KV cache's use says nothing: full caches are what caches are for, and an
-    engine that lacks blocks shows waiting requests. An endpoint whose metrics were never read, or not for `staleness`
-    seconds, counts as one with room: a page that vanishes costs queueing here, not the service.
+    An engine without waiting requests gets what there is (up to `BURST`), so that at low load nothing is ever held
+    back. Where requests wait, whatever was sent since it said so waits too, and from `queue_depth` on the endpoint is
+    full; that keeps enough in its queue that it never runs dry before the next one comes. The KV cache's use says
+    nothing: full caches are what caches are for, and an engine that lacks blocks shows waiting requests.
+
+    An endpoint whose metrics were never read, or not for `staleness` seconds, counts as one with room: a page that
+    vanishes costs queueing here, not the service. Beside endpoints that can be read it has room for `BURST` requests.
     """
 
-    name = "engine-queues"
+    name = "engine-queue-detector"
 
     def __init__(self, queue_depth: int = 5, staleness: float = 2.0) -> None:
         self._depth, self._staleness = queue_depth, staleness
 
     def saturation(self, endpoints: Sequence[Endpoint], now: float, on_the_way: OnTheWay = NOTHING) -> float:
-        total, share = 0.0, on_the_way.requests / len(endpoints)
+        total, read, full, share = 0.0, 0, 0, on_the_way.requests / len(endpoints)
         for endpoint in endpoints:
             metrics = endpoint.metrics
             if metrics is not None and now - metrics.time <= self._staleness:
+                read += 1
                 total += min(waiting_now(endpoint, metrics, share) / self._depth, 1.0)
-        return total / len(endpoints)
+            elif endpoint.load.requests + share >= BURST:
+                full += 1
+        return (total + full) / len(endpoints) if read else 0.0
 
 
 class Utilization(SaturationDetector, Filter):

@@ -22,6 +22,9 @@ from quire.gateway.plugin import Plugin, Services
 GATE: Final = "flowControl"
 DEFAULT_DETECTOR: Final = "utilization-detector"
 """llm-d's, where its gate is on and nothing else is named."""
+PATIENT_TTL: Final = 600.0
+"""Seconds, where nothing is configured: as long as an endpoint may take to its first byte. Many requests sent at once
+would wait as long in the engines' own queues, and nobody asked for them to be turned away."""
 P = TypeVar("P", bound=Plugin)
 
 
@@ -40,13 +43,15 @@ def flow_settings(
 
     With the feature gate `flowControl`, llm-d's meaning and defaults. With `flowControl=false` it is off. Else, and
     without a configuration, quire's default, which costs nothing at low load: requests wait only while every endpoint
-    says that requests wait there already (`EngineQueues`); one of negative priority is then turned away.
+    says that requests wait there already (`EngineQueues`), and as long as they would there; one of negative priority is
+    then turned away.
     """
     gate = None if config is None else config.gate(GATE)
     if gate is False:
         return None
+    usual = FlowSettings(queue=QueueSettings(ttl=PATIENT_TTL))
     if config is None:
-        return FlowSettings()
+        return usual
     section = config.flow_control or FlowControlConfig()
     find = _Finder(plugins, services)
     ref = section.saturation_detector or config.saturation_detector
@@ -55,7 +60,7 @@ def flow_settings(
         if config.flow_control is not None:
             structlog.get_logger().warning("flow_control_section_ignored", remedy=f"add {GATE} to featureGates")
         detector = find(named, SaturationDetector) if named else EngineQueues()  # type: ignore[type-abstract]
-        return FlowSettings(detector=detector)
+        return replace(usual, detector=detector)
     return FlowSettings(
         queue=_queue_settings(section, find),
         detector=find(named or DEFAULT_DETECTOR, SaturationDetector),  # type: ignore[type-abstract]
@@ -95,7 +100,6 @@ def _queue_settings(section: FlowControlConfig, find: _Finder) -> QueueSettings:
                 remedy="Leave one.",
             )
         bands[band.priority] = _band(band, BandSettings(), f"priorityBands[{band.priority}]", find)
-    ttl = _ttl(section.default_request_ttl, 60.0, "defaultRequestTTL")
     limits = section.usage_limit_policy_plugin_ref
     usual = QueueSettings()
     everything = [default, *bands.values()]
@@ -106,8 +110,8 @@ def _queue_settings(section: FlowControlConfig, find: _Finder) -> QueueSettings:
         max_bytes=_bound(
             section.max_bytes, max(usual.max_bytes, sum(band.max_bytes for band in everything)), "maxBytes"
         ),
-        ttl=ttl,
-        no_endpoint_ttl=_ttl(section.no_endpoint_request_ttl, ttl, "noEndpointRequestTTL"),
+        ttl=_ttl(section.default_request_ttl, usual.ttl, "defaultRequestTTL"),
+        no_endpoint_ttl=_ttl(section.no_endpoint_request_ttl, usual.no_endpoint_ttl, "noEndpointRequestTTL"),
         default_band=default,
         default_negative_band=(
             None if negative is None else _band(negative, BandSettings(), "defaultNegativePriorityBand", find)

@@ -19,7 +19,7 @@ from quire.gateway.flow.policies import (
     RoundRobin,
     SloDeadline,
 )
-from quire.gateway.flow.saturation import Concurrency, Highest, SaturationDetector, Utilization
+from quire.gateway.flow.saturation import Concurrency, EngineQueues, Highest, SaturationDetector, Utilization
 from quire.gateway.flow.units import parse_duration
 from quire.gateway.plugin import Factory, Plugin, Services, read_parameters
 
@@ -34,6 +34,11 @@ class _Parameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True, renam
 
 class _None(_Parameters, frozen=True):
     pass
+
+
+class _EngineQueues(_Parameters, frozen=True):
+    queue_depth_threshold: int = 5
+    metrics_staleness_threshold: str = "2s"
 
 
 class _Utilization(_Parameters, frozen=True):
@@ -92,6 +97,7 @@ def flow_plugins() -> Mapping[str, Factory]:
         "static-usage-limit-policy": _static,
         "priority-holdback-policy": _holdback,
         "soft-reflective-ceiling-policy": _plain(SoftReflectiveCeiling, "soft-reflective-ceiling-policy"),
+        "engine-queue-detector": _engine_queues,
         "utilization-detector": _utilization,
         "concurrency-detector": _concurrency,
         "max-saturation-detector": _highest,
@@ -111,22 +117,34 @@ def _check(holds: bool, plugin: str, what: str) -> None:
         raise ConfigError(f"Plugin {plugin!r}: {what}.", param="plugins", remedy="Change its parameters.")
 
 
+def _engine_queues(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
+    name = "engine-queue-detector"
+    given = read_parameters(_EngineQueues, parameters, name)
+    _check(given.queue_depth_threshold > 0, name, "queueDepthThreshold must be above 0")
+    return EngineQueues(given.queue_depth_threshold, _staleness(given.metrics_staleness_threshold, name))
+
+
+def _staleness(asked: str, plugin: str) -> float:
+    seconds = parse_duration(asked, f"{plugin}.metricsStalenessThreshold")
+    _check(seconds > 0, plugin, "metricsStalenessThreshold must be above 0")
+    if seconds < SHORTEST_STALENESS:
+        structlog.get_logger().warning(
+            "staleness_threshold_raised", plugin=plugin, asked_seconds=seconds, used_seconds=SHORTEST_STALENESS
+        )
+    return max(seconds, SHORTEST_STALENESS)
+
+
 def _utilization(parameters: Mapping[str, Any], services: Services) -> Plugin:
     name = "utilization-detector"
     given = read_parameters(_Utilization, parameters, name)
-    staleness = parse_duration(given.metrics_staleness_threshold, f"{name}.metricsStalenessThreshold")
+    staleness = _staleness(given.metrics_staleness_threshold, name)
     _check(given.queue_depth_threshold > 0, name, "queueDepthThreshold must be above 0")
     _check(0.0 < given.kv_cache_util_threshold <= 1.0, name, "kvCacheUtilThreshold must be above 0, up to 1")
-    _check(staleness > 0, name, "metricsStalenessThreshold must be above 0")
     _check(given.headroom >= 0.0 and isfinite(given.headroom), name, "headroom must not be negative")
-    if staleness < SHORTEST_STALENESS:
-        structlog.get_logger().warning(
-            "staleness_threshold_raised", plugin=name, asked_seconds=staleness, used_seconds=SHORTEST_STALENESS
-        )
     return Utilization(
         queue_depth=given.queue_depth_threshold,
         kv_use=given.kv_cache_util_threshold,
-        staleness=max(staleness, SHORTEST_STALENESS),
+        staleness=staleness,
         stale=given.staleness_policy,
         headroom=given.headroom,
         now=services.clock,

@@ -62,7 +62,7 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int | None = None
     models: frozenset[str] | None = None
     requests: int | None = None
-    """That it has served; None if nobody counted."""
+    """That it has served; None if nobody counted: then those count that were looked up."""
 
 
 def diagnose(health: Mapping[str, KVHealth], expected: Mapping[str, Expected] | None = None) -> list[KVFinding]:
@@ -89,11 +89,13 @@ def _no_events(seen: KVHealth, known: Expected) -> list[_Word]:
         ]
     if seen.batches or seen.bad_messages:
         return []
+    requests = seen.queries if known.requests is None else known.requests
+    served = requests >= FEWEST_QUERIES
+    though = f", though {requests} prompts came meanwhile." if served else " so far."
     return [
         (
-            "warn" if known.requests is None else "fail" if known.requests else "warn",
-            f"No KV event has come from {seen.address}"
-            + (f", though the engine has served {known.requests} requests." if known.requests else " so far."),
+            "fail" if served else "warn",
+            f"No KV event has come from {seen.address}{though}",
             "Enable prefix caching and KV events (enable_kv_cache_events, publisher zmq) in the engine.",
         )
     ]

@@ -30,9 +30,9 @@ class KVIndex:
     """Holds at most `max_blocks` blocks of all endpoints. When there are more, those of the endpoint with the most go
     that were stored longest ago and not matched since. Not for use by several threads."""
 
-    def __init__(self, *, max_blocks: int = MAX_BLOCKS, tier_credits: Mapping[str, float] = TIER_CREDITS) -> None:
+    def __init__(self, *, max_blocks: int = MAX_BLOCKS) -> None:
         self._max_blocks = max_blocks
-        self._credits = tier_credits
+        self._credits = TIER_CREDITS
         self._endpoints: dict[str, Holdings] = {}
         self._holders: dict[int, int] = {}
         self._slots = Slots()
@@ -144,6 +144,10 @@ class KVIndex:
         return PrefixMatch(total * size, weighted * size, {tier: run * size for tier, run in tiers.items()})
 
     # --- writing ------------------------------------------------------------------------------------------------
+
+    def use_credits(self, tier_credits: Mapping[str, float]) -> None:
+        """By tier, in small letters: what lookups weigh a token by."""
+        self._credits = dict(tier_credits)
 
     def add(self, endpoint: str) -> KVHealth:
         """Know an endpoint, and nothing of its cache. Its counters, for whoever hears its events."""

@@ -29,7 +29,7 @@ from quire.wire.kv_events import (
     read_replay,
 )
 
-MAX_WAITING = 10_000
+MAX_WAITING = 2_000
 """Batches that wait to be read; more are lost, and then asked for."""
 MAX_TOPIC = 1024
 READS_AT_ONCE = 64
@@ -86,6 +86,7 @@ class KVEventSubscriber:
     async def run(self) -> None:
         """Forgets the endpoint's blocks when it ends."""
         hearing = self._context.socket(zmq.SUB)
+        watching: zmq.asyncio.Socket | None = None
         try:
             hearing.setsockopt(zmq.LINGER, 0)
             hearing.setsockopt(zmq.RCVHWM, MAX_WAITING)
@@ -103,35 +104,35 @@ class KVEventSubscriber:
             self.health.connected = False
             self._index.clear(self._endpoint)
             hearing.disable_monitor()
+            if watching is not None:
+                watching.close(linger=0)
             hearing.close(linger=0)
 
     async def _hear(self, hearing: zmq.asyncio.Socket, watching: zmq.asyncio.Socket) -> None:
         poller = zmq.asyncio.Poller()
         poller.register(hearing, zmq.POLLIN)
         poller.register(watching, zmq.POLLIN)
+        # What is there is read without a future for each message.
+        batches: zmq.Socket[bytes] = zmq.Socket.shadow(hearing)
+        connections: zmq.Socket[bytes] = zmq.Socket.shadow(watching)
         while True:
             await poller.poll()
             for _ in range(READS_AT_ONCE):
                 # The connection first: a batch that was sent over it may be another engine's.
-                await self._watch(watching)
+                while int(connections.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                    await self._notice(connections.recv_multipart())
                 try:
-                    frames = await hearing.recv_multipart(zmq.NOBLOCK)
+                    frames = batches.recv_multipart(zmq.NOBLOCK)
                 except zmq.Again:
                     break
                 await self._receive(frames)
             await asyncio.sleep(0)
 
-    async def _watch(self, watching: zmq.asyncio.Socket) -> None:
-        while True:
-            try:
-                message = await watching.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            if parse_monitor_message(message)["event"] == _DISCONNECTED:
-                self.health.connected = False
-            else:
-                self.health.connected = True
-                await self._meet()
+    async def _notice(self, message: list[bytes]) -> None:
+        """The connection is there, or no longer."""
+        self.health.connected = parse_monitor_message(message)["event"] != _DISCONNECTED
+        if self.health.connected:
+            await self._meet()
 
     # --- live batches -------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
+import zmq
 import zmq.asyncio
 
 from quire.gateway.endpoint import Endpoint, Pool
@@ -18,6 +19,7 @@ from quire.gateway.kv.subscriber import KVEventSubscriber, Patience
 PORT_LABEL: Final = "quire.ai/kv-events-port"
 REPLAY_PORT_LABEL: Final = "quire.ai/kv-replay-port"
 RETRY_SECONDS = 1.0
+MAX_SOCKETS = 32_768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,11 @@ class KVSubscriptions:
     patience: Patience = field(default_factory=Patience)
     _tasks: dict[str, tuple[EventPorts, asyncio.Task[None]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Each endpoint takes three, one that watches the connection among them; ZeroMQ allows 1023 unless told before
+        # the first is made.
+        self.context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+
     def start(self) -> None:
         self.pool.watch(self.refresh, self._left)
 
@@ -83,7 +90,10 @@ class KVSubscriptions:
         self._tasks[endpoint.key] = ports, asyncio.create_task(self._hear(endpoint, ports))
 
     def findings(self) -> list[KVFinding]:
-        """What is wrong with the events of the endpoints."""
+        """What is wrong with the events of the endpoints; nothing where none tells any, and none were configured."""
+        heard = {key: health for key, health in self.index.health().items() if key in self._tasks}
+        if not heard:
+            return []
         expected = {
             endpoint.key: Expected(
                 block_size=None if endpoint.metrics is None else endpoint.metrics.block_size, models=endpoint.models
@@ -94,13 +104,12 @@ class KVSubscriptions:
             KVFinding(
                 endpoint=endpoint.key,
                 status="warn",
-                detail="It does not say where it tells its KV events.",
+                detail="It does not say where it tells its KV events, though others do.",
                 remedy=f"Enable them in the engine; if it is not quire's, label the endpoint {PORT_LABEL}.",
             )
             for endpoint in self.pool.all
             if endpoint.key not in self._tasks
         ]
-        heard = {key: health for key, health in self.index.health().items() if key in self._tasks}
         return [*diagnose(heard, expected), *silent]
 
     def _left(self, endpoint: Endpoint) -> None:

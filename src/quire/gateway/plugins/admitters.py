@@ -12,6 +12,7 @@ from quire.gateway.plugin import Admitter, Parameters
 from quire.gateway.request import InferenceRequest
 
 RETRY_AFTER = 2.0
+COLD = 0.02
 
 
 class ProbabilisticParameters(Parameters, frozen=True):
@@ -56,16 +57,26 @@ class Probabilistic(Admitter):
         return max(queue, metrics.kv_usage / self._parameters.kv_cache_util_threshold)
 
 
+class LatencySloParameters(Parameters, frozen=True):
+    latency_prediction_info_producer_name: str = ""
+
+
 class LatencySlo(Admitter):
-    """`latency-slo-admitter`: requests of negative priority are turned away if nobody is predicted to meet
-    their objectives. Without predictions all are let in."""
+    """`latency-slo-admitter`: requests of negative priority with objectives are turned away if nobody is predicted to
+    meet them, nobody is idle, and nobody so cold (below 2% of its KV cache) that predictions mean little."""
+
+    after_producers = True
 
     def admit(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
-        if request.priority >= 0 or not request.predictions:
-            return
         ttft, tpot = request.slo_ttft, request.slo_tpot
+        if request.priority >= 0 or not request.predictions or (ttft is None and tpot is None):
+            return
         for predicted in request.predictions.values():
             if (ttft is None or predicted.ttft <= ttft) and (tpot is None or predicted.tpot <= tpot):
+                return
+        for endpoint in endpoints:
+            metrics = endpoint.metrics
+            if metrics is None or metrics.running == 0 or metrics.kv_usage < COLD:
                 return
         raise Saturated(
             "No endpoint is expected to answer within the objectives of this request.",

@@ -1,11 +1,10 @@
-"""Scorers that look at what an endpoint holds or was made for: prefixes, sessions, lengths, predicted latency."""
+"""Scorers that look at what an endpoint holds or was made for: prefixes, lengths, labels."""
 
 from __future__ import annotations
 
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from quire.core.errors import ConfigError
 from quire.gateway.endpoint import Endpoint
@@ -42,9 +41,15 @@ class PrefixCacheScorer(Scorer):
                 param="plugins",
                 remedy="It is from 0 to 1.",
             )
+        if parameters.max_model_len <= 0:
+            raise ConfigError(
+                f"prefix-cache-scorer: maxModelLen is {parameters.max_model_len}.",
+                param="plugins",
+                remedy="It is in tokens, above 0.",
+            )
         self.producer = parameters.prefix_match_info_producer_name
         self._length_weight = parameters.prefix_length_weight
-        self._max_model_len = max(parameters.max_model_len, 1)
+        self._max_model_len = parameters.max_model_len
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
         matches = matches_of(request, self.producer)
@@ -62,6 +67,7 @@ class NoHitLruParameters(Parameters, frozen=True):
     prefix_match_info_producer_name: str = ""
     prefix_plugin_type: str = ""
     prefix_plugin_name: str = ""
+    """Both deprecated by llm-d, which never used them."""
     lru_size: int = 1024
 
 
@@ -70,8 +76,8 @@ class NoHitLru(Scorer, Observer):
     one, down to 0 for who had the last. Where somebody holds the prompt all are 0.5."""
 
     def __init__(self, parameters: NoHitLruParameters) -> None:
-        self._producer = parameters.prefix_match_info_producer_name or parameters.prefix_plugin_name
-        self._size = max(parameters.lru_size, 1)
+        self._producer = parameters.prefix_match_info_producer_name
+        self._size = parameters.lru_size if parameters.lru_size > 0 else NoHitLruParameters().lru_size
         self._order: OrderedDict[str, None] = OrderedDict()
 
     def _is_cold(self, request: InferenceRequest) -> bool:
@@ -96,95 +102,63 @@ class NoHitLru(Scorer, Observer):
                 self._order.popitem(last=False)
 
 
-class LatencyParameters(Parameters, frozen=True):
-    ttft_weight: float = 0.8
-    tpot_weight: float = 0.2
-    headroom_selection_strategy: Literal["least", "most"] = "least"
-
-
-class LatencyScorer(Scorer):
-    """`latency-scorer`: by the headroom that predictions leave below the request's objectives. Who meets them is above
-    0.5, and among those the tightest is best (`least`) or the widest (`most`); the others by how little they miss.
-    Without objectives the fastest is best."""
-
-    def __init__(self, parameters: LatencyParameters) -> None:
-        total = parameters.ttft_weight + parameters.tpot_weight
-        self._ttft = parameters.ttft_weight / total if total else 0.5
-        self._least = parameters.headroom_selection_strategy == "least"
-
-    def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        headrooms = [self._headroom(request, endpoint) for endpoint in candidates]
-        known = [headroom for headroom in headrooms if headroom is not None]
-        if not known:
-            return [0.5] * len(candidates)
-        most, least = max(known), min(known)
-        if request.slo_ttft is None and request.slo_tpot is None:
-            return [0.0 if h is None else 1.0 if most == least else (h - least) / (most - least) for h in headrooms]
-        return [0.0 if headroom is None else self._one(headroom, least, most) for headroom in headrooms]
-
-    def _one(self, headroom: float, least: float, most: float) -> float:
-        if headroom >= 0:
-            share = headroom / most if most > 0 else 0.0
-            return 0.5 + 0.5 * (1.0 - share if self._least else share)
-        return 0.5 * (1.0 - headroom / least)
-
-    def _headroom(self, request: InferenceRequest, endpoint: Endpoint) -> float | None:
-        predicted = request.predictions.get(endpoint.key)
-        if predicted is None:
-            return None
-        ttft = (request.slo_ttft or 0.0) - predicted.ttft
-        tpot = (request.slo_tpot or 0.0) - predicted.tpot
-        if request.slo_ttft is not None and request.slo_tpot is not None and min(ttft, tpot) < 0:
-            ttft, tpot = min(ttft, 0.0), min(tpot, 0.0)  # what is met does not make up for what is missed
-        elif request.slo_ttft is not None and request.slo_tpot is None:
-            return ttft
-        elif request.slo_tpot is not None and request.slo_ttft is None:
-            return tpot
-        return self._ttft * ttft + (1.0 - self._ttft) * tpot
-
-
 class ContextLengthParameters(Parameters, frozen=True):
     label: str = "llm-d.ai/context-length-range"
     enable_filtering: bool = False
 
 
-_RANGE = re.compile(r"(\d{1,12})-(\d{1,12})")
+_RANGE = re.compile(r"\s*(\d{1,12})\s*-\s*(\d{1,12})\s*", re.ASCII)
 
 
 class ContextLengthAware(Scorer, Filter):
-    """`context-length-aware`: endpoints say by a label for which lengths they are (`0-2048`). Inside the range above
-    0.3, the tighter the better; outside below it, the nearer the better; without a label 0.5."""
+    """`context-length-aware`: endpoints say by a label for which prompts they are (`0-2048` tokens). Inside the range
+    above 0.3, the tighter and the further below its end the better; outside below 0.3, the nearer the better. Without
+    a label 0.5; a label that is no range is 0, and left out by the filter."""
 
     def __init__(self, label: str, *, filtering: bool) -> None:
+        if not label:
+            raise ConfigError("context-length-aware: label is empty.", param="plugins", remedy="Name the label.")
         self._label = label
         self._filtering = filtering
 
-    def _range(self, endpoint: Endpoint) -> tuple[int, int] | None:
-        found = _RANGE.fullmatch(endpoint.labels.get(self._label, ""))
-        return None if found is None else (int(found[1]), int(found[2]))
+    def _range(self, value: str) -> tuple[int, int] | None:
+        found = _RANGE.fullmatch(value)
+        if found is None or int(found[1]) > int(found[2]):
+            return None
+        return int(found[1]), int(found[2])
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        return [self._one(request.prompt_tokens, self._range(endpoint)) for endpoint in candidates]
+        return [self._one(request.prompt_tokens, endpoint.labels.get(self._label)) for endpoint in candidates]
 
-    @staticmethod
-    def _one(tokens: int, limits: tuple[int, int] | None) -> float:
-        if limits is None:
+    def _one(self, tokens: int, label: str | None) -> float:
+        if label is None:
             return 0.5
+        limits = self._range(label)
+        if limits is None:
+            return 0.0
         low, high = limits
-        if low <= tokens <= high:
-            return 0.3 + 0.7 / (1.0 + (high - low) / 8192)
-        return 0.3 / (1.0 + min(abs(tokens - low), abs(tokens - high)) / 1024) * 0.999
+        if not low <= tokens <= high:
+            return 0.3 / (1.0 + max(low - tokens, tokens - high) / 1000)
+        if low == high:
+            return 1.0
+        width = 1.0 / (1.0 + (high - low) / 10_000)
+        return 0.3 + 0.7 * (0.7 * width + 0.3 * (high - tokens) / (high - low))
 
     def filter(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[Endpoint]:
         if not self._filtering:
             return candidates
-        ranges = [(endpoint, self._range(endpoint)) for endpoint in candidates]
-        return [one for one, limits in ranges if limits is None or limits[0] <= request.prompt_tokens <= limits[1]]
+        return [one for one in candidates if self._holds(request.prompt_tokens, one.labels.get(self._label))]
+
+    def _holds(self, tokens: int, label: str | None) -> bool:
+        if label is None:
+            return True
+        limits = self._range(label)
+        return limits is not None and limits[0] <= tokens <= limits[1]
 
 
 class HeaderLabelParameters(Parameters, frozen=True):
     header_name: str = ""
-    label: str = ""
+    label_key: str = ""
 
 
 class HeaderLabelAffinity(Scorer):
@@ -193,11 +167,11 @@ class HeaderLabelAffinity(Scorer):
     def __init__(self, header: str, label: str) -> None:
         if not header or not label:
             raise ConfigError(
-                "header-label-affinity-scorer lacks headerName or label.", param="plugins", remedy="Give both."
+                "header-label-affinity-scorer lacks headerName or labelKey.", param="plugins", remedy="Give both."
             )
         self._header = header.lower()
         self._label = label
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
         wanted = request.headers.get(self._header)
-        return [float(wanted is not None and endpoint.labels.get(self._label) == wanted) for endpoint in candidates]
+        return [float(bool(wanted) and endpoint.labels.get(self._label) == wanted) for endpoint in candidates]

@@ -6,6 +6,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import msgspec
+
+from quire.core.errors import ConfigError
 from quire.gateway.endpoint import ROLE_LABEL, Endpoint
 from quire.gateway.plugin import Filter, Parameters
 from quire.gateway.plugins.affinity_scorers import NO_MATCH, match_ratio, matches_of
@@ -88,10 +91,11 @@ class LabelSelector(Filter):
 class AffinityParameters(Parameters, frozen=True):
     affinity_threshold: float = 0.80
     exploration_probability: float = 0.0
-    max_ttft_penalty_ms: float = 18_000.0
+    max_ttft_penalty_ms: float = msgspec.field(default=18_000.0, name="maxTTFTPenaltyMs")
     ttft_source: Literal["prefillThroughput", "latencyPredictor"] = "prefillThroughput"
     peak_prefill_throughput: float = 15_928.0
     prefix_match_info_producer_name: str = ""
+    latency_prediction_info_producer_name: str = ""
     in_flight_load_producer_name: str = ""
 
 
@@ -99,6 +103,18 @@ class PrefixCacheAffinity(Filter):
     """`prefix-cache-affinity-filter`: only who holds most of the prompt, unless those are too busy for it to pay."""
 
     def __init__(self, parameters: AffinityParameters, rng: random.Random) -> None:
+        if not (0.0 <= parameters.affinity_threshold <= 1.0 and 0.0 <= parameters.exploration_probability <= 1.0):
+            raise ConfigError(
+                "prefix-cache-affinity-filter: affinityThreshold or explorationProbability is outside of 0 to 1.",
+                param="plugins",
+                remedy="Both are shares.",
+            )
+        if parameters.max_ttft_penalty_ms < 0 or parameters.peak_prefill_throughput <= 0:
+            raise ConfigError(
+                "prefix-cache-affinity-filter: maxTTFTPenaltyMs is negative, or peakPrefillThroughput is not above 0.",
+                param="plugins",
+                remedy="They are in milliseconds and in tokens per second.",
+            )
         self._parameters = parameters
         self._rng = rng
 
@@ -128,56 +144,4 @@ class PrefixCacheAffinity(Filter):
             return min(
                 (request.predictions[one.key].ttft for one in endpoints if one.key in request.predictions), default=None
             )
-        return min(one.load.prefill_tokens for one in endpoints) / max(self._parameters.peak_prefill_throughput, 1e-9)
-
-
-class HeadroomParameters(Parameters, frozen=True):
-    exploration_probability: float = 0.01
-
-
-class SloHeadroomTier(Filter):
-    """`slo-headroom-tier-filter`: only who is predicted to meet the request's objectives, if anyone is; rarely the
-    others, so that what is known of them stays fresh."""
-
-    def __init__(self, parameters: HeadroomParameters, rng: random.Random) -> None:
-        self._explore = parameters.exploration_probability
-        self._rng = rng
-
-    def filter(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[Endpoint]:
-        if (request.slo_ttft is None and request.slo_tpot is None) or self._rng.random() < self._explore:
-            return candidates
-        return [one for one in candidates if self._meets(request, one)] or candidates
-
-    @staticmethod
-    def _meets(request: InferenceRequest, endpoint: Endpoint) -> bool:
-        predicted = request.predictions.get(endpoint.key)
-        if predicted is None:
-            return True
-        ttft = request.slo_ttft is None or predicted.ttft <= request.slo_ttft
-        return ttft and (request.slo_tpot is None or predicted.tpot <= request.slo_tpot)
-
-
-class UtilizationParameters(Parameters, frozen=True):
-    max_queue_depth: int = 0
-    max_kv_cache_utilization: float = 0.0
-    max_running_requests: int = 0
-
-
-class UtilizationFilter(Filter):
-    """`utilization-filter`: not who is above a bound (0: none); if all are, all stay."""
-
-    def __init__(self, parameters: UtilizationParameters) -> None:
-        self._bounds = parameters
-
-    def filter(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[Endpoint]:
-        return [one for one in candidates if self._fits(one)] or candidates
-
-    def _fits(self, endpoint: Endpoint) -> bool:
-        metrics, bounds = endpoint.metrics, self._bounds
-        if metrics is None:
-            return True
-        return (
-            (not bounds.max_queue_depth or metrics.waiting <= bounds.max_queue_depth)
-            and (not bounds.max_kv_cache_utilization or metrics.kv_usage <= bounds.max_kv_cache_utilization)
-            and (not bounds.max_running_requests or metrics.running <= bounds.max_running_requests)
-        )
+        return min(one.load.prefill_tokens for one in endpoints) / self._parameters.peak_prefill_throughput

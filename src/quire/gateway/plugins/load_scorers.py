@@ -39,7 +39,7 @@ class KvCacheUtilizationScorer(Scorer):
     """`kv-cache-utilization-scorer`"""
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        return [1.0 if one.metrics is None else 1.0 - one.metrics.kv_usage for one in candidates]
+        return [1.0 if one.metrics is None else 1.0 - min(one.metrics.kv_usage, 1.0) for one in candidates]
 
 
 class LoadAwareParameters(Parameters, frozen=True):
@@ -50,7 +50,7 @@ class LoadAwareScorer(Scorer):
     """`load-aware-scorer`: half the score for an empty queue, falling to nothing at `threshold` waiting requests."""
 
     def __init__(self, threshold: int) -> None:
-        self._threshold = max(threshold, 1)
+        self._threshold = threshold if threshold > 0 else LoadAwareParameters().threshold
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
         waiting = [0 if one.metrics is None else one.metrics.waiting for one in candidates]
@@ -61,6 +61,7 @@ class ActiveRequestParameters(Parameters, frozen=True):
     request_timeout: str = ""
     idle_threshold: int = 0
     max_busy_score: float = 1.0
+    in_flight_load_producer_name: str = ""
 
 
 class ActiveRequestScorer(Scorer):
@@ -79,13 +80,14 @@ class ActiveRequestScorer(Scorer):
 
 class TokenLoadParameters(Parameters, frozen=True):
     queue_threshold_tokens: int = 4_194_304
+    in_flight_load_producer_name: str = ""
 
 
 class TokenLoadScorer(Scorer):
     """`token-load-scorer`: by the tokens that this gateway has open there."""
 
     def __init__(self, threshold: int) -> None:
-        self._threshold = max(threshold, 1)
+        self._threshold = threshold if threshold > 0 else TokenLoadParameters().queue_threshold_tokens
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
         return [1.0 - min(one.load.tokens, self._threshold) / self._threshold for one in candidates]

@@ -7,7 +7,7 @@ endpoint (or its sidecar) acts upon.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Literal
 
 from quire.core.errors import ConfigError
 from quire.gateway.endpoint import Endpoint
@@ -36,6 +36,7 @@ class StageNames(Parameters, frozen=True):
     decode: str = "decode"
     prefill: str = "prefill"
     encode: str = "encode"
+    fallback: str = ""
 
 
 class StageDeciders(Parameters, frozen=True):
@@ -44,17 +45,20 @@ class StageDeciders(Parameters, frozen=True):
 
 
 class DisaggParameters(Parameters, frozen=True):
+    stage_order: Literal["decode-first", "prefill-first"] = "decode-first"
     profiles: StageNames = StageNames()
     deciders: StageDeciders = StageDeciders()
     decode_profile: str = ""
     prefill_profile: str = ""
     decider_plugin_name: str = ""
     primary_port: int = 0
+    """These four are of the older `pd-profile-handler`; the port has no effect."""
 
 
 class Disaggregated(ProfileHandler):
     """`disagg-profile-handler`: decode first; then, where their deciders say so for this request, encode and prefill,
-    on endpoints of their own."""
+    on endpoints of their own. Where decode, or a prefill that was decided for, finds nobody, the fallback profile runs
+    if there is one; without it the request is served whole where it decodes."""
 
     def __init__(self, names: StageNames, prefill: Decider | None, encode: Decider | None) -> None:
         self._names = names
@@ -63,25 +67,63 @@ class Disaggregated(ProfileHandler):
     def next_profiles(
         self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
     ) -> Sequence[str]:
-        if self._names.decode not in results:
-            return [self._names.decode]
-        decode = results[self._names.decode]
-        if not decode or len(results) > 1:
+        names = self._names
+        if names.decode not in results:
+            return [names.decode] if names.decode in profiles else ()
+        if names.fallback in results:
             return ()
+        decode = results[names.decode]
+        if not decode or not results.get(names.prefill, decode):
+            return [names.fallback] if names.fallback in profiles else ()
         return [
             name
             for name, decider in self._stages
-            if decider is not None and name in profiles and decider.disaggregate(request, decode[0])
+            if decider is not None
+            and name in profiles
+            and name not in results
+            and len(results) == 1
+            and decider.disaggregate(request, decode[0])
         ]
 
     def conclude(self, request: InferenceRequest, results: Mapping[str, Sequence[Endpoint]]) -> Conclusion:
-        conclusion = Conclusion(results.get(self._names.decode, ()))
-        prefill, encode = results.get(self._names.prefill), results.get(self._names.encode)
-        if prefill:
-            conclusion.headers[PREFILLER] = prefill[0].address
-        if encode:
-            conclusion.headers[ENCODERS] = ",".join(endpoint.address for endpoint in encode)
-        return conclusion
+        if self._names.fallback in results:
+            return Conclusion(results[self._names.fallback])
+        return staged(self._names, results)
+
+
+class PrefillFirst(ProfileHandler):
+    """`disagg-profile-handler` with `stageOrder: prefill-first`: prefill always runs, encode where its decider says so,
+    decode last."""
+
+    def __init__(self, names: StageNames, encode: Decider | None) -> None:
+        self._names = names
+        self._encode = encode
+
+    def next_profiles(
+        self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
+    ) -> Sequence[str]:
+        names = self._names
+        if names.prefill in profiles and names.prefill not in results:
+            return [names.prefill]
+        first = results.get(names.prefill)
+        encode = names.encode in profiles and names.encode not in results and names.decode not in results
+        if first and encode and self._encode is not None and self._encode.disaggregate(request, first[0]):
+            return [names.encode]
+        return [names.decode] if names.decode in profiles and names.decode not in results else ()
+
+    def conclude(self, request: InferenceRequest, results: Mapping[str, Sequence[Endpoint]]) -> Conclusion:
+        return staged(self._names, results)
+
+
+def staged(names: StageNames, results: Mapping[str, Sequence[Endpoint]]) -> Conclusion:
+    """To who decodes, with headers that name who prefills and encodes."""
+    conclusion = Conclusion(results.get(names.decode, ()))
+    prefill, encode = results.get(names.prefill), results.get(names.encode)
+    if prefill:
+        conclusion.headers[PREFILLER] = prefill[0].address
+    if encode:
+        conclusion.headers[ENCODERS] = ",".join(endpoint.address for endpoint in encode)
+    return conclusion
 
 
 class DataParallel(ProfileHandler):
@@ -100,24 +142,27 @@ class DataParallel(ProfileHandler):
 
 
 class HeaderProfileParameters(Parameters, frozen=True):
-    header_name: str = "x-llm-d-profile"
-    default_profile: str = ""
+    header_name: str = "EPP-Profile"
+    default_profile: str = "decode"
 
 
 class ByHeader(ProfileHandler):
-    """`header-profile-handler`: the profile that the header names, else the default, else the first."""
+    """`header-profile-handler`: the profile that the header names, without it the default; the only one if there is
+    but one. A profile that is not there serves nobody."""
 
     def __init__(self, header: str, default: str) -> None:
-        self._header = header.lower()
-        self._default = default
+        self._header = header.strip().lower()
+        self._default = default.strip()
 
     def next_profiles(
         self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
     ) -> Sequence[str]:
         if results:
             return ()
-        named = request.headers.get(self._header, self._default)
-        return [named] if named in profiles else profiles[:1]
+        if len(profiles) == 1:
+            return profiles
+        named = request.headers.get(self._header, "").strip() or self._default
+        return [named] if named in profiles else ()
 
     def conclude(self, request: InferenceRequest, results: Mapping[str, Sequence[Endpoint]]) -> Conclusion:
         return Conclusion(next(iter(results.values()), ()))
@@ -155,7 +200,7 @@ class Always(Decider):
 class AlwaysMultimodal(Decider):
     """`always-disagg-multimodal-decider`: for what has images, sounds or films in it."""
 
-    _KINDS = (b'"image_url"', b'"video_url"', b'"input_audio"')
+    _KINDS = (b'"image_url"', b'"input_image"', b'"video_url"', b'"input_audio"')
 
     def disaggregate(self, request: InferenceRequest, endpoint: Endpoint) -> bool:
         return any(kind in request.body for kind in self._KINDS)
@@ -181,8 +226,23 @@ def make_disaggregated(parameters: DisaggParameters, services: Services) -> Prof
         decode=parameters.decode_profile or parameters.profiles.decode,
         prefill=parameters.prefill_profile or parameters.profiles.prefill,
         encode=parameters.profiles.encode,
+        fallback=parameters.profiles.fallback,
     )
     prefill = parameters.deciders.prefill or parameters.decider_plugin_name
     handler = "disagg-profile-handler"
+    if names.fallback and names.fallback in (names.decode, names.prefill, names.encode):
+        raise ConfigError(
+            f"{handler}: profiles.fallback is {names.fallback!r}, which is a stage's.",
+            param="plugins",
+            remedy="Give the fallback a profile of its own.",
+        )
     encode = _decider(parameters.deciders.encode, services, handler)
-    return Disaggregated(names, _decider(prefill, services, handler), encode)
+    if parameters.stage_order == "decode-first":
+        return Disaggregated(names, _decider(prefill, services, handler), encode)
+    if prefill or names.fallback:
+        raise ConfigError(
+            f"{handler}: with stageOrder prefill-first there is neither deciders.prefill nor profiles.fallback.",
+            param="plugins",
+            remedy="Remove them, or order decode-first.",
+        )
+    return PrefillFirst(names, encode)

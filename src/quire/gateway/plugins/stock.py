@@ -10,7 +10,17 @@ from quire.core.registry import Registry
 from quire.gateway.cost.policy import ExpectedCost
 from quire.gateway.flow.stock import flow_plugins
 from quire.gateway.plugin import Factory, NoParameters, Parameters, Plugin, Services, plugin_registry, read_parameters
-from quire.gateway.plugins import admitters, affinity_scorers, filters, load_scorers, pickers, profiles, sessions
+from quire.gateway.plugins import (
+    admitters,
+    affinity_scorers,
+    attributes,
+    filters,
+    latency,
+    load_scorers,
+    pickers,
+    profiles,
+    sessions,
+)
 from quire.gateway.producers.known import InflightLoad, InflightLoadParameters, SessionId, SessionIdParameters
 from quire.gateway.producers.latency import LatencyParameters, PredictedLatency
 from quire.gateway.producers.precise import PreciseParameters, PrecisePrefix
@@ -97,9 +107,9 @@ SCORERS: Final[Sequence[StockPlugin]] = (
     ),
     stock(
         "latency-scorer",
-        affinity_scorers.LatencyScorer,
-        affinity_scorers.LatencyParameters,
-        lambda p, _: affinity_scorers.LatencyScorer(p),
+        latency.LatencyScorer,
+        latency.LatencyParameters,
+        lambda p, _: latency.LatencyScorer(p),
     ),
     stock(
         "context-length-aware",
@@ -111,7 +121,13 @@ SCORERS: Final[Sequence[StockPlugin]] = (
         "header-label-affinity-scorer",
         affinity_scorers.HeaderLabelAffinity,
         affinity_scorers.HeaderLabelParameters,
-        lambda p, _: affinity_scorers.HeaderLabelAffinity(p.header_name, p.label),
+        lambda p, _: affinity_scorers.HeaderLabelAffinity(p.header_name, p.label_key),
+    ),
+    stock(
+        "endpoint-attribute-scorer",
+        attributes.AttributeScorer,
+        attributes.AttributeScorerParameters,
+        lambda p, _: attributes.AttributeScorer(p),
     ),
 )
 FILTERS: Final[Sequence[StockPlugin]] = (
@@ -133,15 +149,21 @@ FILTERS: Final[Sequence[StockPlugin]] = (
     ),
     stock(
         "slo-headroom-tier-filter",
-        filters.SloHeadroomTier,
-        filters.HeadroomParameters,
-        lambda p, s: filters.SloHeadroomTier(p, s.rng),
+        latency.SloHeadroomTier,
+        latency.HeadroomParameters,
+        lambda p, s: latency.SloHeadroomTier(p, s.rng),
     ),
     stock(
         "utilization-filter",
-        filters.UtilizationFilter,
-        filters.UtilizationParameters,
-        lambda p, _: filters.UtilizationFilter(p),
+        attributes.UtilizationFilter,
+        attributes.UtilizationParameters,
+        lambda p, _: attributes.UtilizationFilter(p),
+    ),
+    stock(
+        "endpoint-attribute-filter",
+        attributes.AttributeFilter,
+        attributes.AttributeFilterParameters,
+        lambda p, _: attributes.AttributeFilter(p),
     ),
     stock(
         "session-affinity-filter",
@@ -187,7 +209,12 @@ ADMITTERS: Final[Sequence[StockPlugin]] = (
         admitters.ProbabilisticParameters,
         lambda p, s: admitters.Probabilistic(p, s.rng),
     ),
-    plain("latency-slo-admitter", admitters.LatencySlo),
+    stock(
+        "latency-slo-admitter",
+        admitters.LatencySlo,
+        admitters.LatencySloParameters,
+        lambda _p, _s: admitters.LatencySlo(),
+    ),
 )
 PRODUCERS: Final[Sequence[StockPlugin]] = (
     stock("token-producer", TokenProducer, TokenParameters, TokenProducer),
@@ -229,14 +256,36 @@ MEANINGLESS: Final[Mapping[str, str]] = {
     "prefill-header-handler": "disagg-profile-handler sets the headers itself",
     "request-attribute-reporter": "see /explain for what is known of a request",
     "destination-endpoint-served-verifier": "the header is always set",
+    "header-based-testing-filter": "it is llm-d's own tests'",
+    "dp-rank-header-handler": "each data-parallel rank is an endpoint of its own",
+    "topology-extractor": "endpoints tell no topology; label-selector-filter chooses by labels",
+    "topology-affinity-filter": "endpoints tell no topology; label-selector-filter chooses by labels",
+    "topology-affinity-scorer": "endpoints tell no topology; header-label-affinity-scorer chooses by labels",
+    "mm-embeddings-cache-producer": "quire does not follow the engines' caches of images",
+    "mm-embeddings-cache-scorer": "quire does not follow the engines' caches of images",
+    "p2p-source-producer": "engines here do not pull KV blocks from each other",
+    "dcgm-data-source": "quire does not read GPU counters",
+    "dcgm-extractor": "quire does not read GPU counters",
+    "disaggregatedset-rollout-screener": "there is no Kubernetes API here",
 }
 """Types that llm-d knows and that have nothing to do here, each with the reason, which is told."""
+
+
+STOCK: Final[Sequence[StockPlugin]] = (
+    *SCORERS,
+    *FILTERS,
+    *PICKERS,
+    *HANDLERS,
+    *ADMITTERS,
+    *PRODUCERS,
+    *DEFAULT_POLICY,
+)
 
 
 def stock_plugins() -> Registry[Factory]:
     """All of them, flow control's too."""
     registry = plugin_registry()
-    for one in (*SCORERS, *FILTERS, *PICKERS, *HANDLERS, *ADMITTERS, *PRODUCERS, *DEFAULT_POLICY):
+    for one in STOCK:
         registry.add(one.type_name, one.make)
     for type_name, factory in flow_plugins().items():
         registry.add(type_name, factory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quire.gateway.cost.policy import ExpectedCost
+from quire.gateway.cost.model import CostModel
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.plugin import Conclusion, Observer, Parameters, Producer, Services
 from quire.gateway.request import InferenceRequest, Outcome
@@ -27,17 +27,18 @@ class LatencyParameters(Parameters, frozen=True):
 
 class PredictedLatency(Producer, Observer):
     def __init__(self, services: Services) -> None:
-        self._model = ExpectedCost(services)
+        self.name = "predicted-latency-producer"
+        self._model = CostModel(services)
 
     def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
-        if endpoints:
-            self._model.score(request, endpoints)  # writes the predictions; the scores are nobody's
+        for endpoint in endpoints:
+            request.predictions[endpoint.key] = self._model.estimate(request, endpoint).prediction
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
-        self._model.sent(request, endpoint, choice)
+        self._model.sent(self.name, request, endpoint)
 
     def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:
-        self._model.first_byte(request, endpoint, ttft)
+        self._model.first_byte(self.name, request, endpoint)
 
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
-        self._model.finished(request, endpoint, outcome)
+        self._model.finished(self.name, request, endpoint, outcome)

@@ -1,26 +1,30 @@
 """`approx-prefix-cache-producer`: which endpoint was sent which prefixes lately.
 
 A prompt is cut into blocks of tokens, or of four bytes for each token where it was not tokenised; each block's key
-chains from the one before, the first from the model and the cache salt. Keys are Python's own hashes: SipHash under a
-key that is drawn when the process starts, so that nobody outside can make two prompts collide, and fast. What an
-endpoint really evicted is not known; its LRU here is as large as the cache that it reports.
+chains from the one before, the first from the model and the cache salt. Keys are Python's own hashes of bytes: SipHash
+under a key that is drawn when the process starts, so that nobody outside can make two prompts collide, and fast.
+
+What an endpoint really evicted is not known. Its LRU here is as large as the cache that it reports; of one that
+reports no size, as large as its answers let it seem: they tell how much of a prompt was cached.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.plugin import Conclusion, Observer, Parameters, Producer, Services
+from quire.gateway.producers.prefix_index import PrefixIndex
 from quire.gateway.request import InferenceRequest, Outcome, PrefixMatch
 
 BYTES_PER_TOKEN: Final = 4
 MIN_BLOCK_TOKENS: Final = 64
 DEFAULT_CAPACITY: Final = 31_250
-MAX_KEYS: Final = 4_000_000
-"""Over all endpoints: some 400 MB."""
+MIN_CAPACITY: Final = 64
+CORRECTION: Final = 0.03
+"""Of the capacity, for each answer that says that it is wrong."""
 
 
 class PrefixParameters(Parameters, frozen=True):
@@ -33,74 +37,16 @@ class PrefixParameters(Parameters, frozen=True):
     """Deprecated by llm-d: in bytes."""
 
 
-class PrefixIndex:
-    """Keys of blocks by endpoint, each endpoint's the last `capacity` that it was sent."""
-
-    def __init__(self, max_keys: int = MAX_KEYS) -> None:
-        self._holders: dict[int, set[str]] = {}
-        self._kept: dict[str, OrderedDict[int, None]] = {}
-        self._max_keys = max_keys
-        self._num_keys = 0
-
-    def __len__(self) -> int:
-        return self._num_keys
-
-    def match(self, keys: Sequence[int]) -> dict[str, int]:
-        """By endpoint: how many of the keys it has, from the first on without a gap."""
-        found: dict[str, int] = {}
-        alive: set[str] | None = None
-        for count, key in enumerate(keys):
-            holders = self._holders.get(key)
-            still = set() if holders is None else set(holders) if alive is None else alive & holders
-            for lost in (alive or set()) - still:
-                found[lost] = count
-            alive = still
-            if not still:
-                return found
-        return found | dict.fromkeys(alive or (), len(keys))
-
-    def add(self, endpoint: str, keys: Sequence[int], capacity: int) -> None:
-        """The endpoint has these now, used last. The end of a prompt goes before its beginning."""
-        kept = self._kept.setdefault(endpoint, OrderedDict())
-        for key in reversed(keys):
-            if key in kept:
-                kept.move_to_end(key)
-            else:
-                kept[key] = None
-                self._holders.setdefault(key, set()).add(endpoint)
-                self._num_keys += 1
-        while len(kept) > capacity:
-            self._drop(endpoint, kept)
-        while self._num_keys > self._max_keys:
-            most = max(self._kept, key=lambda name: len(self._kept[name]))
-            self._drop(most, self._kept[most])
-
-    def _drop(self, endpoint: str, kept: OrderedDict[int, None]) -> None:
-        key, _ = kept.popitem(last=False)
-        self._num_keys -= 1
-        holders = self._holders[key]
-        holders.discard(endpoint)
-        if not holders:
-            del self._holders[key]
-
-    def remove(self, endpoint: str) -> None:
-        kept = self._kept.get(endpoint)
-        while kept:
-            self._drop(endpoint, kept)
-        self._kept.pop(endpoint, None)
-
-
 def block_keys(request: InferenceRequest, block_tokens: int, max_blocks: int) -> list[int]:
     """Of the full blocks of the prompt."""
-    key = hash((request.target_model, request.cache_salt))
+    known = request.token_ids is not None or request.prompt_token_ids is not None
+    if request.token_ids is not None and request.prompt_token_ids is None:
+        prompt = array("I", request.token_ids[: max_blocks * block_tokens]).tobytes()
+    else:
+        prompt = request.prompt  # the bytes of the ids, where ids were sent
+    size = block_tokens * BYTES_PER_TOKEN
+    key = hash((request.target_model, request.cache_salt, known))
     keys: list[int] = []
-    ids = request.token_ids if request.token_ids is not None else request.prompt_token_ids
-    if ids is not None:
-        for start in range(0, min(len(ids) // block_tokens, max_blocks) * block_tokens, block_tokens):
-            key = hash((key, tuple(ids[start : start + block_tokens])))
-            keys.append(key)
-        return keys
-    prompt, size = request.prompt, block_tokens * BYTES_PER_TOKEN
     for start in range(0, min(len(prompt) // size, max_blocks) * size, size):
         key = hash((key, prompt[start : start + size]))
         keys.append(key)
@@ -115,30 +61,31 @@ def prompt_length(request: InferenceRequest) -> float:
 
 class ApproxPrefix(Producer, Observer):
     def __init__(self, parameters: PrefixParameters, services: Services) -> None:
+        self.name = "approx-prefix-cache-producer"
         self._parameters = parameters
         self._index = PrefixIndex()
         wanted = parameters.block_size_tokens or parameters.block_size // BYTES_PER_TOKEN
         self._block_tokens = max(wanted, 1) if wanted else 0
         self._pool = services.pool
-        self._keys: OrderedDict[str, list[int]] = OrderedDict()
-        """By request id, of requests that were not sent yet."""
-        services.pool.watch(lambda _: None, lambda endpoint: self._index.remove(endpoint.key))
+        self._room: dict[str, float] = {}
+        """By endpoint that reports no size: blocks, once an answer showed that it holds fewer than thought."""
+        services.pool.watch(lambda _: None, self._left)
+
+    def _left(self, endpoint: Endpoint) -> None:
+        self._index.remove(endpoint.key)
+        self._room.pop(endpoint.key, None)
 
     def block_tokens(self) -> int:
         if self._block_tokens and not self._parameters.auto_tune:
             return self._block_tokens
         reported = [one.metrics.block_size for one in self._pool if one.metrics and one.metrics.block_size]
-        if reported:
-            return max(*reported, MIN_BLOCK_TOKENS) if not self._block_tokens else max(*reported, self._block_tokens)
-        return self._block_tokens or MIN_BLOCK_TOKENS
+        return max(*reported, self._block_tokens or MIN_BLOCK_TOKENS, 1)
 
     def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
         size = self.block_tokens()
         most = self._parameters.max_prefix_tokens_to_match // size or self._parameters.max_prefix_blocks_to_match
-        keys = block_keys(request, size, most or 2**31)
-        self._keys[request.id] = keys
-        while len(self._keys) > 65_536:
-            self._keys.popitem(last=False)
+        keys = block_keys(request, size, most or 2**31 // size)
+        request.attributes[self.name] = keys
         request.prefix[self.name] = self._matches(request, keys, size)
 
     def _matches(self, request: InferenceRequest, keys: Sequence[int], size: int) -> Mapping[str, PrefixMatch]:
@@ -151,18 +98,35 @@ class ApproxPrefix(Producer, Observer):
         return found
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
-        keys = self._keys.pop(request.id, None)
-        if keys:
-            self._index.add(endpoint.key, keys, self._capacity(endpoint))
-            self._keys[request.id] = keys  # it may go elsewhere yet
-            self._keys.move_to_end(request.id, last=False)
+        keys = request.attributes.get(self.name)
+        if isinstance(keys, list) and keys:
+            self._index.add(endpoint.key, keys, self._reported(endpoint) or self._assumed(endpoint))
 
-    def _capacity(self, endpoint: Endpoint) -> int:
+    def _reported(self, endpoint: Endpoint) -> int:
+        """Blocks that its cache holds; 0 where that is not known, or not wanted."""
         metrics = endpoint.metrics
-        if self._parameters.auto_tune and metrics is not None and metrics.num_blocks and metrics.block_size:
-            return max(metrics.num_blocks * metrics.block_size // self.block_tokens(), 1)
-        return self._parameters.lru_capacity_per_server or DEFAULT_CAPACITY
+        if not self._parameters.auto_tune or metrics is None or not metrics.num_blocks or not metrics.block_size:
+            return 0
+        return max(metrics.num_blocks * metrics.block_size // self.block_tokens(), 1)
+
+    def _assumed(self, endpoint: Endpoint) -> int:
+        most = self._parameters.lru_capacity_per_server or DEFAULT_CAPACITY
+        return min(most, int(self._room.get(endpoint.key, most)))
 
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
-        if outcome.ok:
-            self._keys.pop(request.id, None)
+        """Where the answer says how much was cached, the room assumed is corrected: less than what is kept here, if
+        something was thought to be there and was not; more, if it was there and not known."""
+        if (
+            not outcome.ok
+            or outcome.cached_tokens is None
+            or not self._parameters.auto_tune
+            or self._reported(endpoint)
+        ):
+            return
+        match = request.prefix.get(self.name, {}).get(endpoint.key)
+        thought, slack = 0 if match is None else match.tokens, self.block_tokens()
+        key, assumed = endpoint.key, self._assumed(endpoint)
+        if outcome.cached_tokens < thought // 2 - slack:
+            self._room[key] = max(min(self._index.size(key), assumed) * (1.0 - CORRECTION), MIN_CAPACITY)
+        elif outcome.cached_tokens > 2 * thought + slack and key in self._room:
+            self._room[key] *= 1.0 + CORRECTION

@@ -19,11 +19,13 @@ from starlette.types import Receive, Scope, Send
 
 from quire.core.errors import Cancelled, Draining, QuireError, RequestTooLarge
 from quire.gateway.director import Director
+from quire.gateway.errors import Saturated
 from quire.gateway.parse import api_of, parse
 from quire.gateway.proxy.answers import error_answer
 from quire.gateway.proxy.call import Call
 from quire.gateway.proxy.connections import Connections
 from quire.gateway.proxy.forward import Forwarder
+from quire.gateway.proxy.holding import Holding, Share
 from quire.gateway.proxy.settings import ProxySettings
 from quire.gateway.request import Api, InferenceRequest
 from quire.gateway.resilience.budget import Budget
@@ -68,6 +70,7 @@ class Proxy:
     director: Director
     forwarder: Forwarder
     settings: ProxySettings
+    holding: Holding
     hooks: Sequence[Hook] = ()
     count: Callable[[Finished], None] = count_nothing
     draining: bool = False
@@ -78,15 +81,16 @@ class Proxy:
         """Whatever goes wrong becomes an answer, as long as none has begun."""
         api, request_id = api_of(scope["path"]), request_id_of(scope).decode()
         call: Call | None = None
+        share = Share(self.holding)
         status, failure = 0, ""
         self.num_open += 1
         arrived = self.director.clock()
         try:
             if self.draining:
                 raise Draining("The gateway is stopping.", remedy="Try again elsewhere.", retry_after=1.0)
-            body = await self._read(scope, receive)
+            body = await self._read(scope, receive, share)
             request = parse(request_id, scope["path"], scope["headers"], body, arrived)
-            call = Call(request, scope, send, arrived + self.settings.total_timeout)
+            call = Call(request, scope, send, arrived + self.settings.total_timeout, self.holding)
             await self._answer(call, receive)
         except Cancelled as left:
             failure = left.code
@@ -102,6 +106,7 @@ class Proxy:
             await error_answer(error, api, request_id)(scope, receive, send)
         finally:
             self._count(api, call, status, failure, self.director.clock() - arrived)
+            share.release()
             self.num_open -= 1
             if not self.num_open:
                 self._none_open.set()
@@ -120,21 +125,21 @@ class Proxy:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._none_open.wait(), timeout)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive, share: Share) -> bytes:
         most = self.settings.max_body
         for name, value in scope["headers"]:
             if name == b"content-length" and (not value.isdigit() or int(value[:20]) > most):
                 raise _too_large(most)
         pieces: list[bytes] = []
-        size = 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Cancelled("The client went away.")
             pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > most:
+            if share.size + len(pieces[-1]) > most:
                 raise _too_large(most)
+            if not share.take(len(pieces[-1])):
+                raise Saturated("The gateway holds as much as it may.", remedy="Try again later.", retry_after=1.0)
             if not message.get("more_body", False):
                 return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -216,6 +221,9 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        if api_of(scope["path"]) is not Api.OTHER:  # most calls; the router would try each route
+            await self.proxy(scope, receive, send)
+            return
         scope["app"] = self  # tells Starlette's routes to raise their 405 rather than to answer it
         try:
             await self.router(scope, receive, send)
@@ -267,7 +275,14 @@ def build_app(
         retries=Budget(share=resilience.retry_share, burst=resilience.retry_burst),
         hedging=Hedging(resilience),
     )
-    proxy = Proxy(director=director, forwarder=forwarder, settings=settings, hooks=hooks, count=count)
+    proxy = Proxy(
+        director=director,
+        forwarder=forwarder,
+        settings=settings,
+        hooks=hooks,
+        count=count,
+        holding=Holding(settings.max_held),
+    )
     own = OwnRoutes(proxy, int(time.time()))
     table = [
         Route("/health", own.health, methods=["GET"]),

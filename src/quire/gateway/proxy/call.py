@@ -14,6 +14,7 @@ from quire.gateway.plugin import Conclusion
 from quire.gateway.proxy.answers import broken_stream
 from quire.gateway.proxy.events import WholeEvents
 from quire.gateway.proxy.headers import answer_headers, request_head
+from quire.gateway.proxy.holding import Holding, Share
 from quire.gateway.proxy.upstream import Connection
 from quire.gateway.proxy.usage import Usage
 from quire.gateway.request import Api, InferenceRequest
@@ -27,6 +28,7 @@ class Call:
     send: Send
     deadline: float
     """By the gateway's clock; the answer has to be whole by then."""
+    holding: Holding
     started: bool = False
     """Something of an answer has gone to the client; from here on nothing can be tried again."""
     status: int = 0
@@ -64,21 +66,17 @@ class Call:
     async def deliver(self, answer: Connection, endpoint: Endpoint, usage: Usage, max_buffered: int) -> None:
         """Pass an answer on: a stream as it comes, anything else when it is whole (up to `max_buffered` bytes)."""
         headers = answer_headers(answer.headers, endpoint, self.request.id)
-        kind = next((value for name, value in headers if name == b"content-type"), b"")
-        if kind.startswith(b"text/event-stream"):
+        said = dict(headers)
+        packed = b"content-encoding" in said
+        if said.get(b"content-type", b"").startswith(b"text/event-stream") and not packed:
             await self._stream(answer, headers, usage)
             return
         length_said = any(name == b"content-length" for name, _ in answer.headers)
         if self.request.stream or (self.request.api is Api.OTHER and not length_said and not answer.complete):
             await self._pass_on(answer, headers, b"", usage)  # speech and the like
             return
-        pieces: list[bytes] = []
-        size = 0
-        while size <= max_buffered and (piece := await answer.read()):
-            pieces.append(piece)
-            size += len(piece)
-        body = b"".join(pieces)
-        if size > max_buffered:
+        body, whole = await self._hold(answer, max_buffered)
+        if not whole:
             await self._pass_on(answer, headers, body, usage)
             return
         usage.whole(body)
@@ -89,6 +87,19 @@ class Call:
             headers.append((b"content-length", b"%d" % length))
         await self._start(answer.status, headers)
         await self.send({"type": "http.response.body", "body": body})
+
+    async def _hold(self, answer: Connection, most: int) -> tuple[bytes, bool]:
+        """What came of an answer, and whether that is all of it; it is not where there is no room for more."""
+        share = Share(self.holding)
+        pieces: list[bytes] = []
+        try:
+            while piece := await answer.read():
+                pieces.append(piece)
+                if share.size + len(piece) > most or not share.take(len(piece)):
+                    return b"".join(pieces), False
+            return b"".join(pieces), True
+        finally:
+            share.release()
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, status

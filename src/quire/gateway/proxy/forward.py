@@ -88,11 +88,17 @@ class Forwarder:
         """Another endpoint for a call whose attempt failed; None when there is none, or it has been enough."""
         if not call.repeatable or len(call.tried) > self.settings.max_retries:
             return None
+        return self._choose_again(call, self.retries)
+
+    def _choose_again(self, call: Call, budget: Budget) -> Choice | None:
+        if not budget.allows:
+            return None
         try:
             choice = self.director.choose_again(call.request, call.tried)
         except Dropped:
             return None
-        return choice if self.retries.spend() else None
+        budget.spend()
+        return choice
 
     def _waits(self, call: Call) -> Waits:
         left = max(call.deadline - self.director.clock(), 0.0)
@@ -120,7 +126,7 @@ class Forwarder:
         try:
             self.hedging.budget.earn()
             done, _ = await asyncio.wait(tasks, timeout=delay)
-            if not done and (choice := self._hedge(call)) is not None:
+            if not done and (choice := self._choose_again(call, self.hedging.budget)) is not None:
                 second = self._start(call, choice)
                 tasks[asyncio.ensure_future(self._begin(call, second))] = second
             task = await _first_good(tuple(tasks))
@@ -136,13 +142,6 @@ class Forwarder:
                 if isinstance(end, UpstreamError):
                     attempt.error = end.kind
                 attempt.close(self.connections)
-
-    def _hedge(self, call: Call) -> Choice | None:
-        try:
-            choice = self.director.choose_again(call.request, call.tried)
-        except Dropped:
-            return None
-        return choice if self.hedging.budget.spend() else None
 
 
 async def _first_good(tasks: Sequence[asyncio.Task[Connection]]) -> asyncio.Task[Connection]:

@@ -35,7 +35,7 @@ class Mirrors:
         """Raises `Dropped` and `UpstreamError`."""
         forwarder, request = self.forwarder, _copy(call.request, target)
         choice = forwarder.director.choose_again(request)
-        copy = Call(request, call.scope, call.send, call.deadline)
+        copy = Call(request, call.scope, call.send, call.deadline, call.holding)
         current = Try(forwarder.director, request, choice)
         settings = forwarder.settings
         waits = Waits(first_byte=settings.first_byte_timeout, idle=settings.idle_timeout, total=settings.total_timeout)

@@ -22,6 +22,9 @@ class ProxySettings:
     max_body: int = 8 * 1024 * 1024
     max_buffered_answer: int = 8 * 1024 * 1024
     """An answer that is no stream is held until it is whole, if it is no larger; else it is passed on as it comes."""
+    max_held: int = 1024 * 1024 * 1024
+    """Request bodies and held answers of all calls together. Beyond it requests are refused, and answers passed on
+    without being held."""
     max_answer_head: int = 64 * 1024
     max_answer_headers: int = 128
     max_connections: int = 4096

@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
         self.untouched = True
         self._pieces = []
         self._sink = None
-        self._num_held = self._num_bytes = self._num_body_bytes = 0
+        self._num_held = self._num_bytes = self._num_head_bytes = self._num_body_bytes = 0
         self._body_begun = self._head_only = self._until_close = self._paused = False
         self._sent_at = self._last_data = self._loop.time()
 
@@ -114,10 +114,9 @@ class Connection(asyncio.Protocol):
     async def relay(self, write: Callable[[bytes], bool]) -> bool:
         """Give `write` each piece as it comes. True: that was all. False: it said that its reader lags; call again
         when that has caught up. Raises `UpstreamError`."""
-        for piece in self._pieces:
-            write(piece)
-        self._pieces, self._num_held = [], 0
         self._sink = write
+        if not self._drain_into(write):
+            return self.complete
         self._resume()
         if not self.complete:
             await self._wait()
@@ -216,20 +215,37 @@ class Connection(asyncio.Protocol):
         self.untouched = False
         self._last_data = self._loop.time()
         self._num_bytes += len(data)
+        wrong = ""
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._fail_garbage("did not answer in HTTP")
-            return
-        if self._num_bytes - (1 + FRAMING_PER_BODY_BYTE) * self._num_body_bytes > self._limits.max_bytes:
-            self._fail_garbage(f"sent a head or framing of more than {self._limits.max_bytes} bytes")
-        elif self._sink is None:
+            wrong = "did not answer in HTTP"
+        else:
+            if self._num_bytes - (1 + FRAMING_PER_BODY_BYTE) * self._num_body_bytes > self._limits.max_bytes:
+                wrong = f"sent a head or framing of more than {self._limits.max_bytes} bytes"
+        self._hand_over()
+        if wrong:
+            self._fail_garbage(wrong)
+
+    def _hand_over(self) -> None:
+        if self._sink is not None:
+            if not self._drain_into(self._sink):
+                self._pause()
+            if self.complete or self._paused:
+                self._wake()
+        else:
             if self._num_held > HIGH_WATER:
                 self._pause()
             if self._pieces or self.complete:
                 self._wake()
-        elif self.complete or self._paused:
-            self._wake()
+
+    def _drain_into(self, write: Callable[[bytes], bool]) -> bool:
+        """All that one read brought goes on in one piece: each costs the client's side a system call."""
+        pieces = self._pieces
+        if not pieces:
+            return True
+        self._pieces, self._num_held = [], 0
+        return write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def _fail_garbage(self, what: str) -> None:
         self.reusable = False
@@ -248,9 +264,16 @@ class Connection(asyncio.Protocol):
 
     # --- the parser's callbacks ---------------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        if self.status:
+            raise ValueError("an answer to no question")
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        if len(self.headers) >= self._limits.max_headers:
-            raise ValueError("too many headers")
+        if self.status:
+            return  # a trailer
+        self._num_head_bytes += len(name) + len(value)
+        if len(self.headers) >= self._limits.max_headers or self._num_head_bytes > self._limits.max_bytes:
+            raise ValueError("too much of a head")
         if not _NAME.fullmatch(name) or _NO_VALUE.search(value):
             raise ValueError("a header that cannot be passed on")
         self.headers.append((name.lower(), value))
@@ -278,11 +301,8 @@ class Connection(asyncio.Protocol):
             self._body_begun = True
             self._stop_timer()
             self._timer = self._loop.call_later(min(self._waits.idle, self._waits.total), self._check_time)
-        if self._sink is None:
-            self._pieces.append(data)
-            self._num_held += len(data)
-        elif not self._sink(data):
-            self._pause()
+        self._pieces.append(data)
+        self._num_held += len(data)
 
     def on_message_complete(self) -> None:
         assert self._parser is not None
@@ -290,7 +310,5 @@ class Connection(asyncio.Protocol):
             self._finish_message(keep=self._parser.should_keep_alive())
 
     def _finish_message(self, *, keep: bool) -> None:
-        if self.complete:
-            raise ValueError("an answer to no question")
         self.complete = True
         self.reusable = keep

@@ -20,9 +20,12 @@ class Budget:
         """Called for each request."""
         self._left = min(self._left + self.share, float(self.burst))
 
-    def spend(self) -> bool:
-        """Whether there is enough left to do something again; if so it is spent."""
-        if self._left < 1.0:
-            return False
+    @property
+    def allows(self) -> bool:
+        """Whether there is enough left to do something again."""
+        return self._left >= 1.0
+
+    def spend(self) -> None:
+        """Something is done again; after `allows`."""
+        assert self.allows
         self._left -= 1.0
-        return True

@@ -1,0 +1,109 @@
+"""`quire explain`: why the gateway sent a request where it did."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from quire.cli.bench.report import print_json
+from quire.cli.client import ServerFault, base_url, open_session
+
+MAX_BYTES = 16 * 1024 * 1024
+
+
+def explain(
+    request_id: str, *, url: str = "http://127.0.0.1:8000", api_key: str | None = None, json: bool = False
+) -> int:
+    """Tell why the gateway sent a request where it did: candidates, scores, why losers lost, predicted and real TTFT.
+
+    Parameters
+    ----------
+    request_id
+        The answer's header x-request-id.
+    url
+        The gateway's address.
+    api_key
+        Its key, if it asks for one.
+    json
+        Print JSON.
+    """
+    told = asyncio.run(_ask(f"{base_url(url)}/explain/{quote(request_id, safe='')}", api_key))
+    if json:
+        print_json(told)
+    else:
+        _print(told)
+    return 0
+
+
+async def _ask(url: str, api_key: str | None) -> dict[str, Any]:
+    """Raises `ServerFault`."""
+    async with open_session(api_key=api_key, read_timeout=10.0) as session:
+        try:
+            async with session.get(url) as answer:
+                body = await answer.content.read(MAX_BYTES)
+                status = answer.status
+        except OSError as error:
+            raise ServerFault(f"{url} cannot be reached: {error}.", remedy="Name the gateway with --url.") from error
+    try:
+        told = msgspec.json.decode(body, type=dict[str, Any])
+    except msgspec.DecodeError:
+        told = {}
+    if status != 200 or "request_id" not in told:
+        message = told.get("error", {}).get("message") if isinstance(told.get("error"), dict) else None
+        raise ServerFault(message or f"{url} answers {status}, and explains nothing.", remedy="Is it a quire gateway?")
+    return told
+
+
+def _print(told: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    model, tokens = escape(told["target_model"]), told["prompt_tokens"]
+    console.print(f"{escape(told['request_id'])}: model {model}, about {tokens} prompt tokens")
+    for choice in told["choices"]:
+        for profile in choice["profiles"]:
+            picked = escape(", ".join(profile["picked"]) or "nobody")
+            console.print(f"\nprofile {escape(profile['profile'])}, {choice['after_seconds'] * 1e3:.1f} ms: {picked}")
+            for plugin, removed in profile["filtered_out"].items():
+                console.print(f"  {escape(plugin)} took out {escape(', '.join(removed))}")
+            table = Table(box=None, pad_edge=False)
+            for title in ("endpoint", "total", "scores", "TTFT expected", "why not"):
+                table.add_column(title)
+            for candidate in profile["candidates"]:
+                table.add_row(*map(escape, _row(candidate)))
+            console.print(table)
+    for attempt in told["attempts"]:
+        console.print(escape(_attempt(attempt)))
+    if told.get("dropped"):
+        console.print(f"turned away: {escape(told['dropped'])}")
+
+
+def _row(candidate: Mapping[str, Any]) -> list[str]:
+    scores = ", ".join(f"{name} {given['score']:.3f}" for name, given in candidate["scores"].items())
+    expected = candidate.get("predicted_ttft")
+    return [
+        candidate["endpoint"],
+        f"{candidate['total']:.3f}",
+        scores,
+        "" if expected is None else f"{expected:.3f} s",
+        candidate.get("why_not", "picked"),
+    ]
+
+
+def _attempt(attempt: Mapping[str, Any]) -> str:
+    parts = [f"\nsent to {attempt['endpoint']}"]
+    if "predicted_ttft" in attempt:
+        parts.append(f"TTFT expected {attempt['predicted_ttft']:.3f} s")
+    if "ttft" in attempt:
+        parts.append(f"was {attempt['ttft']:.3f} s")
+    if attempt.get("error"):
+        parts.append(f"failed: {attempt['error']}")
+    elif "status" in attempt:
+        parts.append(f"status {attempt['status']} after {attempt['seconds']:.3f} s")
+    return ", ".join(parts)

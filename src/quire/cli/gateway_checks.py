@@ -1,0 +1,66 @@
+"""`quire doctor --gateway`: whether what a running gateway was set up to do has any effect."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+import msgspec
+
+from quire.cli.checks import Check
+from quire.cli.client import base_url, open_session
+from quire.gateway.kv.route import PATH, KVStatus
+
+MAX_BYTES = 16 * 1024 * 1024
+NAME = "kv events"
+
+
+def check_kv_events(url: str, api_key: str | None = None) -> list[Check]:
+    """One for each thing that is wrong, or one that says that all is well."""
+    address = base_url(url) + PATH
+    try:
+        status = asyncio.run(_read(address, api_key))
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        reason = str(error) or type(error).__name__
+        return [_failed(f"{address}: {reason}", "Is the gateway running? Check the URL.")]
+    except (msgspec.DecodeError, ValueError) as error:
+        return [_failed(f"{address} does not answer as quire's gateway does: {error}", "Check the URL.")]
+    if status is None or not status.endpoints:
+        return [
+            Check(
+                name=NAME,
+                status="warn",
+                detail="The gateway listens to no engine's KV events: prefixes are matched by what it sent where.",
+                remedy="Configure a precise-prefix-cache-producer, and engines with --kv-events-config.",
+            )
+        ]
+    return read_kv_status(status)
+
+
+def read_kv_status(status: KVStatus) -> list[Check]:
+    wrong = [
+        Check(name=NAME, status=found.status, detail=f"{found.endpoint}: {found.detail}", remedy=found.remedy)
+        for found in status.findings
+    ]
+    if wrong:
+        return wrong
+    matched = sum(health.matches > 0 for health in status.endpoints.values())
+    detail = (
+        f"{len(status.endpoints)} endpoints tell of {status.blocks} blocks ({status.keys} different); "
+        f"{status.queries} prompts looked up, {matched} endpoints had beginnings of some."
+    )
+    return [Check(name=NAME, status="ok", detail=detail)]
+
+
+async def _read(address: str, api_key: str | None) -> KVStatus | None:
+    async with open_session(api_key=api_key, read_timeout=10.0) as session, session.get(address) as response:
+        if response.status == 404:
+            return None
+        if response.status != 200:
+            raise ValueError(f"status {response.status}")
+        body = await response.content.read(MAX_BYTES)
+    return msgspec.json.decode(body, type=KVStatus)
+
+
+def _failed(detail: str, remedy: str) -> Check:
+    return Check(name=NAME, status="fail", detail=detail, remedy=remedy)

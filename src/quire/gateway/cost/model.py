@@ -1,0 +1,187 @@
+"""What a request is expected to cost at an endpoint, from what was sent there and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from quire.gateway.cost.learner import Costs, Learner
+from quire.gateway.cost.queue import PrefillQueue
+from quire.gateway.endpoint import Endpoint, EndpointMetrics
+from quire.gateway.plugin import Services
+from quire.gateway.request import InferenceRequest, Outcome, Prediction
+
+STALE: Final = 5.0
+"""Seconds after which what an endpoint reported counts no more."""
+FORGET: Final = 0.05
+DEFAULT_OUTPUT: Final = 128.0
+"""Tokens of an answer, until some were seen."""
+DEFAULT_UNCACHED: Final = 256.0
+"""Prompt tokens to be computed for a request of others, of whom only the number is known."""
+
+
+@dataclass(slots=True)
+class Open:
+    """What this gateway has at one endpoint."""
+
+    queue: PrefillQueue = field(default_factory=PrefillQueue)
+    requests: int = 0
+    page: EndpointMetrics | None = None
+    at_page: int = 0
+    """Open requests when the page was read: what it counts of them is ours."""
+
+
+@dataclass(slots=True)
+class Sent:
+    """One request at one endpoint."""
+
+    ticket: int
+    before: float
+    own: float
+    beside: int
+    time: float
+    first: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds, where nothing else is said."""
+
+    cached_tokens: float
+    queued: float
+    prefill: float
+    decode: float
+    others: float
+    """What all others who are there lose together."""
+    prediction: Prediction
+
+    @property
+    def cost(self) -> float:
+        return self.queued + self.prefill + self.decode + self.others
+
+
+class CostModel:
+    """`name` is the plugin's that feeds it: its notes about a request lie in the request, under this name."""
+
+    def __init__(self, services: Services) -> None:
+        self._clock = services.clock
+        self._learner = Learner()
+        self._output = DEFAULT_OUTPUT
+        self._uncached = DEFAULT_UNCACHED
+        self._open: dict[str, Open] = {}
+        services.pool.watch(lambda _: None, self._left)
+
+    def _left(self, endpoint: Endpoint) -> None:
+        self._learner.forget(endpoint.key)
+        self._open.pop(endpoint.key, None)
+
+    # --- estimating -------------------------------------------------------------------------------------------------
+
+    def estimate(self, request: InferenceRequest, endpoint: Endpoint) -> Estimate:
+        now = self._clock()
+        costs = self._costs(endpoint, now)
+        cached = cached_tokens(request, endpoint)
+        before, beside = self._before(endpoint, costs, now)
+        output = self._output if request.max_tokens is None else min(self._output, float(request.max_tokens))
+        queued, prefill = before * costs.prefill, (request.prompt_tokens - cached) * costs.prefill
+        step = costs.step + costs.sequence * beside
+        return Estimate(
+            cached_tokens=cached,
+            queued=queued,
+            prefill=prefill,
+            decode=output * step,
+            others=beside * (prefill + output * costs.sequence),
+            prediction=Prediction(costs.base + queued + prefill, step),
+        )
+
+    def _costs(self, endpoint: Endpoint, now: float) -> Costs:
+        metrics = endpoint.metrics
+        if metrics is not None:
+            self._learner.hint(metrics.prefill_seconds_per_token, metrics.decode_seconds_per_step)
+        return self._learner.costs(endpoint.key, now)
+
+    def _before(self, endpoint: Endpoint, costs: Costs, now: float) -> tuple[float, int]:
+        """Prompt tokens to be computed before a request that comes now, and requests beside it: ours, and of what the
+        endpoint reports those that are not."""
+        mine = self._at(endpoint)
+        tokens, beside = mine.queue.left(now, costs.prefill), mine.requests
+        metrics = endpoint.metrics
+        if metrics is None or now - metrics.time > STALE:
+            return tokens, beside
+        others = max(metrics.waiting + metrics.running - mine.at_page, 0)
+        return tokens + min(others, metrics.waiting) * self._uncached, beside + others
+
+    def _at(self, endpoint: Endpoint) -> Open:
+        """Called before each change of what is open there, so that what was open when the page was read is known."""
+        found = self._open.get(endpoint.key)
+        if found is None:
+            found = self._open[endpoint.key] = Open()
+        if found.page is not endpoint.metrics:
+            found.page, found.at_page = endpoint.metrics, found.requests
+        return found
+
+    # --- learning ---------------------------------------------------------------------------------------------------
+
+    def sent(self, name: str, request: InferenceRequest, endpoint: Endpoint) -> None:
+        now = self._clock()
+        mine = self._at(endpoint)
+        own = request.prompt_tokens - cached_tokens(request, endpoint)
+        before, beside = self._before(endpoint, self._costs(endpoint, now), now)
+        ticket = mine.queue.send(own, awaited=request.stream)
+        mine.requests += 1
+        self._uncached += FORGET * (own - self._uncached)
+        _notes(name, request)[endpoint.key] = Sent(ticket, before, own, beside, now)
+
+    def first_byte(self, name: str, request: InferenceRequest, endpoint: Endpoint) -> None:
+        sent = _notes(name, request).get(endpoint.key)
+        if sent is not None:
+            sent.first = self._clock()
+            self._at(endpoint).queue.first(sent.ticket)
+
+    def finished(self, name: str, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
+        sent = _notes(name, request).pop(endpoint.key, None)
+        if sent is None:
+            return
+        mine = self._at(endpoint)
+        mine.requests = max(mine.requests - 1, 0)
+        mine.queue.gone(sent.ticket, sent.own)
+        if outcome.status == 200 and not outcome.error and outcome.output_tokens and sent.first is not None:
+            self._learn(request, endpoint, sent, outcome)
+
+    def _learn(self, request: InferenceRequest, endpoint: Endpoint, sent: Sent, outcome: Outcome) -> None:
+        now, output = self._clock(), outcome.output_tokens or 1
+        assert sent.first is not None
+        self._output += FORGET * (output - self._output)
+        own = sent.own
+        if outcome.cached_tokens is not None and outcome.prompt_tokens:
+            own = max(outcome.prompt_tokens - outcome.cached_tokens, 0)
+        tokens = sent.before + own
+        ttft, tpot = sent.first - sent.time, (now - sent.first) / max(output - 1, 1)
+        if not request.stream:  # only the whole is known: each part is taken to have had its expected share
+            costs = self._learner.costs(endpoint.key, now)
+            ttft, tpot = costs.base + costs.prefill * tokens, costs.step + costs.sequence * sent.beside
+            ratio = (now - sent.time) / max(ttft + tpot * (output - 1), 1e-9)
+            ttft, tpot = ttft * ratio, tpot * ratio
+        self._learner.saw_first(endpoint.key, tokens, ttft, now)
+        if output > 1:
+            self._learner.saw_tokens(endpoint.key, sent.beside, tpot, now)
+
+
+def _notes(name: str, request: InferenceRequest) -> dict[str, Sent]:
+    notes = request.attributes.get(name)
+    if not isinstance(notes, dict):
+        notes = request.attributes[name] = {}
+    return notes
+
+
+def cached_tokens(request: InferenceRequest, endpoint: Endpoint) -> float:
+    """The most that any producer thinks is there, by its tier's credit."""
+    key = endpoint.key
+    most = max((found[key].weighted_tokens for found in request.prefix.values() if key in found), default=0.0)
+    return min(most, float(request.prompt_tokens))
+
+
+def expected_cached(request: InferenceRequest, endpoint: Endpoint) -> int:
+    """Prompt tokens thought to be cached at an endpoint, on any tier; for the director's counting."""
+    key = endpoint.key
+    return max((found[key].tokens for found in request.prefix.values() if key in found), default=0)
