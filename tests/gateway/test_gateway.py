@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
+from quire.cli.main import main
 from quire.config.gateway import GatewayConfig
 from quire.core.errors import ConfigError
 from quire.gateway.run import run
@@ -178,9 +179,8 @@ async def test_the_openai_client_in_front_of_two_kinds_of_servers(servers: dict[
             model="chat-v2", messages=[{"role": "user", "content": "Hi"}], stream=True
         )
         assert [event.choices[0].delta.content async for event in stream] == ["c", "!"]
-        with pytest.raises(openai.APIStatusError, match="No endpoint serves the model 'nobody'") as refused:
+        with pytest.raises(openai.NotFoundError, match="No endpoint serves the model 'nobody'"):
             await on.say("nobody")
-        assert refused.value.response.headers["x-llm-d-request-dropped-reason"]
         # Metrics under llm-d's names, of both kinds of servers.
         await until(lambda: _all_read(on))
         assert await on.metric("llm_d_epp_request_total", model_name="chat-v2") == 2.0
@@ -214,6 +214,31 @@ async def test_a_request_explains_itself(servers: dict[str, ModelServer]) -> Non
         others = [one for one in told["choices"][0]["profiles"][0]["candidates"] if one["endpoint"] != picked]
         assert all("why_not" in one for one in others)
         assert "Nothing is remembered" in (await on.get("/explain/never"))["error"]["message"]
+
+
+async def test_doctor_and_explain_say_what_the_gateway_does_in_vain(
+    servers: dict[str, ModelServer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    urls = f"http://{servers['a'].address},http://{servers['b'].address}"
+    async with gateway(endpoints=urls) as on:
+        await until(lambda: _all_read(on))
+        await on.say("chat-v1", **{"x-request-id": "why"})
+        doctor = ["doctor", "--no-model", "--port", "0", "--gateway"]
+        assert await asyncio.to_thread(main, [*doctor, on.url, "--json"]) == 0
+        said = capsys.readouterr().out  # the gateway's log goes there, too
+        told, _ = json.JSONDecoder().raw_decode(said[said.index('{"ok"' if '{"ok"' in said else "{
+") :])
+        checks = {check["name"]: check for check in told["checks"]}
+        assert checks["endpoints"]["status"] == "ok"
+        assert "chat-v1; in use" in checks["endpoints"]["detail"]
+        assert checks["kv events"]["status"] == "warn"
+        assert await asyncio.to_thread(main, ["explain", "why", "--url", on.url]) == 0
+        said = capsys.readouterr().out
+        assert "expected-cost-scorer" in said
+        assert "status 200" in said
+        assert await asyncio.to_thread(main, ["explain", "never", "--url", on.url]) == 1
+        assert "Nothing is remembered of the request 'never'" in capsys.readouterr().err
+    assert await asyncio.to_thread(main, [*doctor, "http://127.0.0.1:9"]) == 1
 
 
 async def test_blue_turns_green_and_back_and_a_wrong_file_changes_nothing(
