@@ -28,12 +28,14 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def environment() -> dict[str, str]:
+def environment(tmp_path_factory) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "QUIRE_PORT": str(port), "QUIRE_KV_CACHE_MEMORY": "0.05"}
+    state = tmp_path_factory.mktemp("state")
+    settings = {"QUIRE_PORT": str(port), "QUIRE_KV_CACHE_MEMORY": "0.05", "QUIRE_STATE_DIR": str(state)}
+    return os.environ | {"PATH": path} | settings
 
 
 class Page:
@@ -85,12 +87,18 @@ class Page:
             os.killpg(self.server.pid, signal.SIGTERM)
             self.server.communicate(timeout=60)
 
+    def stop_services(self) -> None:
+        """What a page has left running because it failed before its `quire down`."""
+        for service in Path(self.environment["QUIRE_STATE_DIR"]).iterdir():
+            subprocess.run(["quire", "down", service.name, "--now"], check=True, env=self.environment, timeout=60)
+
 
 @pytest.fixture
 def page(tmp_path, environment) -> Iterator[Page]:
     page = Page(tmp_path, environment)
     yield page
     page.stop()
+    page.stop_services()
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if blocks(path)], ids=lambda path: path.name)

@@ -14,6 +14,24 @@ MAX_DEPTH = 64
 MAX_DOCUMENTS = 256
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice, of which YAML would keep the last in silence, and leaves dates as text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def read_documents(path: Path, *, max_bytes: int = MAX_BYTES) -> list[dict[str, Any]]:
     """The mappings in a file, empty documents left out. Raises `ConfigError` for anything else."""
     try:
@@ -31,7 +49,7 @@ def parse_documents(data: bytes, name: str) -> list[dict[str, Any]]:
     gigabytes."""
     try:
         _check_events(data, name)
-        documents = list(yaml.safe_load_all(data))
+        documents = list(yaml.load_all(data, Loader=_Loader))
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}", remedy="Mend the file.") from error
     for document in documents:

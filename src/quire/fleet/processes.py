@@ -43,7 +43,8 @@ class Processes:
         self._logs = directory / "logs"
         for path in (self._records, self._logs):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._children: list[subprocess.Popen[bytes]] = []  # only to be reaped
+        self._children: list[int] = []
+        """Started by us, and to be waited for by us once they have ended."""
 
     def free_port(self, taken: frozenset[int]) -> int:
         for _ in range(PORT_ATTEMPTS):
@@ -55,14 +56,17 @@ class Processes:
         raise OSError("No port of the loopback is free.")
 
     def start(self, launch: Launch) -> None:
-        shim = subprocess.Popen(  # noqa: S603 - our own
-            SHIM,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._log(launch.replica).open("ab"),
-            start_new_session=True,  # a terminal's Ctrl-C, or its end, is not for it
-            cwd="/",
-        )
+        with self._log(launch.replica).open("ab") as errors:
+            shim = subprocess.Popen(  # noqa: S603 - our own
+                SHIM,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,  # a terminal's Ctrl-C, or its end, is not for it
+                cwd="/",
+            )
+        self._children.append(shim.pid)
+        shim.returncode = 0  # it is `processes` that waits for it
         identity = identify(shim.pid)
         assert shim.stdin is not None
         if identity is None:
@@ -76,7 +80,6 @@ class Processes:
         }
         with shim.stdin as pipe:
             pipe.write(json.dumps(orders).encode() + b"\n")
-        self._children.append(shim)
 
     def stop(self, replica: str) -> None:
         record = self._read(self._path(replica))
@@ -89,7 +92,7 @@ class Processes:
             send_signal(record.shim, signal.SIGKILL)  # the kernel ends the child with it
 
     def processes(self) -> dict[str, Found]:
-        self._children = [child for child in self._children if child.poll() is None]
+        self._children = [child for child in self._children if os.waitpid(child, os.WNOHANG) == (0, 0)]
         found = {}
         for path in sorted(self._records.glob("*.json")):
             running_before = (record := self._read(path)) is not None and is_running(record.shim)

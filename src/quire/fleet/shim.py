@@ -41,12 +41,15 @@ class RotatingLog:
             self._file.write(line)
             self._size += len(line)
 
-    def _open(self) -> None:
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+    def _open(self) -> None:
+        self.close()
         if self._path.exists() and self._path.stat().st_size > self._limit // 2:
             os.replace(self._path, self._path.with_name(self._path.name + ".1"))
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by the process's end
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - `close`
         self._size = self._file.tell()
 
 

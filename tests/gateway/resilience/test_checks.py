@@ -95,6 +95,17 @@ async def test_a_server_that_is_gone_is_not_available(looked_at) -> None:
     assert endpoint.models == {"m", "adapter"}
 
 
+async def test_a_look_that_this_process_held_up_is_no_word_on_the_endpoint(looked_at) -> None:
+    server, endpoint, _ = looked_at
+    await until(lambda: server.looks)
+    for _ in range(8):
+        looks = server.looks
+        await until(lambda looks=looks: server.looks > looks)
+        time.sleep(QUICK.health_timeout * 2)
+        await asyncio.sleep(0)
+        assert endpoint.available
+
+
 async def test_whoever_left_is_not_looked_at(looked_at) -> None:
     server, endpoint, pool = looked_at
     await until(lambda: server.looks)

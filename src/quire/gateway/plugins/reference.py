@@ -65,7 +65,7 @@ def _one(field: msgspec.structs.FieldInfo, prefix: str) -> str:
         return _parameters(field.type, f"{name}.")
     if field.required:
         return f"`{name}` (required)"
-    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default  # type: ignore[misc]
+    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
     return f"`{name}` = `{msgspec.json.encode(default).decode()}`"
 
 
