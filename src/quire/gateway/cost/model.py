@@ -13,6 +13,7 @@ from quire.gateway.request import InferenceRequest, Outcome, Prediction
 
 STALE: Final = 5.0
 """Seconds after which what an endpoint reported counts no more."""
+GIVEN_HALF_LIFE: Final = 600.0
 FORGET: Final = 0.05
 DEFAULT_OUTPUT: Final = 128.0
 """Tokens of an answer, until some were seen."""
@@ -29,6 +30,16 @@ class Open:
     page: EndpointMetrics | None = None
     at_page: int = 0
     """Open requests when the page was read: what it counts of them is ours."""
+    given: float = 0.0
+    """Prompt tokens that it had to compute, of late."""
+    time: float = 0.0
+    """When those were counted."""
+
+    def given_at(self, now: float) -> float:
+        return self.given * 0.5 ** (max(now - self.time, 0.0) / GIVEN_HALF_LIFE)
+
+    def give(self, tokens: float, now: float) -> None:
+        self.given, self.time = self.given_at(now) + tokens, now
 
 
 @dataclass(slots=True)
@@ -53,6 +64,8 @@ class Estimate:
     decode: float
     others: float
     """What all others who are there lose together."""
+    given: float
+    """Prompt tokens that it had to compute, of late."""
     prediction: Prediction
 
     @property
@@ -91,6 +104,7 @@ class CostModel:
             prefill=prefill,
             decode=output * step,
             others=beside * (prefill + output * costs.sequence),
+            given=self._at(endpoint).given_at(now),
             prediction=Prediction(costs.base + queued + prefill, step),
         )
 
@@ -129,6 +143,7 @@ class CostModel:
         before, beside = self._before(endpoint, self._costs(endpoint, now), now)
         ticket = mine.queue.send(own, awaited=request.stream)
         mine.requests += 1
+        mine.give(own, now)
         self._uncached += FORGET * (own - self._uncached)
         _notes(name, request)[endpoint.key] = Sent(ticket, before, own, beside, now)
 
@@ -156,15 +171,14 @@ class CostModel:
         if outcome.cached_tokens is not None and outcome.prompt_tokens:
             own = max(outcome.prompt_tokens - outcome.cached_tokens, 0)
         tokens = sent.before + own
-        ttft, tpot = sent.first - sent.time, (now - sent.first) / max(output - 1, 1)
-        if not request.stream:  # only the whole is known: each part is taken to have had its expected share
+        if not request.stream:
             costs = self._learner.costs(endpoint.key, now)
-            ttft, tpot = costs.base + costs.prefill * tokens, costs.step + costs.sequence * sent.beside
-            ratio = (now - sent.time) / max(ttft + tpot * (output - 1), 1e-9)
-            ttft, tpot = ttft * ratio, tpot * ratio
-        self._learner.saw_first(endpoint.key, tokens, ttft, now)
+            expected = costs.base + costs.prefill * tokens + (output - 1) * (costs.step + costs.sequence * sent.beside)
+            self._learner.saw_whole(endpoint.key, (now - sent.time) / expected, now)
+            return
+        self._learner.saw_first(endpoint.key, tokens, sent.first - sent.time, now)
         if output > 1:
-            self._learner.saw_tokens(endpoint.key, sent.beside, tpot, now)
+            self._learner.saw_tokens(endpoint.key, sent.beside, (now - sent.first) / (output - 1), now)
 
 
 def _notes(name: str, request: InferenceRequest) -> dict[str, Sent]:
