@@ -226,8 +226,7 @@ async def test_doctor_and_explain_say_what_the_gateway_does_in_vain(
         doctor = ["doctor", "--no-model", "--port", "0", "--gateway"]
         assert await asyncio.to_thread(main, [*doctor, on.url, "--json"]) == 0
         said = capsys.readouterr().out  # the gateway's log goes there, too
-        told, _ = json.JSONDecoder().raw_decode(said[said.index('{"ok"' if '{"ok"' in said else "{
-") :])
+        told, _ = json.JSONDecoder().raw_decode(said[("\n" + said).index("\n{") :])
         checks = {check["name"]: check for check in told["checks"]}
         assert checks["endpoints"]["status"] == "ok"
         assert "chat-v1; in use" in checks["endpoints"]["detail"]

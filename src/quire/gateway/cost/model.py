@@ -36,7 +36,8 @@ class Open:
     """When those were counted."""
 
     def given_at(self, now: float) -> float:
-        return self.given * 0.5 ** (max(now - self.time, 0.0) / GIVEN_HALF_LIFE)
+        kept: float = 0.5 ** (max(now - self.time, 0.0) / GIVEN_HALF_LIFE)
+        return self.given * kept
 
     def give(self, tokens: float, now: float) -> None:
         self.given, self.time = self.given_at(now) + tokens, now

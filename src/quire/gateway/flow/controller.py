@@ -14,7 +14,7 @@ import structlog
 
 from quire.gateway.director import DEFAULT_OUTPUT_TOKENS, Gate, no_such_model
 from quire.gateway.endpoint import Clock, Endpoint
-from quire.gateway.errors import Dropped, NoEndpoint, ShuttingDown
+from quire.gateway.errors import Dropped, ShuttingDown
 from quire.gateway.flow.policies import Waiting, flow_of, lane_key
 from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
 from quire.gateway.flow.rate import DispatchRate
