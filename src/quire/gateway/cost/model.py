@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -38,7 +37,8 @@ class Open:
     """When those were counted."""
 
     def given_at(self, now: float) -> float:
-        return self.given * math.exp2(-max(now - self.time, 0.0) / GIVEN_HALF_LIFE)
+        kept: float = 0.5 ** (max(now - self.time, 0.0) / GIVEN_HALF_LIFE)
+        return self.given * kept
 
     def give(self, tokens: float, now: float) -> None:
         self.given, self.time = self.given_at(now) + tokens, now
