@@ -129,7 +129,7 @@ class Speeds:
         self._speeds.pop(key, None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Costs:
     """Seconds: for a first token apart from the prompt, per prompt token, per decode step, per sequence beside."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -55,9 +56,9 @@ class Sent:
     first: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Estimate:
-    """Seconds, where nothing else is said."""
+    """Seconds, where nothing else is said. One for each candidate of each request."""
 
     cached_tokens: float
     queued: float
@@ -91,23 +92,20 @@ class CostModel:
 
     # --- estimating -------------------------------------------------------------------------------------------------
 
-    def estimate(self, request: InferenceRequest, endpoint: Endpoint) -> Estimate:
-        now = self._clock()
-        costs = self._costs(endpoint, now)
-        cached = cached_tokens(request, endpoint)
-        before, beside = self._before(endpoint, costs, now)
+    def estimate(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> list[Estimate]:
+        now, prompt = self._clock(), request.prompt_tokens
         output = self._output if request.max_tokens is None else min(self._output, float(request.max_tokens))
-        queued, prefill = before * costs.prefill, (request.prompt_tokens - cached) * costs.prefill
-        step = costs.step + costs.sequence * beside
-        return Estimate(
-            cached_tokens=cached,
-            queued=queued,
-            prefill=prefill,
-            decode=output * step,
-            others=beside * (prefill + output * costs.sequence),
-            given=self._at(endpoint).given_at(now),
-            prediction=Prediction(costs.base + queued + prefill, step),
-        )
+        found = []
+        for endpoint in endpoints:
+            mine, costs = self._at(endpoint), self._costs(endpoint, now)
+            cached = cached_tokens(request, endpoint.key)
+            before, beside = self._before(mine, endpoint.metrics, costs, now)
+            queued, prefill = before * costs.prefill, (prompt - cached) * costs.prefill
+            step = costs.step + costs.sequence * beside
+            decode, others = output * step, beside * (prefill + output * costs.sequence)
+            prediction = Prediction(costs.base + queued + prefill, step)
+            found.append(Estimate(cached, queued, prefill, decode, others, mine.given_at(now), prediction))
+        return found
 
     def _costs(self, endpoint: Endpoint, now: float) -> Costs:
         metrics = endpoint.metrics
@@ -115,12 +113,10 @@ class CostModel:
             self._learner.hint(metrics.prefill_seconds_per_token, metrics.decode_seconds_per_step)
         return self._learner.costs(endpoint.key, now)
 
-    def _before(self, endpoint: Endpoint, costs: Costs, now: float) -> tuple[float, int]:
+    def _before(self, mine: Open, metrics: EndpointMetrics | None, costs: Costs, now: float) -> tuple[float, int]:
         """Prompt tokens to be computed before a request that comes now, and requests beside it: ours, and of what the
         endpoint reports those that are not."""
-        mine = self._at(endpoint)
         tokens, beside = mine.queue.left(now, costs.prefill), mine.requests
-        metrics = endpoint.metrics
         if metrics is None or now - metrics.time > STALE:
             return tokens, beside
         others = max(metrics.waiting + metrics.running - mine.at_page, 0)
@@ -140,8 +136,8 @@ class CostModel:
     def sent(self, name: str, request: InferenceRequest, endpoint: Endpoint) -> None:
         now = self._clock()
         mine = self._at(endpoint)
-        own = request.prompt_tokens - cached_tokens(request, endpoint)
-        before, beside = self._before(endpoint, self._costs(endpoint, now), now)
+        own = request.prompt_tokens - cached_tokens(request, endpoint.key)
+        before, beside = self._before(mine, endpoint.metrics, self._costs(endpoint, now), now)
         ticket = mine.queue.send(own, awaited=request.stream)
         mine.requests += 1
         mine.give(own, now)
@@ -189,10 +185,13 @@ def _notes(name: str, request: InferenceRequest) -> dict[str, Sent]:
     return notes
 
 
-def cached_tokens(request: InferenceRequest, endpoint: Endpoint) -> float:
-    """The most that any producer thinks is there, by its tier's credit."""
-    key = endpoint.key
-    most = max((found[key].weighted_tokens for found in request.prefix.values() if key in found), default=0.0)
+def cached_tokens(request: InferenceRequest, key: str) -> float:
+    """The most that any producer thinks is at the endpoint, by its tier's credit."""
+    most = 0.0
+    for found in request.prefix.values():
+        match = found.get(key)
+        if match is not None and match.weighted_tokens > most:
+            most = match.weighted_tokens
     return min(most, float(request.prompt_tokens))
 
 

@@ -43,7 +43,7 @@ class ExpectedCost(Scorer, Observer):
         self._estimates: Sequence[Estimate] | None = None
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        estimates = [self._model.estimate(request, endpoint) for endpoint in candidates]
+        estimates = self._model.estimate(request, candidates)
         for endpoint, estimate in zip(candidates, estimates, strict=True):
             request.predictions[endpoint.key] = estimate.prediction
         self._estimates = estimates
