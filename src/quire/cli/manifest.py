@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 
-from quire.config.engine import BUILTIN_MODEL
 from quire.config.fleet import FleetConfig
 from quire.fleet.builtin import builtin_service, gateway_role
 from quire.fleet.kv_events import needs_events, with_events
@@ -33,22 +32,10 @@ def read_service(path: Path | None, config: FleetConfig) -> Manifest:
 
 def behind_gateway(read: Manifest, host: str, port: int) -> ServiceSpec:
     """The service with a gateway at this address, which has the manifest's policy."""
-    tokenizer = tokenizer_directory(read.service) if needs_events(read.policy) else None
     role = gateway_role(
         host=host,
         port=port,
         documents=read.policy,
-        arguments=() if tokenizer is None else (f"--tokenizer={tokenizer}",),
+        arguments=("--exact-tokens",) if needs_events(read.policy) else (),
     )
     return msgspec.structs.replace(read.service, roles=(*read.service.roles, role))
-
-
-def tokenizer_directory(service: ServiceSpec) -> Path | None:
-    """Where the model's tokeniser is, if it is here: what engines tell of tokens means nothing to a gateway without."""
-    model = service.roles[0].arguments[0]
-    if model == BUILTIN_MODEL:
-        from quire.models.source import builtin_model
-
-        return builtin_model()
-    directory = Path(model)
-    return directory if directory.is_absolute() and (directory / "tokenizer.json").is_file() else None
