@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from quire.cli.fleet import ps
 
 DEADLINE = 90.0
 
@@ -75,7 +79,11 @@ class Cli:
         return output
 
     def services(self) -> list[dict[str, Any]]:
-        services = json.loads(self("ps", "--json"))["services"]
+        """`quire ps --json`, without a process of its own for each of the many looks."""
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            ps(json=True, state_dir={"state_dir": self.environment["QUIRE_STATE_DIR"]})
+        services = json.loads(output.getvalue())["services"]
         for service in services:
             self.pids |= {replica["pid"] for replica in service["replicas"] if replica["pid"]}
         return services

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.config.kv_events import read_kv_events
 from quire.core.errors import ConfigError, NotFound
-from quire.fleet import endpoints, launch
+from quire.fleet import endpoints, kv_events, launch
 from quire.fleet import events as e
 from quire.fleet.apply import apply, replay
 from quire.fleet.directory import ControlLock, ServiceDirectory, services, state_root
@@ -182,15 +183,45 @@ def test_engines_share_the_cores_and_the_memory(tmp_path):
     assert launch.threads_for(role, 3, 8, {"QUIRE_THREADS": "2"}) is None
     assert launch.threads_for(RoleSpec(role=GATEWAY, replicas=1), 3, 8, {}) is None
     replica = replay(FleetState(), HISTORY).replicas["svc-decode-0"]
-    made = launch.launch(replica, role, engines=2, endpoints_file=tmp_path / "e", environ={"A": "b"})
+    more = {"engines": 2, "endpoints_file": tmp_path / "e", "environ": {"A": "b"}, "free_ports": lambda: (7001, 7002)}
+    made = launch.launch(replica, role, **more)
     assert made.command[3:] == (
         *("serve", "m", "--host", "127.0.0.1", "--port", "5001", "--threads", "2"),
         *("--memory-utilization", "0.2500"),
     )
     given = RoleSpec(role="both", replicas=3, arguments=("m", "--kv-cache-memory=1"), environment={"A": "c"})
-    made = launch.launch(replica, given, engines=2, endpoints_file=tmp_path / "e", environ={"A": "b"})
+    made = launch.launch(replica, given, **more)
     assert "--memory-utilization" not in made.command
     assert made.environment == {"A": "c"}
+
+
+def test_replicas_publish_kv_events_on_ports_of_their_own(tmp_path):
+    plugins = [{"type": "precise-prefix-cache-producer"}]
+    assert kv_events.needs_events([{"kind": "EndpointPickerConfig", "plugins": plugins}])
+    assert not kv_events.needs_events([{"kind": "EndpointPickerConfig", "plugins": [{"type": "queue-scorer"}]}])
+    assert not kv_events.needs_events([{"kind": "InferencePool", "plugins": plugins}])
+    given = (
+        '--kv-events-config={"enable_kv_cache_events": true, "endpoint": "tcp://*:5557", "topic": "kv@1@m", "hwm": 5}'
+    )
+    off = '--kv-events-config={"enable_kv_cache_events": false}'
+    roles = [RoleSpec(role="both", replicas=2, arguments=("m", *more)) for more in ((), (given,), (off,))]
+    made = kv_events.with_events(ServiceSpec(name="svc", model_name="m", roles=tuple(roles))).roles
+    assert [kv_events.publishes(role.arguments) for role in made] == [True, True, False]
+    assert made[1:] == tuple(roles[1:])
+    (placed,) = kv_events.placed((given,), (7001, 7002))
+    config = read_kv_events(placed.partition("=")[2])
+    assert (config.endpoint, config.replay_endpoint) == ("tcp://127.0.0.1:7001", "tcp://127.0.0.1:7002")
+    assert (config.binds, config.topic, config.hwm) == (True, None, 5)
+    replica = replay(FleetState(), HISTORY).replicas["svc-decode-0"]
+    command = launch.launch(
+        replica,
+        made[0],
+        engines=1,
+        endpoints_file=tmp_path / "e",
+        environ={},
+        free_ports=lambda: (7001, 7002),
+    ).command
+    assert any("tcp://127.0.0.1:7001" in argument for argument in command)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,7 @@ def test_a_log_does_not_grow_without_end(tmp_path):
         (["a", "  ", "b"], 2, "b"),
         (["a"], -11, "It was ended by SIGSEGV."),
         (["Fatal Python error: x"], -6, "It was ended by SIGABRT. Fatal Python error: x"),
+        (["╭─ Error ──╮", "│ Unknown option: --x. │", "╰──────────╯"], 1, "Unknown option: --x."),
         ([], 3, None),
     ],
 )

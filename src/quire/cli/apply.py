@@ -6,18 +6,16 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 from cyclopts import Parameter
 
 from quire.cli.flags import ApplyFlags, settings
 from quire.cli.fleet import Wait, find, order
-from quire.cli.manifest import read_service
+from quire.cli.manifest import behind_gateway, read_service
 from quire.config.fleet import FleetConfig
 from quire.core.errors import NotFound
 from quire.fleet.diff import diff
 from quire.fleet.events import ManifestApplied
-from quire.fleet.spec import GATEWAY, ServiceSpec
-from quire.fleet.state import FleetState
+from quire.fleet.spec import GATEWAY
 
 
 def apply(
@@ -43,7 +41,11 @@ def apply(
     service = find(read.service.name, fleet)
     if service.state.spec is None or service.state.down:
         raise NotFound(f"{read.service.name} is down.", param="name", remedy=f"`quire up {manifest}` starts it.")
-    wanted = behind_its_gateway(read.service, read.policy, service.state)
+    gateway = service.state.spec.role(GATEWAY)
+    if gateway is None or gateway.port is None:
+        wanted = read.service
+    else:
+        wanted = behind_gateway(read, gateway.host, gateway.port)
     changes = diff(service.state.spec, wanted)
     if not changes:
         print(f"{read.service.name}: nothing changes")
@@ -52,11 +54,3 @@ def apply(
         print(change)
     if not dry_run:
         order(service, ManifestApplied(at=time.time(), spec=wanted), wait=wait)
-
-
-def behind_its_gateway(wanted: ServiceSpec, policy: tuple[dict[str, object], ...], state: FleetState) -> ServiceSpec:
-    """`wanted`, where its gateway is now, with the policy that the manifest has for it."""
-    gateway = None if state.spec is None else state.spec.role(GATEWAY)
-    if gateway is None:
-        return wanted
-    return msgspec.structs.replace(wanted, roles=(*wanted.roles, msgspec.structs.replace(gateway, documents=policy)))

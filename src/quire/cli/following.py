@@ -44,9 +44,9 @@ def announcement(state: FleetState) -> str:
 class Reporter:
     """Tells of events as they happen, and keeps a line of status at the bottom of a terminal."""
 
-    def __init__(self, status: Status | None = None, *, announced: bool = False) -> None:
+    def __init__(self, status: Status | None = None) -> None:
         self._status = status
-        self._announced = announced
+        self._announced = False
 
     def __call__(self, event: AnyEvent, state: FleetState) -> None:
         self._say(f"{clock(event.at)} {describe(event)}")
@@ -55,7 +55,10 @@ class Reporter:
             self._say(f"{clock(event.at)} {more}")
         if self._status is not None:
             self._status.update(summary(state))
-        if not self._announced and state.settled and not state.down:
+
+    def look(self, state: FleetState) -> None:
+        """Say once where the service is, as soon as it is as asked for."""
+        if not self._announced and state.settled and not state.down and state.spec is not None:
             self._announced = True
             self._say(announcement(state))
 
@@ -74,7 +77,7 @@ def follow(
 
     Raises `EngineStartFailed` if a replica is in a crash loop, and `EngineDead` if no control plane is there.
     """
-    reporter = Reporter(announced=True)
+    reporter = Reporter()
     seen = time.monotonic()
     with Journal(directory.database) as journal:
         while True:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from quire.config.fleet import FleetConfig
-from quire.fleet.builtin import builtin_service
+from quire.fleet.builtin import builtin_service, gateway_role
+from quire.fleet.kv_events import needs_events, with_events
 from quire.fleet.manifest.read import Manifest, read_manifest
+from quire.fleet.spec import ServiceSpec
 
 
 def read_service(path: Path | None, config: FleetConfig) -> Manifest:
@@ -20,4 +25,17 @@ def read_service(path: Path | None, config: FleetConfig) -> Manifest:
     read_policy(manifest.policy)  # what the gateway would refuse is refused before anything starts
     for warning in manifest.warnings:
         print(f"warning: {path}: {warning}", file=sys.stderr)
+    if needs_events(manifest.policy):
+        return replace(manifest, service=with_events(manifest.service))
     return manifest
+
+
+def behind_gateway(read: Manifest, host: str, port: int) -> ServiceSpec:
+    """The service with a gateway at this address, which has the manifest's policy."""
+    role = gateway_role(
+        host=host,
+        port=port,
+        documents=read.policy,
+        arguments=("--exact-tokens",) if needs_events(read.policy) else (),
+    )
+    return msgspec.structs.replace(read.service, roles=(*read.service.roles, role))

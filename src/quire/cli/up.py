@@ -8,26 +8,20 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import msgspec
 from cyclopts import Parameter
 
 from quire.cli.flags import FleetFlags, settings
 from quire.cli.following import Reporter, announcement, follow, start_control
-from quire.cli.manifest import read_service
+from quire.cli.manifest import behind_gateway, read_service
 from quire.config.fleet import FleetConfig
 from quire.core.errors import ConfigError
-from quire.fleet.builtin import gateway_role
 from quire.fleet.directory import ControlLock, ServiceDirectory, state_root
 from quire.fleet.events import DownRequested, ManifestApplied
 from quire.fleet.journal import Journal
-from quire.fleet.manifest.read import Manifest
-from quire.fleet.spec import GATEWAY, ServiceSpec
+from quire.fleet.spec import GATEWAY
 from quire.fleet.state import FleetState
-
-if TYPE_CHECKING:
-    pass
 
 
 def up(
@@ -61,7 +55,7 @@ def up(
         with Journal(directory.database) as journal:
             _, state = journal.load()
             if gateway:
-                wanted = with_gateway(read, state, config)
+                wanted = behind_gateway(read, config.host, gateway_port(state, config))
             if state.spec != wanted or state.down:
                 journal.append(ManifestApplied(at=time.time(), spec=wanted))
         if not detach:
@@ -71,15 +65,12 @@ def up(
     return _run_behind(directory)
 
 
-def with_gateway(read: Manifest, state: FleetState, config: FleetConfig) -> ServiceSpec:
-    """The service behind a gateway at the address in `config`, which has to be free, or that of its own gateway."""
-    port = config.port
+def gateway_port(state: FleetState, config: FleetConfig) -> int:
+    """The port in `config`, which has to be free, unless the service's own gateway has it."""
     before = None if state.spec is None else state.spec.role(GATEWAY)
-    runs = before is not None and bool(state.of_role(GATEWAY)) and (before.host, before.port) == (config.host, port)
-    if not runs:
-        port = free_port(config.host, port)
-    role = gateway_role(host=config.host, port=port, documents=read.policy)
-    return msgspec.structs.replace(read.service, roles=(*read.service.roles, role))
+    if before is not None and state.of_role(GATEWAY) and (before.host, before.port) == (config.host, config.port):
+        return config.port
+    return free_port(config.host, config.port)
 
 
 def free_port(host: str, port: int) -> int:
@@ -115,13 +106,17 @@ async def _run_here(directory: ServiceDirectory) -> int:
         orders += 1
         control.record(DownRequested(at=time.time(), at_once=orders > 1))
 
+    def is_over(state: FleetState) -> bool:
+        reporter.look(state)
+        return state.down and not state.replicas
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop)
     if status is not None:
         status.start()
     try:
-        await control.run(until=lambda state: state.down and not state.replicas)
+        await control.run(until=is_over)
     finally:
         if status is not None:
             status.stop()

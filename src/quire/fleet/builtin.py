@@ -16,6 +16,17 @@ def builtin_service() -> ServiceSpec:
     return ServiceSpec(name=BUILTIN_MODEL, model_name=BUILTIN_MODEL, roles=(role,))
 
 
-def gateway_role(*, host: str, port: int, documents: tuple[dict[str, Any], ...]) -> RoleSpec:
+def gateway_role(
+    *, host: str, port: int, documents: tuple[dict[str, Any], ...], arguments: tuple[str, ...] = ()
+) -> RoleSpec:
     """One gateway, replaced by stopping it first: its port can be had by one process at a time."""
-    return RoleSpec(role=GATEWAY, replicas=1, host=host, port=port, documents=documents, max_surge=0, max_unavailable=1)
+    return RoleSpec(
+        role=GATEWAY,
+        replicas=1,
+        arguments=arguments,
+        host=host,
+        port=port,
+        documents=documents,
+        max_surge=0,
+        max_unavailable=1,
+    )

@@ -164,12 +164,21 @@ class ControlPlane:
         if spec.role == GATEWAY:
             self._tell_gateway()
         order = launch.launch(
-            replica, spec, engines=max(engines, 1), endpoints_file=endpoints_file, environ=self._environ
+            replica,
+            spec,
+            engines=max(engines, 1),
+            endpoints_file=endpoints_file,
+            environ=self._environ,
+            free_ports=lambda: self._two_ports(taken),
         )
         try:
             self._provider.start(order)
         except OSError as error:
             self._ended(replica, None, f"It could not be started: {error}.")
+
+    def _two_ports(self, taken: frozenset[int]) -> tuple[int, int]:
+        first = self._provider.free_port(taken)
+        return first, self._provider.free_port(taken | {first})
 
     def _tell_gateway(self) -> None:
         if self.state.spec is None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 import yaml
 
+from quire.fleet import kv_events
 from quire.fleet.provider import Launch
 from quire.fleet.spec import GATEWAY, RoleSpec
 from quire.fleet.state import Replica
@@ -20,13 +22,22 @@ KV_SHARE = 0.5
 
 
 def launch(
-    replica: Replica, spec: RoleSpec, *, engines: int, endpoints_file: Path, environ: Mapping[str, str]
+    replica: Replica,
+    spec: RoleSpec,
+    *,
+    engines: int,
+    endpoints_file: Path,
+    environ: Mapping[str, str],
+    free_ports: Callable[[], tuple[int, int]],
 ) -> Launch:
-    """How to start `replica`. `engines` share this machine; `environ` is what the processes inherit."""
+    """How to start `replica`. `engines` share this machine; `environ` is what the processes inherit. `free_ports` are
+    asked for if it publishes KV events."""
     environment = {**environ, **spec.environment}
     if spec.role == GATEWAY:
         command = gateway_command(replica, spec, endpoints_file)
     else:
+        if kv_events.publishes(spec.arguments):
+            spec = msgspec.structs.replace(spec, arguments=kv_events.placed(spec.arguments, free_ports()))
         command = engine_command(replica, spec, engines, environment)
     return Launch(replica=replica.name, start=replica.starts, command=command, environment=environment)
 

@@ -22,6 +22,8 @@ MAX_LOG_BYTES = 8 * 1024 * 1024
 MAX_LINE_BYTES = 16 * 1024
 KEPT_LINES = 60
 PR_SET_PDEATHSIG = 1
+FRAMES = " \t\r\n│╭╮╰╯─"
+"""What is drawn around words for people."""
 
 
 class RotatingLog:
@@ -58,7 +60,8 @@ def last_error(lines: list[str], returncode: int) -> str | None:
 
     One that was ended by a signal could say nothing about it, so that only an error counts.
     """
-    said = [line.strip() for line in lines if line.strip()]
+    said = [line.strip(FRAMES) for line in lines]
+    said = [line for line in said if line and line.lower() != "error"]
     errors = [line for line in said if line.startswith("quire: ") or "error" in line.lower()]
     words = errors[-1:] or (said[-1:] if returncode > 0 else [])
     if returncode < 0:
