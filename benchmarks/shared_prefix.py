@@ -72,13 +72,14 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=16)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--rate", type=float, nargs="+", default=[6.0], help="requests a second, near saturation")
-    parser.add_argument("--low-rate", type=float, default=0.5)
+    parser.add_argument("--low-rate", type=float, default=0.3)
     parser.add_argument(
         "--kv-gib", type=float, help="of each engine; a quarter of the prefixes and some more if not given"
     )
     parser.add_argument("--kv-bytes-per-token", type=int, default=12 * 2 * 4 * 64 * 2)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--skip-controls", action="store_true")
+    parser.add_argument("--only-controls", action="store_true")
     arguments = parser.parse_args()
     cases = make_cases(arguments)
     quarter = arguments.groups / arguments.engines * (arguments.prefix + arguments.question + arguments.output)
@@ -101,13 +102,14 @@ def make_cases(arguments: argparse.Namespace) -> list[Case]:
         output=arguments.output,
         requests=arguments.requests,
     )
-    cases = [replace(base, name=f"shared, {rate:g}/s", rate=rate) for rate in arguments.rate]
+    rates = [] if arguments.only_controls else arguments.rate
+    cases = [replace(base, name=f"shared, {rate:g}/s", rate=rate) for rate in rates]
     if not arguments.skip_controls:
         few = max(arguments.requests // 4, 20)
         rate = min(arguments.rate) / 4
         cases.append(replace(base, name=f"nothing shared, {rate:g}/s", rate=rate, shared=False, requests=few))
         low = arguments.low_rate
-        cases.append(replace(base, name=f"nothing shared, {low:g}/s", rate=low, shared=False, requests=20))
+        cases.append(replace(base, name=f"nothing shared, {low:g}/s", rate=low, shared=False, requests=16))
     return cases
 
 
@@ -120,7 +122,7 @@ def run_all(cases: list[Case], urls: list[str], turns: int) -> None:
             for policy in policies:
                 seed += 1
                 with gateway(urls, policy) as url:
-                    result = asyncio.run(measure(case, url, seed))
+                    result = asyncio.run(measure(case, url, seed, turn))
                 found.setdefault((case.name, policy), []).append(result)
                 print(f"turn {turn}  {case.name:24} {policy:12} {result}", flush=True)
     for case in cases:
@@ -137,7 +139,8 @@ def report(name: str, ours: list[Result], theirs: list[Result]) -> None:
         print(f"{name:26} {title:36} {statistics.median(values):.2f} [{min(values):.2f}-{max(values):.2f}]")
 
 
-async def measure(case: Case, url: str, seed: int) -> Result:
+async def measure(case: Case, url: str, seed: int, turn: int) -> Result:
+    """Prompts are of `seed`, so that no cache has them; arrivals of `turn`, the same for every policy."""
     workload = Workload(
         kind="shared-prefix" if case.shared else "random",
         num_prompts=case.requests + (case.groups if case.shared else 4),
@@ -158,7 +161,7 @@ async def measure(case: Case, url: str, seed: int) -> Result:
         model="bench",
         warmup=requests[:warm],
         requests=measured,
-        arrivals=[float(at) for at in arrival_times(case.requests, case.rate, 1.0, seed)],
+        arrivals=[float(at) for at in arrival_times(case.requests, case.rate, 1.0, turn)],
         max_concurrency=None,
         extra={"temperature": 0.0, "ignore_eos": True},
     )
