@@ -47,10 +47,9 @@ ENGINE = {
     "--isa",
     "--threads",
 }
-SERVER = {
+LISTEN = {
     "--host",
     "--port",
-    "--served-model-name",
     "--api-key",
     "--ssl-certfile",
     "--ssl-keyfile",
@@ -58,13 +57,33 @@ SERVER = {
     "--max-connections",
     "--request-read-timeout",
     "--shutdown-timeout",
+    "--log-level",
+    "--log-json",
+    "--no-log-json",
+}
+SERVER = LISTEN | {
+    "--served-model-name",
     "--heartbeat-timeout",
     "--max-engine-restarts",
     "--generation-config",
     "--no-generation-config",
-    "--log-level",
-    "--log-json",
-    "--no-log-json",
+}
+GATEWAY = LISTEN | {
+    "--endpoints",
+    "--endpoints-file",
+    "--endpoints-dns",
+    "--policy",
+    "--exact-tokens",
+    "--no-exact-tokens",
+    "--scrape-interval",
+    "--health-interval",
+    "--connect-timeout",
+    "--first-byte-timeout",
+    "--idle-timeout",
+    "--max-retries",
+    "--extproc-port",
+    "--hedge-delay",
+    "--explain-requests",
 }
 SAMPLING = {
     "--max-tokens",
@@ -90,6 +109,8 @@ PROMPTS = {
 }
 FLAGS = {
     "serve": MODEL | ENGINE | SEED | SERVER,
+    "gateway": GATEWAY | {"--config"},
+    "explain": REMOTE | {"--request-id", "--json"},
     "chat": MODEL | REMOTE | SAMPLING | ENGINE | {"--system"},
     "complete": MODEL | REMOTE | SAMPLING | ENGINE,
     "plan": MODEL | ENGINE | SEED | {"--json"},

@@ -2,21 +2,28 @@
 
 import asyncio
 import json
+import os
 import random
+import signal
 import socket
+import subprocess
 import time
 
+import openai
 import pytest
 import uvicorn
 import zmq.asyncio
+from openai import OpenAI
 from starlette.applications import Starlette
 
 from quire.cli.main import main
+from quire.config.engine import EngineConfig
 from quire.gateway.endpoint import Endpoint, Pool
 from quire.gateway.kv.index import KVIndex
 from quire.gateway.kv.route import kv_route
-from quire.gateway.kv.subscriptions import KVSubscriptions
+from quire.gateway.kv.subscriptions import KVSubscriptions, PortsOf
 from quire.gateway.scrape import parse_metrics
+from quire.models.source import resolve_model
 
 BLOCK = 16
 
@@ -42,13 +49,13 @@ def evicting(start_server):
 class Router:
     """What the gateway has of KV events, and no more."""
 
-    def __init__(self, server) -> None:
+    def __init__(self, server, ports: PortsOf = PortsOf()) -> None:
         self.server = server
         self.context = zmq.asyncio.Context()
         self.index = KVIndex()
         self.pool = Pool()
         self.endpoint = self.pool.put(Endpoint("e", "127.0.0.1", int(server.root.rpartition(":")[2])))
-        self.subscriptions = KVSubscriptions(self.pool, self.index, self.context)
+        self.subscriptions = KVSubscriptions(self.pool, self.index, self.context, ports)
         self.subscriptions.start()
 
     async def close(self) -> None:
@@ -74,12 +81,13 @@ class Router:
             max_tokens=1,
             extra_body={"cache_salt": salt} if salt else {},
         )
-        return answer.usage.prompt_tokens_details.cached_tokens
+        details = answer.usage.prompt_tokens_details
+        return details.cached_tokens if details is not None else 0  # vLLM leaves it out where there are none
 
-    async def know(self, prompt, salt="") -> None:
+    async def know(self, prompt, block_size=BLOCK, salt="") -> None:
         """Until the events of a prompt with something new in it have come, and with them those of what it drove out."""
         async with asyncio.timeout(60):
-            while self.cached(prompt, salt) < len(prompt) // BLOCK * BLOCK:
+            while self.cached(prompt, salt) < len(prompt) // block_size * block_size:
                 await asyncio.sleep(0.002)
 
 
@@ -91,31 +99,87 @@ async def router(evicting):
     await made.close()
 
 
-async def test_what_is_expected_to_be_cached_is_cached(router):
-    """Random prompts with common beginnings, more than the cache holds: evicted blocks are known to be gone."""
+async def compare(router: Router, num_prompts: int, block_size: int) -> int:
+    """Random prompts with common beginnings, more than the cache holds: evicted blocks are known to be gone. How many
+    found something in the cache."""
     chance = random.Random(5)
     stems = [[chance.randrange(300) for _ in range(chance.randrange(20, 140))] for _ in range(5)]
-    hits = evictions = 0
-    for number in range(60):
+    hits = 0
+    for number in range(num_prompts):
         salt = chance.choice(["", "", "", "pepper"])
         stem = chance.choice(stems)
-        prompt = [
-            *stem[: chance.randrange(1, len(stem) + 1)],
-            *(chance.randrange(300) for _ in range(chance.randrange(1, 40))),
-        ]
-        prompt += [number % 300] * BLOCK  # something that nobody has asked yet
+        tail = [chance.randrange(300) for _ in range(chance.randrange(1, 40))]
+        prompt = [*stem[: chance.randrange(1, len(stem) + 1)], *tail]
+        prompt += [number] * 2 * block_size  # a block, at least, that nobody has asked yet
         expected = router.cached(prompt, salt)
         assert await router.ask(prompt, salt) == expected
-        await router.know(prompt, salt)
+        await router.know(prompt, block_size, salt)
         hits += expected > 0
-        evictions = router.index.health()[router.endpoint.key].removed
-    assert hits > 10
-    assert evictions > 50
+    return hits
+
+
+async def test_what_is_expected_to_be_cached_is_cached(router):
+    assert await compare(router, 60, BLOCK) > 10
     health = router.index.health()[router.endpoint.key]
+    assert health.removed > 50
     assert health.missed == health.resyncs == health.bad_messages == health.orphans == health.repeated == 0
     assert health.block_size == BLOCK
     assert health.blocks <= 40
     assert router.subscriptions.findings() == []
+
+
+class Vllm:
+    """`vllm serve` of the built-in model, unmodified, with a cache of 60 blocks."""
+
+    def __init__(self, command: str) -> None:
+        port, self.events, self.replay = free_port(), free_port(), free_port()
+        places = {"endpoint": f"tcp://*:{self.events}", "replay_endpoint": f"tcp://*:{self.replay}"}
+        settings = {"enable_kv_cache_events": True, "publisher": "zmq", "topic": "kv@pod@quire-tiny"} | places
+        model = str(resolve_model(EngineConfig()))
+        flags = ["--enforce-eager", "--block-size=32", "--num-gpu-blocks-override=60", "--max-model-len=512"]
+        flags += ["--max-num-seqs=4", "--enable-prompt-tokens-details", "--served-model-name=quire-tiny"]
+        self.process = subprocess.Popen(
+            [command, "serve", model, f"--port={port}", *flags, f"--kv-events-config={json.dumps(settings)}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.root = f"http://127.0.0.1:{port}"
+        self.client = OpenAI(base_url=f"{self.root}/v1", api_key="none", max_retries=0)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 250
+        while True:
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline
+            try:
+                self.client.models.list()
+            except openai.APIConnectionError:
+                time.sleep(0.5)
+            else:
+                return
+
+    def close(self) -> None:
+        self.client.close()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.mark.skipif("QUIRE_TEST_VLLM" not in os.environ, reason="QUIRE_TEST_VLLM does not name a vllm command")
+async def test_what_vllm_says_is_understood():
+    vllm = Vllm(os.environ["QUIRE_TEST_VLLM"])
+    try:
+        await asyncio.to_thread(vllm.wait)
+        router = Router(vllm, PortsOf(events=vllm.events, replay=vllm.replay))
+        await router.read_metrics()
+        assert await compare(router, 60, 32) > 10
+        health = router.index.health()[router.endpoint.key]
+        assert health.removed > 50
+        assert health.missed == health.resyncs == health.bad_messages == health.orphans == 0
+        assert router.subscriptions.findings() == []
+        await router.close()
+    finally:
+        vllm.close()
 
 
 async def doctor(router, capsys) -> dict[str, list[dict]]:

@@ -237,7 +237,12 @@ def poisson(
 
 
 class Simulation:
-    def __init__(self, policy: Policy, servers: Sequence[Server], *, seed: int = 0, scrape: float = 0.2) -> None:
+    """`cores`: as many engines go on at full speed at once; more share them."""
+
+    def __init__(
+        self, policy: Policy, servers: Sequence[Server], *, seed: int = 0, scrape: float = 0.2, cores: int = 0
+    ) -> None:
+        self._cores = cores or len(servers)
         self.now = 0.0
         self.pool = Pool()
         self.rng = random.Random(seed)
@@ -325,6 +330,7 @@ class Simulation:
         engine.stepping = bool(engine.waiting or engine.running)
         if engine.stepping:
             seconds, first, done = engine.step()
+            seconds *= max(sum(other.stepping for other in self.engines.values()) / self._cores, 1.0)
             self.at(self.now + seconds, lambda: self._stepped(engine, first, done))
 
     def _stepped(self, engine: Engine, first: Sequence[Job], done: Sequence[Job]) -> None:
@@ -353,9 +359,15 @@ class Simulation:
 
 
 def simulate(
-    policy: Policy, servers: Sequence[Server], arrivals: Sequence[Arrival], *, seed: int = 0, warm: int = 0
+    policy: Policy,
+    servers: Sequence[Server],
+    arrivals: Sequence[Arrival],
+    *,
+    seed: int = 0,
+    warm: int = 0,
+    cores: int = 0,
 ) -> Report:
-    return Simulation(policy, servers, seed=seed).run(arrivals, warm=warm)
+    return Simulation(policy, servers, seed=seed, cores=cores).run(arrivals, warm=warm)
 
 
 def run_now(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -15,8 +15,10 @@ from quire.core.errors import ConfigError
 from quire.gateway.build import BuildResult, build_picker
 from quire.gateway.director import Director
 from quire.gateway.endpoint import ROLE_LABEL, Endpoint, EndpointMetrics, Pool
+from quire.gateway.errors import Saturated
 from quire.gateway.kv.index import KVIndex
 from quire.gateway.picker_config import read_picker_config
+from quire.gateway.plugins import reference
 from quire.gateway.plugins.stock import stock_plugins
 from quire.gateway.request import Api, InferenceRequest
 from quire.gateway.schedule import Choice
@@ -51,6 +53,7 @@ def choose(built: BuildResult, where: Pool, **fields: Any) -> Choice:
         producers=[one for one in built.producers if one.name != "token-producer"],
         admitters=built.admitters,
         observers=built.observers,
+        priorities={"low": -1},
     )
     values: dict[str, Any] = {"id": "r", "path": "/v1/completions", "api": Api.COMPLETIONS, "model": "m", "body": b"{}"}
     values |= {"headers": {}, "arrived": 0.0, "prompt": b"x" * 4000, "max_tokens": 10}
@@ -159,6 +162,8 @@ def test_errors_say_what(document: Mapping[str, Any], says: str) -> None:
         ({"plugins": [{"type": "metrics-data-source"}]}, "metrics-data-source"),
         ({"plugins": [{"type": "by-label-selector", "parameters": {"matchLabels": {}}}]}, "label-selector-filter"),
         ({"featureGates": ["experimentalThing"]}, "experimentalThing"),
+        ({"plugins": [{"type": "active-request-scorer", "parameters": {"requestTimeout": "2m"}}]}, "requestTimeout"),
+        ({"plugins": [{"type": "no-hit-lru-scorer", "parameters": {"prefixPluginName": "p"}}]}, "prefixPluginName"),
         ({"plugins": [{"type": "token-producer", "parameters": {"backend": "estimate"}}]}, "backend"),
         (
             {
@@ -171,6 +176,18 @@ def test_errors_say_what(document: Mapping[str, Any], says: str) -> None:
 )
 def test_what_has_no_effect_is_told(document: Mapping[str, Any], says: str) -> None:
     assert any(says in warning for warning in build(document).warnings)
+
+
+def test_the_latency_admitter_sees_predictions() -> None:
+    """It is asked once producers have run."""
+    where = pool()
+    for endpoint in where:
+        endpoint.metrics = EndpointMetrics(time=0, running=50, waiting=50, kv_usage=0.9, decode_seconds_per_step=1.0)
+    built = build({"plugins": [{"type": "latency-slo-admitter"}, {"type": "queue-scorer"}]}, where)
+    assert "predicted-latency-producer" in [one.name for one in built.producers]
+    with pytest.raises(Saturated):
+        choose(built, where, objective="low", slo_ttft=1e-9)
+    assert choose(built, where, slo_ttft=1e-9)
 
 
 def test_out_of_tree_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,3 +206,8 @@ def test_out_of_tree_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     where = pool()
     built = build({"plugins": [{"type": "by-name-scorer", "parameters": {"wanted": "b"}}]}, where)
     assert choose(built, where).endpoint.name == "b"
+
+
+def test_the_page_of_plugins_is_what_the_code_says() -> None:
+    page = Path(__file__).parents[2] / "docs/gateway-plugins.md"
+    assert page.read_text() == reference.page(), "python -m quire.gateway.plugins.reference > docs/gateway-plugins.md"

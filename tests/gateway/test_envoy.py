@@ -280,7 +280,7 @@ async def test_refusals_are_answers_with_their_reason(tmp_path: Path, mode: str)
             assert response.headers["x-llm-d-request-dropped-reason"] == "rejected-saturated"
             assert (await response.json())["error"]["code"] == "saturated"
         async with session.post(url, json=chat("unknown")) as response:
-            assert response.status == 503
+            assert response.status == 404
             assert "unknown" in (await response.json())["error"]["message"]
         async with session.post(url, data=b"{broken") as response:
             assert response.status == 400

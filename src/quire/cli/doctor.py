@@ -36,7 +36,7 @@ def doctor(
     model
         Load the built-in model and ask it a question.
     gateway
-        URL of a gateway: whether the KV events of its engines have any effect.
+        URL of a gateway: its endpoints, and whether the KV events of its engines have any effect.
     api_key
         Sent to the gateway.
     json
@@ -47,8 +47,9 @@ def doctor(
     wanted = settings(ServerConfig, flags, config=config).value
     checks = run_checks(wanted.host, wanted.port, ask_model=model)
     if gateway is not None:
-        from quire.cli.gateway_checks import check_kv_events
+        from quire.cli.gateway_checks import check_endpoints, check_kv_events
 
+        checks.extend(check_endpoints(gateway, api_key))
         checks.extend(check_kv_events(gateway, api_key))
     failed = any(check.status == "fail" for check in checks)
     if json:

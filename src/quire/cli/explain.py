@@ -59,41 +59,29 @@ async def _ask(url: str, api_key: str | None) -> dict[str, Any]:
 
 
 def _print(told: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    model, tokens = escape(told["target_model"]), told["prompt_tokens"]
-    console.print(f"{escape(told['request_id'])}: model {model}, about {tokens} prompt tokens")
+    print(f"{told['request_id']}: model {told['target_model']}, about {told['prompt_tokens']} prompt tokens")
     for choice in told["choices"]:
         for profile in choice["profiles"]:
-            picked = escape(", ".join(profile["picked"]) or "nobody")
-            console.print(f"\nprofile {escape(profile['profile'])}, {choice['after_seconds'] * 1e3:.1f} ms: {picked}")
+            picked = ", ".join(profile["picked"]) or "nobody"
+            print(f"\nprofile {profile['profile']}, after {choice['after_seconds'] * 1e3:.1f} ms: {picked}")
             for plugin, removed in profile["filtered_out"].items():
-                console.print(f"  {escape(plugin)} took out {escape(', '.join(removed))}")
-            table = Table(box=None, pad_edge=False)
-            for title in ("endpoint", "total", "scores", "TTFT expected", "why not"):
-                table.add_column(title)
+                print(f"  {plugin} took out {', '.join(removed)}")
             for candidate in profile["candidates"]:
-                table.add_row(*map(escape, _row(candidate)))
-            console.print(table)
+                _print_candidate(candidate)
     for attempt in told["attempts"]:
-        console.print(escape(_attempt(attempt)))
+        print(_attempt(attempt))
     if told.get("dropped"):
-        console.print(f"turned away: {escape(told['dropped'])}")
+        print(f"turned away: {told['dropped']}")
 
 
-def _row(candidate: Mapping[str, Any]) -> list[str]:
-    scores = ", ".join(f"{name} {given['score']:.3f}" for name, given in candidate["scores"].items())
+def _print_candidate(candidate: Mapping[str, Any]) -> None:
     expected = candidate.get("predicted_ttft")
-    return [
-        candidate["endpoint"],
-        f"{candidate['total']:.3f}",
-        scores,
-        "" if expected is None else f"{expected:.3f} s",
-        candidate.get("why_not", "picked"),
-    ]
+    ttft = "" if expected is None else f", TTFT expected {expected:.3f} s"
+    print(f"  {candidate['endpoint']}: total {candidate['total']:.3f}{ttft}; {candidate.get('why_not', 'picked')}")
+    for name, given in candidate["scores"].items():
+        details = given.get("details")
+        parts = ", ".join(f"{key} {value:g}" for key, value in details.items()) if isinstance(details, dict) else ""
+        print(f"    {name} {given['score']:.3f}{f' ({parts})' if parts else ''}")
 
 
 def _attempt(attempt: Mapping[str, Any]) -> str:

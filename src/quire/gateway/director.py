@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from quire.core.errors import ModelNotFound, QuireError
 from quire.gateway.endpoint import Clock, Endpoint, Pool
 from quire.gateway.errors import NoEndpoint
 from quire.gateway.plugin import Admitter, Observer, Producer
@@ -109,7 +110,7 @@ class Director:
         self._aim(request, excluded)
         candidates = self.candidates(request, excluded)
         if not candidates:
-            raise NoEndpoint(self._why_none(request, excluded), retry_after=1.0)
+            raise self._nobody(request, excluded)
         choice = self.scheduler.schedule(request, candidates)
         self.chosen(request, choice)
         return choice
@@ -177,18 +178,25 @@ class Director:
         """The request is over, served or not: gives its place in flow control back. Once per `choose` that returned."""
         self.gate.leave(request)
 
-    def _why_none(self, request: InferenceRequest, excluded: frozenset[str]) -> str:
-        everyone = self.pool.all
+    def _nobody(self, request: InferenceRequest, excluded: frozenset[str]) -> QuireError:
+        """Why there is no candidate."""
+        everyone, model = self.pool.all, request.target_model
         if not everyone:
-            return "No endpoint is known."
-        model = request.target_model
+            return NoEndpoint("No endpoint is known.", retry_after=1.0)
         serving = [endpoint for endpoint in everyone if endpoint.models is None or model in endpoint.models]
         if not serving:
-            return f"No endpoint serves the model {model!r}."
+            return no_such_model(model)
         down = sum(not endpoint.available for endpoint in serving)
         draining = sum(endpoint.draining for endpoint in serving)
         tried = sum(endpoint.key in excluded for endpoint in serving)
-        return (
+        return NoEndpoint(
             f"Of {len(serving)} endpoints with the model {model!r}, {down} are down, {draining} are draining "
-            f"and {tried} have just failed."
+            f"and {tried} have just failed.",
+            retry_after=1.0,
         )
+
+
+def no_such_model(model: str) -> ModelNotFound:
+    return ModelNotFound(
+        f"No endpoint serves the model {model!r}.", param="model", remedy="See /v1/models for those there are."
+    )

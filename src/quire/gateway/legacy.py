@@ -19,8 +19,15 @@ SCORER: Final = "prefix-cache-scorer"
 _PRODUCER_NAME: Final = "prefixMatchInfoProducerName"
 _INDEX_FIELDS: Final = frozenset(PrefixParameters.__struct_encode_fields__) | {"hashBlockSize"}
 _PRECISE_FIELDS: Final = frozenset(PreciseParameters.__struct_encode_fields__)
+_SESSION: Final = dict.fromkeys(
+    ("profileName", "evictionSweepSeconds", "missThreshold"), "a session is bound to who served it last, until its time"
+)
 _WITHOUT_EFFECT: Final[Mapping[str, Mapping[str, str]]] = {
     APPROXIMATE: {"prefixHashSource": "prefixes are always hashed from the request"},
+    "active-request-scorer": {"requestTimeout": "open requests are counted until they are over"},
+    "no-hit-lru-scorer": dict.fromkeys(("prefixPluginType", "prefixPluginName"), "llm-d never used it either"),
+    "session-affinity-scorer": _SESSION,
+    "session-affinity-filter": _SESSION,
     "token-producer": {"backend": "vllm, where it is given, says by itself who tokenises"},
 }
 

@@ -12,6 +12,7 @@ import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.core.errors import ModelNotFound
 from quire.gateway.director import Attempt, Director
 from quire.gateway.endpoint import Endpoint, EndpointMetrics, Pool
 from quire.gateway.errors import Dropped, Evicted, Expired, NoEndpoint, QueueCapacity, Saturated, ShuttingDown
@@ -296,7 +297,7 @@ async def test_what_no_endpoint_will_ever_serve_is_refused_at_once() -> None:
     service = Service()
     service.endpoints = []
     control = FlowController(QueueSettings(), service.candidates, service.time, awaited=lambda _request: False)
-    with pytest.raises(NoEndpoint, match="'m'"):
+    with pytest.raises(ModelNotFound, match="'m'"):
         await control.enter(request("first"))
 
 

@@ -175,6 +175,7 @@ async def test_who_comes_late_asks_for_what_was_said(scene, with_topic):
     subscriber = await scene.hear(engine)
     await until(lambda: subscriber.health.batches == 6)
     assert holds(scene.index, 0, 1, 2, 4)
+    assert subscriber.health.last_topic == ("kv@pod@model" if with_topic else "")
     await engine.say(stored(9))
     await until(lambda: subscriber.health.batches == 7)
     assert subscriber.health.repeated == subscriber.health.missed == subscriber.health.resyncs == 0

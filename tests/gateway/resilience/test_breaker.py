@@ -149,6 +149,16 @@ def test_one_bad_look_is_not_unhealthy() -> None:
     assert only.available
 
 
+def test_whoever_answers_is_alive() -> None:
+    watch, (only,), _ = guard(1)
+    for _ in range(20):
+        watch.looked(only, healthy=False)
+        watch.looked(only, healthy=False)
+        watch.sent(REQUEST, only, Conclusion([only]))
+        watch.first_byte(REQUEST, only, 0.1)
+        assert only.available
+
+
 def test_whoever_left_is_forgotten_and_starts_anew() -> None:
     watch, (first, _), _ = guard(2)
     for _ in range(10):

@@ -24,6 +24,7 @@ class Server:
         self.health = 200
         self.models: object = {"data": [{"id": "m"}, {"id": "adapter", "parent": "m"}]}
         self.looks = 0
+        self.holds_up = False
 
     async def start(self) -> Endpoint:
         app = web.Application()
@@ -36,6 +37,8 @@ class Server:
 
     async def _health(self, _: web.Request) -> web.Response:
         self.looks += 1
+        if self.holds_up:
+            time.sleep(QUICK.health_timeout * 2)
         return web.Response(status=self.health, headers={"location": "/elsewhere"})
 
     async def _models(self, _: web.Request) -> web.Response:
@@ -93,6 +96,13 @@ async def test_a_server_that_is_gone_is_not_available(looked_at) -> None:
     await server.runner.cleanup()
     await until(lambda: not endpoint.available)
     assert endpoint.models == {"m", "adapter"}
+
+
+async def test_a_look_that_this_process_held_up_is_no_word_on_the_endpoint(looked_at) -> None:
+    server, endpoint, _ = looked_at
+    server.holds_up = True
+    await until(lambda: server.looks > 6)
+    assert endpoint.available
 
 
 async def test_whoever_left_is_not_looked_at(looked_at) -> None:

@@ -6,13 +6,14 @@
 The lines are fitted by least squares to what all endpoints showed, each observation divided by its endpoint's speed;
 an endpoint has only its speed, a factor for either line. So one that has just come is taken for average hardware, a
 few requests tell otherwise, and what chance did to one endpoint's requests does not send the next ones elsewhere.
+The endpoint in the middle has speed 1, so that the lines are its own.
 Evidence fades: a machine that was slow is believed to be average again after a while, tried, and judged anew.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 HALF_LIFE: Final = 60.0
@@ -23,6 +24,11 @@ OUTLIER: Final = 8.0
 """An observation of more than so many times what was expected, or less than its reciprocal, counts as that."""
 SAME_SPEED: Final = math.log(1.2)
 """Endpoints that differ by less are taken to be equal: the difference is chance, mostly."""
+LEAST_SLOPE: Final = 0.1
+WHOLE_RATE: Final = 0.05
+"""How far one answer of which only the whole is known moves the lines."""
+MIDDLE_EVERY: Final = 1.0
+"""Seconds between two looks for the endpoint in the middle."""
 
 
 @dataclass(slots=True)
@@ -31,6 +37,9 @@ class Line:
 
     intercept: float
     slope: float
+    least: float = 0.0
+    """Of the mean y to the mean x, what the slope is at least: where x and y have been seen to go together only by
+    chance, or not at all, a slope of 0 would say that x costs nothing."""
     n: float = 0.0
     sx: float = 0.0
     sy: float = 0.0
@@ -51,6 +60,10 @@ class Line:
         self.sxy = self.sxy * kept + x * y
         self._fit()
 
+    def scale(self, factor: float) -> None:
+        self.intercept *= factor
+        self.slope *= factor
+
     def _fit(self) -> None:
         """What it was pulls as much as `PRIOR_WEIGHT` observations do, so that it stays where nothing speaks
         against it: a slope, where all x were the same."""
@@ -59,8 +72,10 @@ class Line:
         e, f = self.sy + PRIOR_WEIGHT * self.intercept, self.sxy + ridge * self.slope
         determinant = a * d - b * b  # positive: sx² ≤ n·sxx
         intercept, slope = (e * d - b * f) / determinant, (a * f - b * e) / determinant
-        if slope < 0:
-            intercept, slope = e / a, 0.0
+        floor = self.least * self.sy / self.sx if self.sx >= 1.0 else 0.0
+        if slope < floor:
+            slope = floor
+            intercept = max((e - b * slope) / a, 0.0)
         elif intercept < 0:
             intercept, slope = 0.0, f / d
         self.intercept, self.slope = intercept, slope
@@ -84,21 +99,37 @@ class Speed:
         self.n += 1.0
         self.total += math.log(ratio)
 
-    def factor(self, now: float) -> float:
+    def mean(self, now: float) -> float:
         self._fade(now)
-        mean = self.total / (self.n + PRIOR_WEIGHT)
-        return 1.0 if abs(mean) < SAME_SPEED else math.exp(mean)
+        return self.total / (self.n + PRIOR_WEIGHT)
+
+
+class Speeds:
+    """Of all endpoints, by one line."""
+
+    def __init__(self) -> None:
+        self._speeds: dict[str, Speed] = {}
+        self._middle = 0.0
+        self._time = -math.inf
+
+    def factor(self, key: str, now: float) -> float:
+        speed = self._speeds.get(key)
+        if speed is None:
+            return 1.0
+        if now >= self._time + MIDDLE_EVERY:
+            means = sorted(one.mean(now) for one in self._speeds.values())
+            self._middle, self._time = means[(len(means) - 1) // 2], now
+        difference = speed.mean(now) - self._middle
+        return 1.0 if abs(difference) < SAME_SPEED else math.exp(difference)
+
+    def add(self, key: str, ratio: float, now: float) -> None:
+        self._speeds.setdefault(key, Speed()).add(ratio, now)
+
+    def forget(self, key: str) -> None:
+        self._speeds.pop(key, None)
 
 
 @dataclass(slots=True)
-class Pace:
-    """One endpoint's speeds."""
-
-    prefill: Speed = field(default_factory=Speed)
-    decode: Speed = field(default_factory=Speed)
-
-
-@dataclass(frozen=True, slots=True)
 class Costs:
     """Seconds: for a first token apart from the prompt, per prompt token, per decode step, per sequence beside."""
 
@@ -112,13 +143,13 @@ class Learner:
     """The lines of a pool, and the speed of each endpoint by its key."""
 
     def __init__(self) -> None:
-        self._ttft = Line(0.02, 1e-4)
+        self._ttft = Line(0.02, 1e-4, LEAST_SLOPE)
         self._tpot = Line(0.02, 5e-4)
-        self._paces: dict[str, Pace] = {}
+        self._prefill = Speeds()
+        self._decode = Speeds()
 
     def costs(self, key: str, now: float) -> Costs:
-        pace = self._paces.get(key)
-        prefill, decode = (1.0, 1.0) if pace is None else (pace.prefill.factor(now), pace.decode.factor(now))
+        prefill, decode = self._prefill.factor(key, now), self._decode.factor(key, now)
         return Costs(
             base=prefill * self._ttft.intercept,
             prefill=prefill * max(self._ttft.slope, 1e-9),
@@ -135,21 +166,33 @@ class Learner:
 
     def saw_first(self, key: str, tokens: float, ttft: float, now: float) -> None:
         """`tokens`: queued before it, and its own that were not cached."""
-        _learn(self._ttft, self._paces.setdefault(key, Pace()).prefill, tokens, ttft, now)
+        _learn(self._ttft, self._prefill, key, (tokens, ttft), now)
 
     def saw_tokens(self, key: str, beside: float, tpot: float, now: float) -> None:
         """`tpot`: seconds per token of a request with so many others beside it."""
-        _learn(self._tpot, self._paces.setdefault(key, Pace()).decode, beside, tpot, now)
+        _learn(self._tpot, self._decode, key, (beside, tpot), now)
+
+    def saw_whole(self, key: str, ratio: float, now: float) -> None:
+        """`ratio`: how many times as long as `costs` said an answer took of which only the whole time is known. It
+        tells the endpoint's speed; and of the lines, while nothing else does, how high both are, not their shapes."""
+        ratio = min(max(ratio, 1.0 / OUTLIER), OUTLIER)
+        for line, speeds in ((self._ttft, self._prefill), (self._tpot, self._decode)):
+            factor = speeds.factor(key, now)
+            speeds.add(key, ratio * factor, now)
+            if line.n < PRIOR_WEIGHT:
+                line.scale(ratio**WHOLE_RATE)
 
     def forget(self, key: str) -> None:
-        self._paces.pop(key, None)
+        self._prefill.forget(key)
+        self._decode.forget(key)
 
 
-def _learn(line: Line, speed: Speed, x: float, y: float, now: float) -> None:
-    factor = speed.factor(now)
+def _learn(line: Line, speeds: Speeds, key: str, seen: tuple[float, float], now: float) -> None:
+    x, y = seen
+    factor = speeds.factor(key, now)
     expected = max(line.at(x), 1e-9)
     reference = max(y, 1e-9) / factor
     if line.n >= PRIOR_WEIGHT:  # before, nothing is known that it could be compared with
         reference = min(max(reference, expected / OUTLIER), expected * OUTLIER)
-        speed.add(reference * factor / expected, now)
+        speeds.add(key, reference * factor / expected, now)
     line.add(x, reference, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -13,6 +14,7 @@ from quire.gateway.request import InferenceRequest, Outcome, Prediction
 
 STALE: Final = 5.0
 """Seconds after which what an endpoint reported counts no more."""
+GIVEN_HALF_LIFE: Final = 600.0
 FORGET: Final = 0.05
 DEFAULT_OUTPUT: Final = 128.0
 """Tokens of an answer, until some were seen."""
@@ -29,6 +31,17 @@ class Open:
     page: EndpointMetrics | None = None
     at_page: int = 0
     """Open requests when the page was read: what it counts of them is ours."""
+    given: float = 0.0
+    """Prompt tokens that it had to compute, of late."""
+    time: float = 0.0
+    """When those were counted."""
+
+    def given_at(self, now: float) -> float:
+        kept: float = 0.5 ** (max(now - self.time, 0.0) / GIVEN_HALF_LIFE)
+        return self.given * kept
+
+    def give(self, tokens: float, now: float) -> None:
+        self.given, self.time = self.given_at(now) + tokens, now
 
 
 @dataclass(slots=True)
@@ -43,9 +56,9 @@ class Sent:
     first: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Estimate:
-    """Seconds, where nothing else is said."""
+    """Seconds, where nothing else is said. One for each candidate of each request."""
 
     cached_tokens: float
     queued: float
@@ -53,6 +66,8 @@ class Estimate:
     decode: float
     others: float
     """What all others who are there lose together."""
+    given: float
+    """Prompt tokens that it had to compute, of late."""
     prediction: Prediction
 
     @property
@@ -77,22 +92,20 @@ class CostModel:
 
     # --- estimating -------------------------------------------------------------------------------------------------
 
-    def estimate(self, request: InferenceRequest, endpoint: Endpoint) -> Estimate:
-        now = self._clock()
-        costs = self._costs(endpoint, now)
-        cached = cached_tokens(request, endpoint)
-        before, beside = self._before(endpoint, costs, now)
+    def estimate(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> list[Estimate]:
+        now, prompt = self._clock(), request.prompt_tokens
         output = self._output if request.max_tokens is None else min(self._output, float(request.max_tokens))
-        queued, prefill = before * costs.prefill, (request.prompt_tokens - cached) * costs.prefill
-        step = costs.step + costs.sequence * beside
-        return Estimate(
-            cached_tokens=cached,
-            queued=queued,
-            prefill=prefill,
-            decode=output * step,
-            others=beside * (prefill + output * costs.sequence),
-            prediction=Prediction(costs.base + queued + prefill, step),
-        )
+        found = []
+        for endpoint in endpoints:
+            mine, costs = self._at(endpoint), self._costs(endpoint, now)
+            cached = cached_tokens(request, endpoint.key)
+            before, beside = self._before(mine, endpoint.metrics, costs, now)
+            queued, prefill = before * costs.prefill, (prompt - cached) * costs.prefill
+            step = costs.step + costs.sequence * beside
+            decode, others = output * step, beside * (prefill + output * costs.sequence)
+            prediction = Prediction(costs.base + queued + prefill, step)
+            found.append(Estimate(cached, queued, prefill, decode, others, mine.given_at(now), prediction))
+        return found
 
     def _costs(self, endpoint: Endpoint, now: float) -> Costs:
         metrics = endpoint.metrics
@@ -100,12 +113,10 @@ class CostModel:
             self._learner.hint(metrics.prefill_seconds_per_token, metrics.decode_seconds_per_step)
         return self._learner.costs(endpoint.key, now)
 
-    def _before(self, endpoint: Endpoint, costs: Costs, now: float) -> tuple[float, int]:
+    def _before(self, mine: Open, metrics: EndpointMetrics | None, costs: Costs, now: float) -> tuple[float, int]:
         """Prompt tokens to be computed before a request that comes now, and requests beside it: ours, and of what the
         endpoint reports those that are not."""
-        mine = self._at(endpoint)
         tokens, beside = mine.queue.left(now, costs.prefill), mine.requests
-        metrics = endpoint.metrics
         if metrics is None or now - metrics.time > STALE:
             return tokens, beside
         others = max(metrics.waiting + metrics.running - mine.at_page, 0)
@@ -125,10 +136,11 @@ class CostModel:
     def sent(self, name: str, request: InferenceRequest, endpoint: Endpoint) -> None:
         now = self._clock()
         mine = self._at(endpoint)
-        own = request.prompt_tokens - cached_tokens(request, endpoint)
-        before, beside = self._before(endpoint, self._costs(endpoint, now), now)
+        own = request.prompt_tokens - cached_tokens(request, endpoint.key)
+        before, beside = self._before(mine, endpoint.metrics, self._costs(endpoint, now), now)
         ticket = mine.queue.send(own, awaited=request.stream)
         mine.requests += 1
+        mine.give(own, now)
         self._uncached += FORGET * (own - self._uncached)
         _notes(name, request)[endpoint.key] = Sent(ticket, before, own, beside, now)
 
@@ -156,15 +168,14 @@ class CostModel:
         if outcome.cached_tokens is not None and outcome.prompt_tokens:
             own = max(outcome.prompt_tokens - outcome.cached_tokens, 0)
         tokens = sent.before + own
-        ttft, tpot = sent.first - sent.time, (now - sent.first) / max(output - 1, 1)
-        if not request.stream:  # only the whole is known: each part is taken to have had its expected share
+        if not request.stream:
             costs = self._learner.costs(endpoint.key, now)
-            ttft, tpot = costs.base + costs.prefill * tokens, costs.step + costs.sequence * sent.beside
-            ratio = (now - sent.time) / max(ttft + tpot * (output - 1), 1e-9)
-            ttft, tpot = ttft * ratio, tpot * ratio
-        self._learner.saw_first(endpoint.key, tokens, ttft, now)
+            expected = costs.base + costs.prefill * tokens + (output - 1) * (costs.step + costs.sequence * sent.beside)
+            self._learner.saw_whole(endpoint.key, (now - sent.time) / expected, now)
+            return
+        self._learner.saw_first(endpoint.key, tokens, sent.first - sent.time, now)
         if output > 1:
-            self._learner.saw_tokens(endpoint.key, sent.beside, tpot, now)
+            self._learner.saw_tokens(endpoint.key, sent.beside, (now - sent.first) / (output - 1), now)
 
 
 def _notes(name: str, request: InferenceRequest) -> dict[str, Sent]:
@@ -174,10 +185,13 @@ def _notes(name: str, request: InferenceRequest) -> dict[str, Sent]:
     return notes
 
 
-def cached_tokens(request: InferenceRequest, endpoint: Endpoint) -> float:
-    """The most that any producer thinks is there, by its tier's credit."""
-    key = endpoint.key
-    most = max((found[key].weighted_tokens for found in request.prefix.values() if key in found), default=0.0)
+def cached_tokens(request: InferenceRequest, key: str) -> float:
+    """The most that any producer thinks is at the endpoint, by its tier's credit."""
+    most = 0.0
+    for found in request.prefix.values():
+        match = found.get(key)
+        if match is not None and match.weighted_tokens > most:
+            most = match.weighted_tokens
     return min(most, float(request.prompt_tokens))
 
 

@@ -13,7 +13,8 @@ On an idle pool nobody loses by it, and the wait alone counts. The prices are le
 What this gateway has sent counts at once, so that a burst does not pile up on who looked idle a moment ago; of what an
 endpoint reports only the part that is not ours is added. A prefix sent somewhere counts as there at once too: those
 that follow wait for it where that is cheaper than computing it again. Costs that are the same within a tenth, not
-counting what all of them have in common, are equal, and chance decides.
+counting what all of them have in common, are equal: estimates are no better. Between equals it goes to who had the
+fewest tokens to compute of late, so that all caches fill alike.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from quire.gateway.request import InferenceRequest, Outcome
 __all__ = ["ExpectedCost", "expected_cached"]
 
 ALIKE: Final = 0.1
+LEAST_GAP: Final = 0.001
+"""Seconds that nobody notices."""
+BETWEEN_EQUALS: Final = 1e-3
+"""The most that the scores of equals differ by."""
 
 
 class ExpectedCost(Scorer, Observer):
@@ -38,11 +43,11 @@ class ExpectedCost(Scorer, Observer):
         self._estimates: Sequence[Estimate] | None = None
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        estimates = [self._model.estimate(request, endpoint) for endpoint in candidates]
+        estimates = self._model.estimate(request, candidates)
         for endpoint, estimate in zip(candidates, estimates, strict=True):
             request.predictions[endpoint.key] = estimate.prediction
         self._estimates = estimates
-        return scores([estimate.cost for estimate in estimates], min(estimate.decode for estimate in estimates))
+        return scores(estimates)
 
     def details(self) -> Sequence[object] | None:
         return None if self._estimates is None else [_detail(estimate) for estimate in self._estimates]
@@ -57,11 +62,18 @@ class ExpectedCost(Scorer, Observer):
         self._model.finished(self.name, request, endpoint, outcome)
 
 
-def scores(costs: Sequence[float], common: float) -> Sequence[float]:
-    """1 for the least cost and those alike, else the least's share of the cost. `common`: what every one pays."""
-    least = min(costs)
-    alike = least + ALIKE * (least - common)
-    return [1.0 if cost <= alike else least / cost for cost in costs]
+def scores(estimates: Sequence[Estimate]) -> Sequence[float]:
+    """Nearly 1 for the least cost and those alike, else the least's share of the cost."""
+    least = min(estimate.cost for estimate in estimates)
+    common = min(estimate.decode for estimate in estimates)
+    alike = least + max(ALIKE * (least - common), LEAST_GAP)
+    most = max(1.0, *(estimate.given for estimate in estimates))
+    return [
+        1.0 - BETWEEN_EQUALS * estimate.given / most
+        if estimate.cost <= alike
+        else (1.0 - 2 * BETWEEN_EQUALS) * least / estimate.cost
+        for estimate in estimates
+    ]
 
 
 def _detail(estimate: Estimate) -> dict[str, float]:

@@ -25,10 +25,12 @@ class PrefillQueue:
 
     def left(self, now: float, seconds_per_token: float) -> float:
         """Tokens still to be computed."""
-        elapsed = max(now - self._time, 0.0)
-        self._time = max(now, self._time)
-        most = next(iter(self._awaited.values())) if self._awaited else self._sent
-        self._done = max(self._done, min(self._done + elapsed / seconds_per_token, most))
+        if now > self._time:
+            if self._done < self._sent:
+                most = next(iter(self._awaited.values())) if self._awaited else self._sent
+                if most > self._done:
+                    self._done = min(self._done + (now - self._time) / seconds_per_token, most)
+            self._time = now
         return self._sent - self._done
 
     def send(self, tokens: float, *, awaited: bool) -> int:

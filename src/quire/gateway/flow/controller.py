@@ -12,9 +12,9 @@ from typing import Protocol
 
 import structlog
 
-from quire.gateway.director import DEFAULT_OUTPUT_TOKENS, Gate
+from quire.gateway.director import DEFAULT_OUTPUT_TOKENS, Gate, no_such_model
 from quire.gateway.endpoint import Clock, Endpoint
-from quire.gateway.errors import Dropped, NoEndpoint, ShuttingDown
+from quire.gateway.errors import Dropped, ShuttingDown
 from quire.gateway.flow.policies import Waiting, flow_of, lane_key
 from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
 from quire.gateway.flow.rate import DispatchRate
@@ -147,8 +147,7 @@ class FlowController(Gate, Observer):
                 self._let_go(request, candidates, now)
                 return
         elif not self._awaited(request):
-            model = request.target_model or request.model
-            raise NoEndpoint(f"No endpoint serves the model {model!r}.", retry_after=1.0)
+            raise no_such_model(request.target_model or request.model)
         await self._wait(self._offer(request, now, has_endpoints=bool(candidates)))
 
     def _offer(self, request: InferenceRequest, now: float, *, has_endpoints: bool) -> Waiting:

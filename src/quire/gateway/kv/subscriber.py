@@ -146,7 +146,7 @@ class KVEventSubscriber:
         except BadKVEvents as error:
             self._note_bad(error)
             return
-        self.health.last_topic = frames[0][:MAX_TOPIC].decode(errors="replace")
+        self._note_topic(frames[0])
         batch = self._decode(frames[2])
         turn = self._sequence.judge(number, 0.0 if batch is None else batch.ts)
         if turn is Turn.REPEATED:
@@ -181,6 +181,9 @@ class KVEventSubscriber:
         else:
             self._index.apply(self._endpoint, batch)
         self._sequence.take(number, 0.0 if batch is None else batch.ts, payload)
+
+    def _note_topic(self, topic: bytes) -> None:
+        self.health.last_topic = topic[:MAX_TOPIC].decode(errors="replace")
 
     def _note_bad(self, error: BadKVEvents) -> None:
         self.health.bad_messages += 1
@@ -269,9 +272,12 @@ class KVEventSubscriber:
             count = size = 0
             while True:
                 async with asyncio.timeout(self._patience.answer):
-                    answer = read_replay(await asking.recv_multipart())
+                    frames = await asking.recv_multipart()
+                answer = read_replay(frames)
                 if answer is None:
                     return
+                if len(frames) == 4:
+                    self._note_topic(frames[1])
                 count, size = count + 1, size + len(answer[1])
                 if count > MAX_REPLAYED or size > MAX_REPLAYED_BYTES or self._clock() > until:
                     raise ReplayFailed(f"no end after {count} batches")

@@ -65,9 +65,6 @@ class PrefixCacheScorer(Scorer):
 
 class NoHitLruParameters(Parameters, frozen=True):
     prefix_match_info_producer_name: str = ""
-    prefix_plugin_type: str = ""
-    prefix_plugin_name: str = ""
-    """Both deprecated by llm-d, which never used them."""
     lru_size: int = 1024
 
 

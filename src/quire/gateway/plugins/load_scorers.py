@@ -58,7 +58,6 @@ class LoadAwareScorer(Scorer):
 
 
 class ActiveRequestParameters(Parameters, frozen=True):
-    request_timeout: str = ""
     idle_threshold: int = 0
     max_busy_score: float = 1.0
     in_flight_load_producer_name: str = ""

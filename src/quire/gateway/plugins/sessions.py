@@ -18,10 +18,7 @@ MAX_SESSIONS = 100_000
 class SessionParameters(Parameters, frozen=True):
     algorithm: Literal["encoded_endpoint_header", "session_id_header"] = "encoded_endpoint_header"
     header_name: str = "x-session-token"
-    profile_name: str = ""
     eviction_ttl_seconds: float = 600.0
-    eviction_sweep_seconds: float = 30.0
-    miss_threshold: int = 3
 
 
 class SessionBinding(Observer):

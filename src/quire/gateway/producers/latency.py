@@ -31,8 +31,8 @@ class PredictedLatency(Producer, Observer):
         self._model = CostModel(services)
 
     def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
-        for endpoint in endpoints:
-            request.predictions[endpoint.key] = self._model.estimate(request, endpoint).prediction
+        for endpoint, estimate in zip(endpoints, self._model.estimate(request, endpoints), strict=True):
+            request.predictions[endpoint.key] = estimate.prediction
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
         self._model.sent(self.name, request, endpoint)

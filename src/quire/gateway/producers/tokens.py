@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import aiohttp
 import msgspec
@@ -22,6 +22,8 @@ from quire.gateway.request import Api, InferenceRequest, Outcome
 BYTES_PER_TOKEN: Final = 4.0
 MAX_MODELS: Final = 1000
 FORGET: Final = 0.02
+_PRIOR: Final = (1000 * BYTES_PER_TOKEN, 1000.0)
+"""Bytes and tokens that the first answers have to outweigh: a short one is mostly the template."""
 EXACT: Final = "exact_tokens"
 HTTP: Final = "http"
 """Names under which the gateway shares that exact tokens are wanted, and its client session."""
@@ -29,6 +31,7 @@ TIMEOUT: Final = 5.0
 MAX_ANSWER: Final = 16 * 1024 * 1024
 _TOKENIZED: Final = ("prompt", "messages", "tools", "chat_template_kwargs", "add_generation_prompt")
 """Fields of a request that decide its tokens."""
+_TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -57,7 +60,8 @@ class TokenProducer(Producer, Observer):
         self._rng = services.rng
         seconds = TIMEOUT if self._render is None else parse_duration(self._render.timeout, "vllm.timeout")
         self._timeout = aiohttp.ClientTimeout(total=seconds)
-        self._ratios: OrderedDict[str, float] = OrderedDict()
+        self._seen: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        """By model: bytes and tokens of prompts, of late."""
 
     def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> Awaitable[None] | None:
         if request.token_ids is not None:
@@ -66,8 +70,8 @@ class TokenProducer(Producer, Observer):
             request.token_ids = request.prompt_token_ids
             request.prompt_tokens = len(request.prompt_token_ids)
             return None
-        ratio = self._ratios.get(request.target_model, BYTES_PER_TOKEN)
-        request.prompt_tokens = max(round(len(request.prompt) / ratio), 1) if request.prompt else 0
+        size, tokens = self._seen.get(request.target_model, _PRIOR)
+        request.prompt_tokens = max(round(len(request.prompt) * tokens / size), 1) if request.prompt else 0
         if request.api not in (Api.CHAT, Api.COMPLETIONS, Api.MESSAGES) or not request.prompt:
             return None
         if self._render is not None:
@@ -82,9 +86,11 @@ class TokenProducer(Producer, Observer):
         headers = {"content-type": "application/json"}
         if "authorization" in request.headers:
             headers["authorization"] = request.headers["authorization"]
-        async with session.post(url, data=body, headers=headers, timeout=self._timeout) as answer:
+        async with session.post(
+            url, data=body, headers=headers, timeout=self._timeout, allow_redirects=False
+        ) as answer:
             answer.raise_for_status()
-            ids = token_ids_of(msgspec.json.decode(await answer.content.read(MAX_ANSWER)))
+            ids = token_ids_of(await _whole(answer))
         if ids:
             request.token_ids = ids
             request.prompt_tokens = len(ids)
@@ -92,12 +98,23 @@ class TokenProducer(Producer, Observer):
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
         if not outcome.ok or not outcome.prompt_tokens or not request.prompt or request.token_ids is not None:
             return
-        seen = len(request.prompt) / outcome.prompt_tokens
-        ratio = self._ratios.get(request.target_model, BYTES_PER_TOKEN)
-        self._ratios[request.target_model] = ratio + FORGET * (min(max(seen, 0.25), 64.0) - ratio)
-        self._ratios.move_to_end(request.target_model)
-        while len(self._ratios) > MAX_MODELS:
-            self._ratios.popitem(last=False)
+        size, tokens = self._seen.get(request.target_model, _PRIOR)
+        self._seen[request.target_model] = (
+            size * (1.0 - FORGET) + len(request.prompt),
+            tokens * (1.0 - FORGET) + outcome.prompt_tokens,
+        )
+        self._seen.move_to_end(request.target_model)
+        while len(self._seen) > MAX_MODELS:
+            self._seen.popitem(last=False)
+
+
+async def _whole(answer: aiohttp.ClientResponse) -> bytes:
+    whole = bytearray()
+    async for piece in answer.content.iter_any():
+        whole += piece
+        if len(whole) > MAX_ANSWER:
+            raise ValueError(f"the tokens of a prompt came as more than {MAX_ANSWER} bytes")
+    return bytes(whole)
 
 
 def _tokenize_body(request: InferenceRequest) -> bytes:
@@ -106,12 +123,21 @@ def _tokenize_body(request: InferenceRequest) -> bytes:
     return msgspec.json.encode({"model": msgspec.Raw(msgspec.json.encode(request.target_model)), **kept})
 
 
-def token_ids_of(rendered: Any) -> Sequence[int] | None:
+class _Rendered(msgspec.Struct):
+    token_ids: list[_TokenId] | None = None
+    prompt_token_ids: list[_TokenId] | None = None
+    tokens: list[_TokenId] | None = None
+
+
+_rendered = msgspec.json.Decoder(_Rendered | list[_Rendered])
+
+
+def token_ids_of(answer: bytes) -> Sequence[int] | None:
     """Of a render endpoint's answer: one object, or a list of them, with `token_ids` or `prompt_token_ids`; of
-    /tokenize, one with `tokens`."""
-    first = rendered[0] if isinstance(rendered, list) and rendered else rendered
-    if not isinstance(first, dict):
-        return None
-    ids = first.get("token_ids", first.get("prompt_token_ids", first.get("tokens")))
-    whole = isinstance(ids, list) and all(isinstance(one, int) and 0 <= one < 2**32 for one in ids)
-    return ids if whole else None
+    /tokenize, one with `tokens`. None where there are none; raises `msgspec.DecodeError` for anything else."""
+    rendered: _Rendered | list[_Rendered] = _rendered.decode(answer)
+    if isinstance(rendered, list):
+        if len(rendered) != 1:
+            return None
+        rendered = rendered[0]
+    return rendered.token_ids or rendered.prompt_token_ids or rendered.tokens

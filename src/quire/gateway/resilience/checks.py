@@ -15,6 +15,8 @@ from quire.gateway.resilience.settings import ResilienceSettings
 
 STEP = 0.25
 """Seconds between two looks at the clock for endpoints that are ejected."""
+OWN_DELAY = 1.5
+"""Times the timeout: a look that took longer failed because this process was busy, which is no word on the endpoint."""
 MAX_MODELS_BYTES = 1024 * 1024
 MAX_MODELS = 4096
 
@@ -70,10 +72,12 @@ class Checks:
 
     async def _watch(self, endpoint: Endpoint) -> None:
         looks_between = max(round(self.settings.models_interval / self.settings.health_interval), 1)
-        count = 0
+        count, loop = 0, asyncio.get_running_loop()
         while True:
+            asked = loop.time()
             healthy = await self._is_healthy(endpoint)
-            self.guard.looked(endpoint, healthy=healthy)
+            if healthy or loop.time() - asked < OWN_DELAY * self.settings.health_timeout:
+                self.guard.looked(endpoint, healthy=healthy)
             if healthy and (count % looks_between == 0 or endpoint.models is None):
                 await self._learn_models(endpoint)
             count += 1

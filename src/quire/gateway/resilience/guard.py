@@ -26,6 +26,10 @@ class Condition:
     failed_looks: int = 0
     healthy: bool = True
 
+    def answers(self) -> None:
+        """Whoever answers requests is alive, however slow its /health may be beside them."""
+        self.failed_looks, self.healthy = 0, True
+
 
 @dataclass(slots=True, kw_only=True)
 class Guard(Observer):
@@ -50,10 +54,13 @@ class Guard(Observer):
             self._decide(endpoint)
 
     def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:
-        breaker = self.breaker(endpoint)
-        if breaker is not None and breaker.state is State.HALF_OPEN:  # an answer may be long: this is enough to know
-            breaker.succeeded(self.clock())
-            self._decide(endpoint)
+        condition = self._conditions.get(endpoint.key)
+        if condition is None:
+            return
+        condition.answers()
+        if condition.breaker.state is State.HALF_OPEN:  # an answer may be long: this is enough to know
+            condition.breaker.succeeded(self.clock())
+        self._decide(endpoint)
 
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
         breaker = self.breaker(endpoint)

@@ -26,7 +26,7 @@ class ResilienceSettings:
     max_ejected_share: float = 0.5
     """Of all endpoints, at most so many are ejected by what requests met; one that is known alone never is."""
     health_interval: float = 2.0
-    health_timeout: float = 2.0
+    health_timeout: float = 5.0
     unhealthy_after: int = 3
     """Failed looks at /health in a row."""
     models_interval: float = 10.0
