@@ -40,10 +40,17 @@ def address(output: str) -> str:
     return line.split(" at ")[1].split()[0]
 
 
+def client(url: str) -> OpenAI:
+    return OpenAI(base_url=url, api_key="none", max_retries=0)
+
+
+def complete(client: OpenAI) -> str:
+    return client.completions.create(model="assistant", prompt="Hello", max_tokens=4).choices[0].text
+
+
 def ask(url: str) -> str:
-    client = OpenAI(base_url=url, api_key="none", max_retries=0)
-    with client:
-        return client.completions.create(model="assistant", prompt="Hello", max_tokens=4).choices[0].text
+    with client(url) as one:
+        return complete(one)
 
 
 def stream(port: int, tokens: int) -> HTTPResponse:
@@ -60,11 +67,12 @@ def load(url: str) -> Iterator[list[str | Exception]]:
     over, answers = threading.Event(), []
 
     def work() -> None:
-        while not over.is_set():
-            try:
-                answers.append(ask(url))
-            except Exception as error:
-                answers.append(error)
+        with client(url) as one:
+            while not over.wait(0.05):  # enough load to lose something, little enough for engines to start beside it
+                try:
+                    answers.append(complete(one))
+                except Exception as error:
+                    answers.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
