@@ -338,6 +338,25 @@ async def test_a_shadow_is_compared_and_never_waited_for(servers: dict[str, Mode
         await until(failed)
 
 
+async def test_a_session_stays_where_it_was_by_the_token_of_its_answer(
+    servers: dict[str, ModelServer], tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    plugins = [{"type": "session-affinity-scorer"}, {"type": "random-picker"}, {"type": "max-score-picker"}]
+    profile = {
+        "name": "default",
+        "plugins": [{"pluginRef": "session-affinity-scorer"}, {"pluginRef": "max-score-picker"}],
+    }
+    config = {"apiVersion": "llm-d.ai/v1alpha1", "kind": "EndpointPickerConfig", "plugins": plugins}
+    write(policy, [config | {"schedulingProfiles": [profile]}])
+    urls = f"http://{servers['a'].address},http://{servers['b'].address}"
+    async with gateway(endpoints=urls, policy=str(policy)) as on:
+        messages: Any = [{"role": "user", "content": "Hello"}]
+        first = await on.client.chat.completions.with_raw_response.create(model="chat-v1", messages=messages)
+        token, name = first.headers["x-session-token"], first.parse().choices[0].message.content
+        assert {await on.say("chat-v1", **{"x-session-token": token}) for _ in range(10)} == {name}
+
+
 async def test_a_failing_endpoint_costs_no_request(servers: dict[str, ModelServer]) -> None:
     a, b = servers["a"], servers["b"]
     a.failing = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from starlette.types import Scope, Send
@@ -29,6 +29,8 @@ class Call:
     deadline: float
     """By the gateway's clock; the answer has to be whole by then."""
     holding: Holding
+    own_headers: Mapping[str, str] = field(default_factory=dict)
+    """What plugins add to the answer."""
     started: bool = False
     """Something of an answer has gone to the client; from here on nothing can be tried again."""
     status: int = 0
@@ -66,6 +68,7 @@ class Call:
     async def deliver(self, answer: Connection, endpoint: Endpoint, usage: Usage, max_buffered: int) -> None:
         """Pass an answer on: a stream as it comes, anything else when it is whole (up to `max_buffered` bytes)."""
         headers = answer_headers(answer.headers, endpoint, self.request.id)
+        headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in self.own_headers.items()]
         said = dict(headers)
         packed = b"content-encoding" in said
         if said.get(b"content-type", b"").startswith(b"text/event-stream") and not packed:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from quire.core.errors import ModelNotFound
 from quire.gateway.director import Director
 from quire.gateway.errors import Dropped, UpstreamError
 from quire.gateway.proxy.attempt import Try
@@ -49,6 +50,7 @@ class Forwarder:
                     current, answer = await self._first_to_begin(call, current)
                     choice = self._elsewhere(call) if answer.status in BUSY_OR_BROKEN else None
                     if choice is None:
+                        call.own_headers = current.choice.conclusion.response_headers
                         await call.deliver(answer, current.endpoint, current.usage, self.settings.max_buffered_answer)
                     current.error = ""
                     served = choice is None and answer.status < 400
@@ -95,7 +97,7 @@ class Forwarder:
             return None
         try:
             choice = self.director.choose_again(call.request, call.tried)
-        except Dropped:
+        except (Dropped, ModelNotFound):
             return None
         budget.spend()
         return choice
