@@ -140,7 +140,7 @@ def _by_tokens(checkpoint: Checkpoint, family: Family, arch: Arch, tokens: tuple
     return PoolingConfig(
         tasks=(PoolingTask.CLASSIFY, PoolingTask.SCORE),
         method="last",
-        hidden_size=arch.hidden_size,
+        hidden_size=arch.output_size,
         activation="sigmoid",
         labels=(tokens[1],),
         pair="template",
