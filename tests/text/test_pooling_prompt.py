@@ -100,7 +100,7 @@ class Counting:
 def test_of_a_text_that_is_far_too_long_little_is_read(directories, template, kind, side):
     counting = Counting(tokenizers.Tokenizer.from_file(str(directories[kind] / "tokenizer.json")))
     tokenizer = Tokenizer(counting, {})
-    info = replace(INFO, max_model_len=64, vocab_size=100_000, pooling=SCORER)
+    info = replace(INFO, max_model_len=128, vocab_size=100_000, pooling=SCORER)
     by_template = PoolingEncoder(PromptEncoder(tokenizer, template, info), NamedPrompts())
     apart = replace(info, pooling=PoolingInfo(tasks=(PoolingTask.SCORE,), pair="tokens"))
     joining = PoolingEncoder(PromptEncoder(tokenizer, None, apart), NamedPrompts())

@@ -79,9 +79,9 @@ class DecoderLayer:
 class Decoder:
     """A tree of plain modules; parameters' paths (`models.slots`) are its attribute paths. `projection` brings hidden
     states to another width in the end, if the head wants one. `per_layer` makes each layer's own input `[t, l, p]` of
-    tokens and their embedding, and `widen` several streams of that, in models that have these. `kv_layers`: which layer of the
-    cache a layer's keys and values are in. `logit_multiplier` and `logit_softcap` as in `Arch`. `head`: of a model that
-    generates; another has `pooling`."""
+    tokens and their embedding, and `widen` several streams of that, in models that have these. `kv_layers`: which layer
+    of the cache a layer's keys and values are in. `logit_multiplier` and `logit_softcap` as in `Arch`. `head`: of a
+    model that generates; another has `pooling`."""
 
     def __init__(
         self,
