@@ -213,6 +213,30 @@ def test_bad_input_is_named(name: str, checkpoints: Any, tmp_path: Path) -> None
         load_model(directory, model_impl=impl, **settings)  # type: ignore[arg-type]
 
 
+TIMM: dict[str, dict[str, Any]] = {
+    "its model type": {"vision_config": {"model_type": "timm_wrapper", "label_names": ["a"]}},
+    "its backbone": {"parts": [{"vision_config": {"backbone_config": {"model_type": "timm_backbone"}}}]},
+    "a name": {"vision_config": {"architecture": "hf_hub:somebody/something"}},
+    "arguments": {"vision_config": {"model_args": {"pretrained_cfg_overlay": {"hf_hub_id": "somebody/something"}}}},
+}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_a_part_that_could_be_fetched_is_refused(kind: str, checkpoints: Any, tmp_path: Path) -> None:
+    directory = edited(checkpoints("LlavaForConditionalGeneration"), tmp_path, **TIMM[kind])
+    with pytest.raises(UnsupportedModel, match="timm"):
+        load_model(directory, model_impl="transformers")
+
+
+def test_a_part_that_would_be_fetched_by_default_is_refused(checkpoints: Any, tmp_path: Path) -> None:
+    """Where config.json says nothing of it."""
+    fields = {"architectures": ["FastVlmForConditionalGeneration"], "model_type": "fast_vlm", "vision_config": None}
+    fields |= {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+    directory = edited(checkpoints("LlavaForConditionalGeneration"), tmp_path, **fields)
+    with pytest.raises(UnsupportedModel, match="timm"):
+        load_model(directory)
+
+
 def test_missing_and_infinite_tensors_are_named(checkpoints: Any, tmp_path: Path) -> None:
     directory = edited(checkpoints("DiffLlamaForCausalLM"), tmp_path)
     tensors = load_file(directory / "model.safetensors")

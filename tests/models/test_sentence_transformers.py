@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from quire.config.engine import EngineConfig
@@ -299,6 +300,24 @@ def test_tokens_to_judge_by(directory):
     with pytest.raises(ConfigError, match="tokens of 'no way'") as caught:
         identify_served(Checkpoint.open(builtin_model()), builtin)
     assert caught.value.param == "classifier_tokens"
+
+
+def test_another_tokenizer_makes_the_tokens_to_judge_by(tmp_path):
+    """Of texts that are named by the operator as of those that the checkpoint names."""
+    for name, words in (("own", ["no", "yes", "other"]), ("else", ["?", "other", "yes", "no"])):
+        backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        (tmp_path / name).mkdir()
+        backend.save(str(tmp_path / name / "tokenizer.json"))
+    Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(tmp_path / "own")
+    for fields in ({}, {"classifier_from_token": ["no", "yes"]}):
+        file = tmp_path / "own" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+        asked = {} if fields else {"classifier_tokens": "no,yes"}
+        for tokenizer, ids in ((None, [0, 1]), (str(tmp_path / "else"), [3, 2])):
+            wish = read_serving(EngineConfig(tokenizer=tokenizer, **asked))
+            choice = identify_served(Checkpoint.open(tmp_path / "own"), wish).arch.pooling.choice
+            assert [choice.no, choice.yes] == ids
 
 
 def test_the_plan_tells_tasks_and_the_sizes_that_are_loaded(directory, plain):

@@ -8,10 +8,13 @@ Token i of a request is `token(prompt, seed, i)`. A prompt may carry a spell, `!
     !hang      the engine falls silent for ever, once
     !slow:MS   milliseconds between tokens
     !full      refused with QueueFull
+    !refuse    refused with PromptTooLong
     !wait      no token before the request is cancelled
     !nan       (pooling) numbers that are none
     !none      (pooling) an end without a result
 
+With $FAKE_ENGINE_QUEUE it refuses a request while so many are there; it tells the front end of $FAKE_ENGINE_QUEUE_TOLD
+requests, and of $FAKE_ENGINE_TOKENS_TOLD tokens.
 With $FAKE_ENGINE_POOLING (JSON of a `PoolingInfo`) it is a pooling model: the numbers of a result are a function of the
 token ids and of what was asked for them.
 
@@ -35,7 +38,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from quire.core.errors import CheckpointError, QueueFull
+from quire.core.errors import CheckpointError, PromptTooLong, QueueFull, QuireError
 from quire.core.model_info import ModelInfo
 from quire.core.pooling import Pooled, PoolingInfo
 from quire.core.request import EngineOutput, EngineRequest, FinishReason, RequestTimes, TokenLogprobs
@@ -44,6 +47,7 @@ from quire.wire.rpc import Cancel, Outputs, Ready, StartFailed, Stats, Submit, d
 EOS = 257
 STATE = Path(os.environ["FAKE_ENGINE_STATE"])
 POOLING = os.environ.get("FAKE_ENGINE_POOLING")
+QUEUE = int(os.environ.get("FAKE_ENGINE_QUEUE", "1048576"))
 INFO = ModelInfo(
     max_model_len=int(os.environ.get("FAKE_ENGINE_CONTEXT", "4096")),
     vocab_size=260,
@@ -54,6 +58,8 @@ INFO = ModelInfo(
     architecture="Fake",
     weight_bytes=0,
     kv_bytes_per_token=1,
+    max_num_queued_reqs=int(os.environ.get("FAKE_ENGINE_QUEUE_TOLD", "1024")),
+    max_num_queued_tokens=int(os.environ.get("FAKE_ENGINE_TOKENS_TOLD", "4000000")),
     num_token_types=int(os.environ.get("FAKE_ENGINE_TOKEN_TYPES", "0")),
     pooling=None if POOLING is None else msgspec.json.decode(POOLING, type=PoolingInfo),
 )
@@ -201,6 +207,12 @@ def stats(step: int, running: int, made: int) -> Stats:
     )
 
 
+def refusal(one: Running, num_running: int) -> QuireError | None:
+    if "full" in one.spells or num_running >= QUEUE:
+        return QueueFull("The queue is full.", remedy="Try later.", retry_after=3.2)
+    return PromptTooLong("The prompt is too long for this engine.") if "refuse" in one.spells else None
+
+
 def serve(socket: zmq.Socket[bytes]) -> None:
     running: dict[str, Running] = {}
     step = made = 0
@@ -218,10 +230,11 @@ def serve(socket: zmq.Socket[bytes]) -> None:
             if isinstance(message, Submit):
                 for request in message.requests:
                     one = take(request)
-                    if "full" in one.spells:
-                        error = QueueFull("The queue is full.", remedy="Try later.", retry_after=3.2).to_info()
+                    error = refusal(one, len(running))
+                    if error is not None:
+                        info = error.to_info()
                         outputs.append(
-                            EngineOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=error)
+                            EngineOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=info)
                         )
                     else:
                         running[request.request_id] = one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import shutil
 import socket
 import struct
@@ -161,8 +162,8 @@ def test_a_large_call_is_submitted_in_parts(serving, numbers):
         assert [item["embedding"] for item in answer["data"][1000:1300]] == [
             numbers([index % 256], 8) for index in range(1000, 1300)
         ]
-        status, answer = running.post("/v1/embeddings", {"input": ["a"] * 600 + ["!full"] + ["!wait"] * 600})
-        assert (status, answer["error"]["code"]) == (429, "queue_full")
+        status, answer = running.post("/v1/embeddings", {"input": ["a"] * 600 + ["!refuse"] + ["!wait"] * 600})
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
         assert len(submitted(running)) == 2048 + 1024  # the rest of the call never came
 
 
@@ -300,8 +301,8 @@ def submitted(served) -> list[str]:
 
 
 def test_one_failing_input_fails_the_call_and_cancels_the_rest(embedder):
-    status, answer = embedder.post("/v1/embeddings", {"input": ["!wait", "!full"]})
-    assert (status, answer["error"]["code"]) == (429, "queue_full")
+    status, answer = embedder.post("/v1/embeddings", {"input": ["!wait", "!refuse"]})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
     waiting = submitted(embedder)[-2]
     embedder.until(lambda: ["cancel", waiting] in embedder.events(), "the cancel of the other input")
 
@@ -312,23 +313,61 @@ def test_a_refusal_says_when_to_come_back(embedder):
     assert refused.value.response.headers["retry-after"] == "4"
 
 
+@contextlib.contextmanager
+def held(served, body: bytes):
+    """A call that has got to the engine and whose client waits."""
+    before = len(submitted(served))
+    with socket.create_connection(served.address, timeout=20) as connection:
+        connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        served.until(lambda: len(submitted(served)) == before + body.count(b"!"), "the submits")
+        yield
+
+
 def test_a_client_that_leaves_cancels_all_its_inputs(embedder):
     before = len(submitted(embedder))
-    body = b'{"input": ["!wait a", "!wait b", "!wait c"]}'
-    with socket.create_connection(embedder.address, timeout=20) as connection:
-        connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
-        embedder.until(lambda: len(submitted(embedder)) == before + 3, "three submits")
-    mine = set(submitted(embedder)[before:])
+    with held(embedder, b'{"input": ["!wait a", "!wait b", "!wait c"]}'):
+        mine = set(submitted(embedder)[before:])
     embedder.until(lambda: {e[1] for e in embedder.events() if e[0] == "cancel"} >= mine, "the cancels")
 
 
-def test_either_all_inputs_fit_or_none_is_submitted(serving):
+def test_a_call_of_more_than_may_be_in_flight_at_once(serving, numbers):
     with serving(engine_environment=EMBEDDER, supervision=Supervision(max_in_flight=2)) as running:
         status, answer = running.post("/v1/embeddings", {"input": ["a", "b", "c"]})
-        assert (status, answer["error"]["code"]) == (429, "queue_full")
-        assert submitted(running) == []
-        assert running.post("/v1/embeddings", {"input": ["a", "b"]})[0] == 200
+        assert status == 200, answer
+        assert [item["embedding"] for item in answer["data"]] == [numbers(list(t), 8) for t in (b"a", b"b", b"c")]
+        with held(running, b'{"input": "!wait"}'):
+            status, answer = running.post("/v1/embeddings", {"input": ["a", "b"]})
+            assert (status, answer["error"]["code"]) == (429, "queue_full")
+            assert len(submitted(running)) == 4  # of that call, none
         assert value(running, "vllm:admission_rejections_total", "queue_full") == 1
+
+
+@pytest.mark.parametrize("told", ["3", "1024"])
+def test_a_call_of_more_than_the_engines_queue_takes(serving, numbers, told):
+    """Whether the engine said so or, as when others use it as well, refuses what the front end took for little."""
+    environment = EMBEDDER | {"FAKE_ENGINE_QUEUE": "3", "FAKE_ENGINE_QUEUE_TOLD": told}
+    with serving(engine_environment=environment) as running:
+        status, answer = running.post("/v1/embeddings", {"input": [[index] for index in range(40)]})
+        assert status == 200, answer
+        assert [item["embedding"] for item in answer["data"]] == [numbers([index], 8) for index in range(40)]
+        assert told != "3" or len(submitted(running)) == 40
+        assert value(running, "vllm:admission_rejections_total", "queue_full") == 0
+
+
+def test_a_call_of_more_tokens_than_the_engines_queue_takes(serving, numbers):
+    with serving(engine_environment=EMBEDDER | {"FAKE_ENGINE_TOKENS_TOLD": "10"}) as running:
+        given = [[1] * 6, [2] * 4, [3] * 12, [4]]
+        answer = running.post("/v1/embeddings", {"input": given})[1]
+        assert [item["embedding"] for item in answer["data"]] == [numbers(each, 8) for each in given]
+
+
+def test_a_queue_that_others_fill_refuses_the_call(serving):
+    with serving(engine_environment=EMBEDDER | {"FAKE_ENGINE_QUEUE": "1"}) as running:
+        with held(running, b'{"input": "!wait"}'):
+            status, answer = running.post("/v1/embeddings", {"input": ["a", "b"]})
+            assert (status, answer["error"]["code"]) == (429, "queue_full")
+        running.until(lambda: any(event[0] == "cancel" for event in running.events()), "the cancel")
+        assert running.post("/v1/embeddings", {"input": ["a", "b"]})[0] == 200
 
 
 def test_tenant_priority_and_deadline_reach_the_engine(embedder):

@@ -10,6 +10,8 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
+from quire.serve import pooling
+
 DOCUMENTS = ["one", "two", "three", "four", "five"]
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}I: {{ m.content }}\n{% endif %}"
@@ -162,6 +164,20 @@ def test_what_cannot_be_scored_is_refused_by_name(joined, path, body, param):
     assert (status, answer["error"]["param"]) == (400, param), answer
 
 
+@pytest.mark.parametrize("field", ["instruction", "chat_template_kwargs"])
+def test_what_goes_into_every_prompt_of_a_template_counts_for_each(templated, monkeypatch, field):
+    monkeypatch.setattr(pooling, "MAX_CHARACTERS", 1000)
+    long = "x" * 60 if field == "instruction" else {"tone": "x" * 60}
+    for count, accepted in ((10, True), (13, True), (20, False)):
+        body = {"query": "q", "documents": ["d"] * count, field: long, "truncate_prompt_tokens": 100}
+        status, answer = templated.post("/rerank", body)
+        assert (status == 200) == accepted, answer
+    assert (status, answer["error"]["param"]) == (400, "documents")
+    assert "characters in all prompts" in answer["error"]["message"]
+    # The same without it.
+    assert templated.post("/rerank", {"query": "q", "documents": ["d"] * 20})[0] == 200
+
+
 # --- pairs through the chat template --------------------------------------------------------------------------------
 
 
@@ -239,7 +255,7 @@ def test_an_embedder_scores_by_cosine(embedder, numbers):
 
 
 def test_one_failing_pair_fails_the_call_and_cancels_the_rest(joined):
-    status, answer = joined.post("/rerank", {"query": "q", "documents": ["!wait", "!full"]})
-    assert (status, answer["error"]["code"]) == (429, "queue_full")
+    status, answer = joined.post("/rerank", {"query": "q", "documents": ["!wait", "!refuse"]})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
     waiting = [event[1] for event in joined.events() if event[0] == "submit"][-2]
     joined.until(lambda: ["cancel", waiting] in joined.events(), "the cancel of the other pair")

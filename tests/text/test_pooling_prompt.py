@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -77,6 +78,49 @@ def test_a_template_that_leaves_no_room(scorer, tokenizer):
     with pytest.raises(PromptTooLong, match="documents") as refused:
         scorer.encode_pair("the fox", "dog " * 30, Truncation(max_tokens=limit), "documents[0]")
     assert refused.value.param == "truncate_prompt_tokens"
+
+
+class Counting:
+    """A tokenizer of the library that knows how many characters it has been given."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self.backend = backend
+        self.num_read = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.backend, name)
+
+    def encode(self, text: str, pair: str | None = None, **options: bool) -> tokenizers.Encoding:
+        self.num_read += len(text) + len(pair or "")
+        return self.backend.encode(text, pair, **options)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "word_piece"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_text_that_is_far_too_long_little_is_read(directories, template, kind, side):
+    counting = Counting(tokenizers.Tokenizer.from_file(str(directories[kind] / "tokenizer.json")))
+    tokenizer = Tokenizer(counting, {})
+    info = replace(INFO, max_model_len=128, vocab_size=100_000, pooling=SCORER)
+    by_template = PoolingEncoder(PromptEncoder(tokenizer, template, info), NamedPrompts())
+    apart = replace(info, pooling=PoolingInfo(tasks=(PoolingTask.SCORE,), pair="tokens"))
+    joining = PoolingEncoder(PromptEncoder(tokenizer, None, apart), NamedPrompts())
+    long = "the dog and the fox " * 400_000
+    beginning, end = long[:4000], long[-4000:]
+    kept = end if side == "left" else beginning
+    cut = by_template.truncation(-1, side)
+    assert joining.encode(long, cut, "input") == joining.encode(kept, cut, "input")
+    assert joining.encode_pair(long, "fox", cut, "input") == joining.encode_pair(kept, "fox", cut, "input")
+    assert joining.encode_pair("fox", long, cut, "input") == joining.encode_pair("fox", kept, cut, "input")
+    by_head = by_template.encode_pair("fox", beginning, cut, "input")
+    assert by_template.encode_pair("fox", long, cut, "input") == by_head
+    assert by_template.head(long, 10**9) == by_template.head(beginning, 10**9) != long
+    assert by_template.head(long, 3) == by_template.head(beginning, 3)
+    with pytest.raises(PromptTooLong, match="truncate_prompt_tokens leaves"):
+        by_template.encode_pair(long, "fox", cut, "input")
+    for refused in (by_template, joining):
+        with pytest.raises(PromptTooLong, match="characters"):
+            refused.encode_pair(long, "fox", WHOLE, "input")
+    assert counting.num_read < 200_000 < len(long) / 10
 
 
 def test_ids_that_the_model_has_not(scorer):

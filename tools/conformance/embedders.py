@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 
 from conformance.case import SIZES, VOCAB, Case
-from conformance.pooling import Expected, Oracle, PoolingCase
+from conformance.pooling import Expected, Oracle, PoolingCase, label_scores, last_vector
 from conformance.rewrites import INTERNLM2
 from quire.core.pooling import PoolingTask
 
@@ -180,7 +180,7 @@ def _softmax(values: torch.Tensor) -> torch.Tensor:
 def _made(
     architecture: str, config: str, model: str, variant: str, fields: Mapping[str, Any], **settings: Any
 ) -> PoolingCase:
-    family = {"Ll": "InternLM", "Mi": "Mistral", "Ge": "Gemma", "Qw": "Qwen"}[config[:2]]
+    family = {"Ll": "InternLM", "Mi": "Mistral", "Ge": "Gemma", "Qw": "Qwen", "OP": "OPT"}[config[:2]]
     case = Case(family=family, architecture=architecture, config=config, variant=variant, fields=fields)
     return PoolingCase(case=case, model=model, **settings)
 
@@ -196,6 +196,9 @@ _TOKENS = {"classifier_tokens": "no,yes"}
 _SIGMOID = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity", "version": "5.1"}}
 _PROCESS, _REWARD = deep_score(2), deep_score(1)
 _VALUE = head_weights(("v_head.weight", (1, HIDDEN)))
+
+_NARROW: Mapping[str, Any] = {"ffn_dim": 72, "word_embed_proj_dim": 24}
+_NARROW_SUMS = {**_NARROW, "do_layer_norm_before": False}
 
 CASES: tuple[PoolingCase, ...] = (
     _made(
@@ -313,5 +316,27 @@ CASES: tuple[PoolingCase, ...] = (
         {},
         prepare=edited(prefix="model.", tensors=_REWARD, architectures=["Qwen2ForRewardModel"]),
         expected=rewards(_REWARD, _same),
+    ),
+    *(
+        _made("OPTModel", "OPTConfig", "OPTModel", variant, fields, expected=last_vector)
+        for variant, fields in (("projected", _NARROW), ("projected, norms of the stream", _NARROW_SUMS))
+    ),
+    _made(
+        "OPTForSequenceClassification",
+        "OPTConfig",
+        "OPTForSequenceClassification",
+        "projected",
+        {**_NARROW, "num_labels": 3},
+        expected=label_scores,
+    ),
+    _made(
+        "OPTForCausalLM",
+        "OPTConfig",
+        "OPTForCausalLM",
+        "projected, judging by two tokens",
+        _NARROW,
+        prepare=tokenizer,
+        engine=_TOKENS,
+        expected=yes_or_no,
     ),
 )

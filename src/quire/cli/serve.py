@@ -45,7 +45,8 @@ def serve(
     directory = resolve_model(wanted)
     tokenizer = resolve_tokenizer(wanted, directory)
     placed, listener = place_kv_events(wanted, server_settings.value)
-    local = replace(placed, model=str(directory))
+    # What has been fetched: the engine needs no network for it.
+    local = replace(placed, model=str(directory), tokenizer=None if wanted.tokenizer is None else str(tokenizer))
     command = EngineCommand(argv=ENGINE_COMMAND, config=asdict(local))
     process = command.start()
     try:

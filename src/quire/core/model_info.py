@@ -20,7 +20,8 @@ class KVEventsInfo:
 class ModelInfo:
     """`eos_token_ids` end a sequence unless the request ignores them; bytes are of what the engine holds. `pooling`:
     None for a model that generates text. `num_token_types`: kinds of tokens that it tells apart by
-    `EngineRequest.token_type_ids`; 0 or 1 for none. `kv_events`: None if there are none."""
+    `EngineRequest.token_type_ids`; 0 or 1 for none. `max_num_queued_reqs` and `max_num_queued_tokens`: of what waits
+    for a place in a step; more is refused. `kv_events`: None if there are none."""
 
     max_model_len: int
     vocab_size: int
@@ -31,6 +32,8 @@ class ModelInfo:
     architecture: str
     weight_bytes: int
     kv_bytes_per_token: int
+    max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int = 4_000_000
     max_logprobs: int = 20
     pooling: PoolingInfo | None = None
     num_token_types: int = 0

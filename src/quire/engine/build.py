@@ -143,6 +143,8 @@ def _info(
         architecture=model.arch.architecture,
         weight_bytes=model.weight_bytes,
         kv_bytes_per_token=model.kv_bytes_per_block(config.block_size) // config.block_size,
+        max_num_queued_reqs=limits.max_num_queued_reqs,
+        max_num_queued_tokens=limits.max_num_queued_tokens,
         max_logprobs=config.max_logprobs,
         pooling=None if model.arch.pooling is None else model.arch.pooling.info,
         num_token_types=model.arch.num_token_types,

@@ -222,7 +222,7 @@ class Arch:
       rows stand before them. `num_token_types`: rows of a table of token types that is added as well.
       `embedding_norm`: the norm of all that. `embedding_size`: its features, where they are projected to `hidden_size`.
       `token_size`: of a token's row alone, where that is brought to `hidden_size` before the others are added, and
-      hidden states back to it before the head. `normed_head`: the head's rows are divided by their lengths.
+      hidden states back to it in the end. `normed_head`: the head's rows are divided by their lengths.
     * `lm_head`: whether there are logits of tokens. `pooling`: what a model without them gives instead.
     * `latent`: None for a model whose keys and values are kept as they are. With it, `head_dim` is the rotated part's,
       and `qkv_bias` is of the projections that make latents.
@@ -306,6 +306,11 @@ class Arch:
     def kv_layers(self) -> tuple[int, ...]:
         """Layers with keys and values of their own: those that the cache has."""
         return tuple(layer for layer, kind in enumerate(self.layer_kinds) if kind.kv_from is None)
+
+    @property
+    def output_size(self) -> int:
+        """Features of the final hidden states, which the head of any kind reads."""
+        return self.token_size or self.hidden_size
 
     @property
     def num_experts(self) -> int:

@@ -78,10 +78,10 @@ class DecoderLayer:
 
 class Decoder:
     """A tree of plain modules; parameters' paths (`models.slots`) are its attribute paths. `projection` brings hidden
-    states to the width of `head`, if that is another. `per_layer` makes each layer's own input `[t, l, p]` of tokens
-    and their embedding, and `widen` several streams of that, in models that have these. `kv_layers`: which layer of the
-    cache a layer's keys and values are in. `logit_multiplier` and `logit_softcap` as in `Arch`. `head`: of a model that
-    generates; another has `pooling`."""
+    states to another width in the end, if the head wants one. `per_layer` makes each layer's own input `[t, l, p]` of
+    tokens and their embedding, and `widen` several streams of that, in models that have these. `kv_layers`: which layer
+    of the cache a layer's keys and values are in. `logit_multiplier` and `logit_softcap` as in `Arch`. `head`: of a
+    model that generates; another has `pooling`."""
 
     def __init__(
         self,
@@ -115,8 +115,12 @@ class Decoder:
         """All layers as one call; without it the layers run op by op, to the same bits. See `models.stack`."""
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """One step: writes K and V of all its tokens to `kv`, returns the normed hidden states `[s, e]` of
-        `logits_rows_s`, for `logits`."""
+        """One step: writes K and V of all its tokens to `kv`, returns the normed hidden states of `logits_rows_s`, as
+        `logits` and `pooling` want them: `[s, e]`, or as wide as `projection` makes them."""
+        hidden_se = self._hidden(batch, kv)
+        return hidden_se if self.projection is None else self.projection(hidden_se)
+
+    def _hidden(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         if self.stack is not None:
             assert kv.num_groups == 1
             return self.stack(
@@ -166,7 +170,7 @@ class Decoder:
         """The head: float32 logits `[s, v]`. Apart from `forward`, so that the caller can bound how many rows of a
         large vocabulary are in memory at one time."""
         assert self.head is not None, "a pooling model has no logits"
-        logits_sv = self.head.wide(hidden_se if self.projection is None else self.projection(hidden_se))
+        logits_sv = self.head.wide(hidden_se)
         if self.logit_multiplier != 1.0:
             logits_sv.mul_(self.logit_multiplier)
         if self.logit_softcap is not None:

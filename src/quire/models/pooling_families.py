@@ -122,15 +122,15 @@ def pooling_families(families: dict[str, Family]) -> Iterator[Family]:
 
 def vectors(config: ModelConfig, arch: Arch) -> PoolingConfig:
     """Of a decoder without a head: where tokens see only what is before them, just the last one has seen all."""
-    return embedding(config, arch.hidden_size, method="last" if arch.causal else "mean")
+    return embedding(config, arch.output_size, method="last" if arch.causal else "mean")
 
 
 def _sequence(module: str) -> Read:
-    return lambda config, arch: classification(config, arch.hidden_size, method="last", module=module, bias=False)
+    return lambda config, arch: classification(config, arch.output_size, method="last", module=module, bias=False)
 
 
 def _token(module: str) -> Read:
-    return lambda config, arch: token_classification(config, arch.hidden_size, module=module, bias=True)
+    return lambda config, arch: token_classification(config, arch.output_size, module=module, bias=True)
 
 
 def _qwen2_reward(_config: ModelConfig, arch: Arch) -> PoolingConfig:
@@ -147,7 +147,7 @@ def _internlm2_reward(_config: ModelConfig, arch: Arch) -> PoolingConfig:
 
 def _deep_score(arch: Arch, labels: tuple[str, ...]) -> PoolingConfig:
     """Two layers, of which the checkpoint counts the activation between them as well."""
-    first = replace(_layer(arch, "score.0", arch.hidden_size, bias=True), activation="relu")
+    first = replace(_layer(arch, "score.0", arch.output_size, bias=True), activation="relu")
     return _reward(arch, labels, (first, _layer(arch, "score.2", len(labels), bias=True)))
 
 
@@ -156,14 +156,14 @@ def _reward(arch: Arch, labels: tuple[str, ...], layers: tuple[HeadLayer, ...]) 
     return PoolingConfig(
         tasks=(PoolingTask.CLASSIFY, PoolingTask.TOKEN_CLASSIFY),
         method="last",
-        hidden_size=arch.hidden_size,
+        hidden_size=arch.output_size,
         layers=layers,
         labels=labels,
     )
 
 
 def _layer(arch: Arch, module: str, size: int, *, bias: bool) -> HeadLayer:
-    return HeadLayer(module=module, in_size=arch.hidden_size, out_size=size, bias=bias)
+    return HeadLayer(module=module, in_size=arch.output_size, out_size=size, bias=bias)
 
 
 _REWARD_MODELS: tuple[tuple[str, str, Read], ...] = (

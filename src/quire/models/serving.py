@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from quire.config.engine import EngineConfig, PoolingMethod, RunnerKind
 from quire.core.errors import ConfigError
@@ -15,6 +18,7 @@ from quire.models.pooling_families import vectors
 from quire.models.pooling_fields import read_classifier_tokens
 from quire.models.registry import identify
 from quire.models.sentence_transformers import read_modules
+from quire.models.source import resolve_tokenizer
 from quire.nn.pooling_config import PoolingConfig, TokenChoice
 
 
@@ -22,12 +26,14 @@ from quire.nn.pooling_config import PoolingConfig, TokenChoice
 class Serving:
     """How the operator wants it. `runner`: `pooling` makes an embedder of a model that generates, as files of
     sentence-transformers beside it do with `auto`. `method`: how embeddings are pooled, whatever those files say.
-    `classifier_tokens`: a model that generates judges by how likely
-    the second of these tokens is, rather than the first, to come next."""
+    `classifier_tokens`: a model that generates judges by how likely the second of these tokens is, rather than the
+    first, to come next. `tokenizer`: from the model's directory to that of the tokenizer which makes tokens of these
+    texts; it may fetch it, and so is asked only when there are some."""
 
     runner: RunnerKind = "auto"
     method: PoolingMethod | None = None
     classifier_tokens: tuple[str, str] | None = None
+    tokenizer: Callable[[Path], Path] | None = None
 
 
 DEFAULT_SERVING = Serving()
@@ -43,7 +49,7 @@ class Served:
 
 
 def read_serving(config: EngineConfig) -> Serving:
-    """Of `runner`, `pooling_method` and `classifier_tokens`, whose text is `no,yes`. Raises ConfigError."""
+    """Of `runner`, `pooling_method`, `tokenizer` and `classifier_tokens`, which is `no,yes`. Raises ConfigError."""
     text, method = config.classifier_tokens, config.pooling_method
     if config.runner == "generate" and (text or method):
         raise ConfigError(
@@ -51,8 +57,9 @@ def read_serving(config: EngineConfig) -> Serving:
             param="classifier_tokens" if text else "pooling_method",
             remedy="Leave out one of the two.",
         )
+    plain = Serving(runner=config.runner, method=method, tokenizer=partial(resolve_tokenizer, config))
     if text is None:
-        return Serving(runner=config.runner, method=method)
+        return plain
     parts = tuple(text.split(","))
     if len(parts) != 2 or not all(parts):
         raise ConfigError(
@@ -60,7 +67,7 @@ def read_serving(config: EngineConfig) -> Serving:
             param="classifier_tokens",
             remedy="It must be two tokens with a comma between them, the one for no first, such as no,yes.",
         )
-    return Serving(runner=config.runner, method=method, classifier_tokens=(parts[0], parts[1]))
+    return replace(plain, classifier_tokens=(parts[0], parts[1]))
 
 
 def identify_served(checkpoint: Checkpoint, serving: Serving) -> Served:
@@ -78,7 +85,7 @@ def identify_served(checkpoint: Checkpoint, serving: Serving) -> Served:
         return Served(checkpoint=checkpoint, family=family, arch=arch)
     tokens = serving.classifier_tokens or read_classifier_tokens(config)
     if tokens is not None:
-        arch = replace(arch, lm_head=False, pooling=_by_tokens(checkpoint, family, arch, tokens))
+        arch = replace(arch, lm_head=False, pooling=_by_tokens(checkpoint, family, arch, tokens, serving))
     elif arch.pooling is None or arch.pooling.embeds:
         modules = read_modules(checkpoint.directory)
         if arch.pooling is None and modules is None and serving.runner == "auto" and serving.method is None:
@@ -127,7 +134,9 @@ def _with_prefix(family: Family, arch: Arch) -> Family:
     return replace(family, optional_prefix=name.partition(".")[0] + ".")
 
 
-def _by_tokens(checkpoint: Checkpoint, family: Family, arch: Arch, tokens: tuple[str, str]) -> PoolingConfig:
+def _by_tokens(
+    checkpoint: Checkpoint, family: Family, arch: Arch, tokens: tuple[str, str], serving: Serving
+) -> PoolingConfig:
     names = family.names_of(arch)
     head = names.get("embedding" if arch.tie_word_embeddings else "head")
     if not isinstance(head, str) or arch.head_bias or not arch.causal:
@@ -136,11 +145,12 @@ def _by_tokens(checkpoint: Checkpoint, family: Family, arch: Arch, tokens: tuple
             param="classifier_tokens",
             remedy="Leave it out.",
         )
-    no, yes = _token_ids(checkpoint, arch, tokens)
+    directory = checkpoint.directory if serving.tokenizer is None else serving.tokenizer(checkpoint.directory)
+    no, yes = _token_ids(directory, arch, tokens)
     return PoolingConfig(
         tasks=(PoolingTask.CLASSIFY, PoolingTask.SCORE),
         method="last",
-        hidden_size=arch.hidden_size,
+        hidden_size=arch.output_size,
         activation="sigmoid",
         labels=(tokens[1],),
         pair="template",
@@ -155,10 +165,10 @@ def _by_tokens(checkpoint: Checkpoint, family: Family, arch: Arch, tokens: tuple
     )
 
 
-def _token_ids(checkpoint: Checkpoint, arch: Arch, tokens: tuple[str, str]) -> list[int]:
+def _token_ids(directory: Path, arch: Arch, tokens: tuple[str, str]) -> list[int]:
     from quire.text.tokenizer import Tokenizer  # a library that other models' engines need not load
 
-    tokenizer = Tokenizer.load(checkpoint.directory)
+    tokenizer = Tokenizer.load(directory)
     found = []
     for text in tokens:
         ids = tokenizer.encode(text, add_special_tokens=False)

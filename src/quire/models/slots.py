@@ -63,11 +63,10 @@ def slots(arch: Arch) -> Iterator[Slot]:
         yield from _norm(arch.norm, "norm", (e,), 0)
     if arch.pooling is not None:
         yield from _pooling(arch.pooling)
-    width = arch.token_size or e
-    if arch.lm_head and width != e:
-        yield Slot("projection.weight", (width, e))
+    if arch.output_size != e:
+        yield Slot("projection.weight", (arch.output_size, e))
     if arch.lm_head and not arch.tie_word_embeddings:
-        yield Slot(HEAD, (arch.vocab_size, width), normed=arch.normed_head)
+        yield Slot(HEAD, (arch.vocab_size, arch.output_size), normed=arch.normed_head)
     if arch.lm_head and arch.head_bias:
         yield Slot("head.bias", (arch.vocab_size,))
 

@@ -127,6 +127,11 @@ class EngineClient:
         return len(self._flights)
 
     @property
+    def max_in_flight(self) -> int:
+        """How many requests `submit` takes before others have ended."""
+        return self._bounds.max_in_flight
+
+    @property
     def failure(self) -> QuireError | None:
         return self._failure
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import math
 import sys
+import threading
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from starlette.requests import Request
 
-from quire.core.errors import EngineError, InvalidParameter, QuireError, from_info
+from quire.core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineError,
+    InvalidParameter,
+    QueueFull,
+    QuireError,
+    from_info,
+)
 from quire.core.pooling import Pooled, PoolingInfo, PoolingParams, PoolingTask
 from quire.core.request import EngineOutput, EngineRequest
 from quire.core.sampling import SamplingParams
 from quire.serve.call import Call
+from quire.serve.inbox import patience
 from quire.serve.service import INLINE_CHARS, Service, off_loop
 from quire.serve.sse import while_connected
 from quire.text.pooling_prompt import Encoded
@@ -25,7 +37,7 @@ from quire.wire.pooling import PoolingUsage
 
 MAX_PROMPTS = 2048
 AT_ONCE = 512
-"""How many of them the engine is given at a time: a large call must not fill its queue, nor be more than fits it."""
+"""How many of them the engine is given at a time: a large call must not fill its queue. Fewer where that is short."""
 MAX_CHARACTERS = 16 * 1024 * 1024
 """Of all prompts of a call; a query counts once for each of its documents."""
 MAX_TOKENS = 1_000_000
@@ -85,24 +97,59 @@ async def run_pooling(
     size: Size,
     param: str,
 ) -> Results:
-    """Encode (on a thread if that may take long), submit, and wait for all, while the client is there. No more than
-    `AT_ONCE` are submitted before the first of them have ended; of those either all are taken in or none.
+    """Encode (on a thread if that may take long), submit, and wait for all, while the client is there and the deadline
+    has not passed. No more than `AT_ONCE` are submitted before the first of them have ended.
 
     The first error is the call's, and cancels the rest; so does a client that leaves. `param` is the parameter that
     holds the inputs. Raises `InvalidParameter` for more of them than a call may have.
     """
     size.check(param)
 
-    def make() -> list[EngineRequest]:
-        prompts = list(_bounded(encode(), param))
+    def make(stop: threading.Event) -> list[EngineRequest]:
+        prompts = list(_bounded(_until(stop, encode()), param))
         _check_answer(params, info, prompts, encoding, param)
         return [_engine_request(call, params, prompt, index) for index, prompt in enumerate(prompts)]
 
-    requests = await off_loop(size.work, make)
-    with contextlib.closing(Pooling(service, requests)) as pooling:
-        pooled = await while_connected(request.receive, pooling.results())
-    num_tokens = sum(len(each.prompt_token_ids) for each in requests)
-    return Results(pooled=pooled, usage=PoolingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens))
+    async def run() -> Results:
+        requests = await _encoded(service, call, size, make)
+        with contextlib.closing(Pooling(service, requests)) as pooling:
+            pooled = await pooling.results()
+        num_tokens = sum(len(each.prompt_token_ids) for each in requests)
+        return Results(pooled=pooled, usage=PoolingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens))
+
+    return await while_connected(request.receive, run())
+
+
+async def _encoded(
+    service: Service, call: Call, size: Size, make: Callable[[threading.Event], list[EngineRequest]]
+) -> list[EngineRequest]:
+    """What `make` gives; the event that it is passed is set once nobody waits for that any more. Raises
+    `DeadlineExceeded`."""
+    stop = threading.Event()
+    left = call.arrival_time + patience(call.deadlines) - service.clock()
+    try:
+        async with asyncio.timeout(None if left == math.inf else left):
+            return await off_loop(size.work, lambda: make(stop))
+    except TimeoutError:
+        service.metrics.request_failed(DeadlineExceeded.code)
+        raise DeadlineExceeded(
+            "The request's deadline passed while its inputs were made into tokens.",
+            remedy="Send fewer of them in a call, or allow more time.",
+        ) from None
+    finally:
+        stop.set()
+
+
+def _until(stop: threading.Event, prompts: Iterable[Encoded]) -> Iterator[Encoded]:
+    """Begins no further prompt once `stop` is set. Raises `Cancelled` then."""
+    rest = iter(prompts)
+    while not stop.is_set():
+        try:
+            prompt = next(rest)
+        except StopIteration:
+            return
+        yield prompt
+    raise Cancelled("Nobody waits for these prompts any more.")
 
 
 def check_not_empty(param: str, given: Sequence[object]) -> None:
@@ -165,23 +212,41 @@ class Pooling:
         """Submitted and not ended."""
 
     async def results(self) -> list[Pooled]:
-        """Raises a request's error, as the whole call's."""
+        """Raises a request's error, as the whole call's.
+
+        What finds the queue full although others of the call were taken in is submitted again when these have ended,
+        with no more beside it than fitted before.
+        """
         found: dict[str, Pooled] = {}
-        for start in range(0, len(self._requests), AT_ONCE):
-            await self._run(self._requests[start : start + AT_ONCE], found)
+        model, engine = self._service.engine.model, self._service.engine
+        assert model is not None, "its encoder was made from it"
+        most = min(AT_ONCE, model.max_num_queued_reqs, engine.max_in_flight)
+        at_once, left = most, deque(self._requests)
+        while left:
+            batch = _first(left, at_once, model.max_num_queued_tokens)
+            refused = await self._run(batch, found)
+            left.extendleft(reversed(refused))
+            at_once = len(batch) - len(refused) if refused else min(most, 2 * at_once)
         return [found[request.request_id] for request in self._requests]
 
-    async def _run(self, requests: Sequence[EngineRequest], found: dict[str, Pooled]) -> None:
+    async def _run(self, requests: Sequence[EngineRequest], found: dict[str, Pooled]) -> list[EngineRequest]:
+        """Those that found the queue full, which are not all: then it raises `QueueFull`."""
         try:
             inbox = self._service.engine.submit(requests)
         except QuireError as error:
             self._service.metrics.request_failed(error.code)
             raise
         self._open = {request.request_id: request for request in requests}
+        refused: list[EngineRequest] = []
         while self._open:
             for output in await inbox.get():
                 request = self._open.pop(output.request_id)
-                found[output.request_id] = self._take(request, output)
+                is_full = output.error is not None and output.error.code == QueueFull.code
+                if is_full and len(refused) + 1 < len(requests):
+                    refused.append(request)
+                else:
+                    found[output.request_id] = self._take(request, output)
+        return refused
 
     def _take(self, request: EngineRequest, output: EngineOutput) -> Pooled:
         metrics = self._service.metrics
@@ -201,6 +266,16 @@ class Pooling:
             self._service.engine.cancel(list(self._open))
             self._service.metrics.requests_aborted(len(self._open))
             self._open.clear()
+
+
+def _first(left: deque[EngineRequest], most: int, max_tokens: int) -> list[EngineRequest]:
+    """Takes at least one from `left`, and no more than `most` requests or `max_tokens` tokens."""
+    batch = [left.popleft()]
+    num_tokens = len(batch[0].prompt_token_ids)
+    while left and len(batch) < most and num_tokens + len(left[0].prompt_token_ids) <= max_tokens:
+        batch.append(left.popleft())
+        num_tokens += len(batch[-1].prompt_token_ids)
+    return batch
 
 
 def rows(pooled: Pooled) -> list[list[float]]:

@@ -11,7 +11,7 @@ from quire.core.json_file import read_optional_json_object
 from quire.core.model_info import ModelInfo
 from quire.core.pooling import PoolingInfo, PoolingParams, check_pooling
 from quire.text.prompt import PromptEncoder, check_characters, check_ids
-from quire.text.tokenizer import Side
+from quire.text.tokenizer import CHARACTERS_PER_TOKEN, Side
 
 MAX_CUTS = 4
 
@@ -167,15 +167,19 @@ class PoolingEncoder:
         return self._encode(query, document, truncation, where)
 
     def head(self, text: str, max_tokens: int) -> str:
-        """The start of a text of so many tokens."""
-        return self._prompts.tokenizer.head(text, max_tokens)
+        """The start of a text of so many tokens; of more than fit the model, one that does not."""
+        return self._prompts.tokenizer.head(text, min(max_tokens, self._info.max_model_len + 1))
 
     def _encode_templated(self, render: _PairTemplate, document: str, truncation: Truncation, where: str) -> Encoded:
         tokenizer, limit = self._prompts.tokenizer, truncation.max_tokens
+        if limit is not None:
+            document = tokenizer.head(document, limit)
         for _ in range(MAX_CUTS):
             text = render(document)
             if limit is None:
                 check_characters(tokenizer, text, self._info.max_model_len, where)
+            elif len(text) - len(document) > limit * max(CHARACTERS_PER_TOKEN, tokenizer.longest_token_chars):
+                break
             ids = tokenizer.encode(text, add_special_tokens=False)
             if limit is None or len(ids) <= limit:
                 return self._checked(Encoded(ids), where)

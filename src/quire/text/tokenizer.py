@@ -23,6 +23,10 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 Side = Literal["left", "right"]
 
+CHARACTERS_PER_TOKEN = 64
+"""A text of which so many tokens are kept is read to that many characters for each, or to as many as the longest token
+has. What is behind cannot be among them, unless characters before it make hardly any tokens, such as long blanks."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -124,8 +128,11 @@ class Tokenizer:
 
         What is too long loses tokens at `side` (by default the checkpoint's), never special ones; of two texts the
         longer one first, as of Hugging Face's `longest_first`. Raises `InvalidParameter` for a `max_tokens` that the
-        special tokens fill.
+        special tokens fill. Only what may be kept is read: see `CHARACTERS_PER_TOKEN`.
         """
+        if max_tokens is not None:
+            text = self._readable(text, max_tokens, side)
+            pair = None if pair is None else self._readable(pair, max_tokens, side)
         _check_unicode(text + (pair or ""))
         whole = self._backend.encode(text, pair, add_special_tokens=add_special_tokens)
         if max_tokens is None or len(whole.ids) <= max_tokens:
@@ -154,13 +161,22 @@ class Tokenizer:
         return [whole.ids[index] for index in fitting], [whole.type_ids[index] for index in fitting]
 
     def head(self, text: str, max_tokens: int) -> str:
-        """The start of a text that is its first `max_tokens` tokens, but for a character of which they have a part."""
+        """The start of a text that is its first `max_tokens` tokens, but for a character of which they have a part. No
+        more is read than of `CHARACTERS_PER_TOKEN`."""
+        text = self._readable(text, max_tokens, "right")
         _check_unicode(text)
         offsets = self._backend.encode(text, add_special_tokens=False).offsets
         if len(offsets) <= max_tokens:
             return text
         last_end = max((end for _, end in offsets[:max_tokens]), default=0)
         return text[: min(last_end, offsets[max_tokens][0])]
+
+    def _readable(self, text: str, max_tokens: int, side: Side | None) -> str:
+        """The part of a text that is looked at where all but `max_tokens` tokens are cut off at `side`."""
+        if len(text) <= (max_tokens + 1) * CHARACTERS_PER_TOKEN:
+            return text  # without looking up the longest token
+        count = (max_tokens + 1) * max(CHARACTERS_PER_TOKEN, self.longest_token_chars)
+        return text[-count:] if (side or self.truncation_side) == "left" else text[:count]
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

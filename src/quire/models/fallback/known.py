@@ -5,7 +5,7 @@ Names are looked up in transformers' own tables; nothing of a checkpoint names c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,7 @@ def know(checkpoint: Checkpoint, quantization: Format | None = None) -> Known:
             remedy="Leave it out.",
         )
     model_class, config = _classes(name, checkpoint, file)
+    _check_parts(name, config.to_dict())  # with those that are there by default
     _check_kind(name, model_class, config)
     return Known(architecture=name, model_class=model_class, config=config)
 
@@ -125,6 +126,7 @@ def _classes(name: str, checkpoint: Checkpoint, file: str) -> tuple[Any, Any]:
             remedy=remedy,
         )
     _check_counts(fields, checkpoint, file)
+    _check_parts(name, fields)
     config_class = CONFIG_MAPPING[model_type]
     found = [
         table.get(config_class, None) for table in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
@@ -169,6 +171,24 @@ def _check_counts(fields: Mapping[str, Any], checkpoint: Checkpoint, file: str) 
                     f"{len(checkpoint.tensors)} tensors.",
                     param="model",
                 )
+
+
+def _check_parts(name: str, fields: Mapping[str, Any]) -> None:
+    """Before transformers makes a part that timm would make, which looks for it in the network if its name says so."""
+    for part in _parts(fields):
+        model_type = part.get("model_type")
+        timm = isinstance(model_type, str) and model_type.startswith("timm")
+        if timm or "model_args" in part or (part is not fields and "architecture" in part):
+            reason = "a part of it is made by timm, which may fetch what config.json names from the network"
+            raise unsupported(name, reason)
+
+
+def _parts(value: object) -> Iterator[Mapping[str, Any]]:
+    """Every object of a configuration, however deep."""
+    if isinstance(value, dict):
+        yield value
+    for inside in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _parts(inside)
 
 
 def _check_kind(name: str, model_class: Any, config: Any) -> None:
