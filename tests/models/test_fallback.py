@@ -28,8 +28,12 @@ from quire.core.errors import (
     UnknownArchitecture,
     UnsupportedModel,
 )
+from quire.models.fallback.attention import Unfit
+from quire.models.fallback.rowwise import Rowwise
 from quire.models.fallback.visible import Mask, Visible, visible
 from quire.models.load import LoadedModel, load_model
+from quire.ops.kernels import select
+from quire.ops.target import Target
 
 BLOCK, LENGTH = 16, 100
 
@@ -83,6 +87,10 @@ KINDS = [
     ("DiffLlamaForCausalLM", "bfloat16"),
     ("Qwen3VLMoeForConditionalGeneration", "bfloat16"),
     ("GPT2LMHeadModel", "float32"),
+    ("LagunaForCausalLM", "float32"),
+    ("LagunaForCausalLM", "bfloat16"),
+    ("AriaForConditionalGeneration", "float32"),
+    ("AriaForConditionalGeneration", "bfloat16"),
 ]
 
 
@@ -110,6 +118,66 @@ def test_a_row_has_the_same_bits_whatever_else_is_in_the_step(
         found = model.decoder.logits(model.decoder.forward(batch, kv))
         expected = torch.cat([alone[index][start:stop] for index, start, stop in parts])
         assert torch.equal(found, expected)
+
+
+# --- what torch computes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def rowwise(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, Rowwise]:
+    """A model of one matrix of [48, 40] and one for each of three experts, and what surrounds its code."""
+    torch.manual_seed(3)
+    dtype = getattr(torch, request.param)
+    model = torch.nn.Module()
+    model.matrix = torch.nn.Parameter(torch.randn(48, 40, dtype=dtype), requires_grad=False)
+    model.experts = torch.nn.Parameter(torch.randn(3, 48, 40, dtype=dtype), requires_grad=False)
+    return model, Rowwise(model, {dtype: select(Target(torch.device("cpu"), dtype))})
+
+
+@pytest.mark.parametrize("beta", [1, 2.5])
+def test_softplus_of_an_element_is_the_same_wherever_it_stands(rowwise: Any, beta: float) -> None:
+    model, mode = rowwise
+    x = torch.linspace(-30, 30, 1003).to(model.matrix.dtype)
+    with mode:
+        whole = torch.nn.functional.softplus(x, beta)
+        same = torch.nn.Softplus(beta)(x)
+        alone = torch.cat([torch.nn.functional.softplus(x[index : index + 1], beta=beta) for index in range(len(x))])
+    assert torch.equal(whole, alone)
+    assert torch.equal(whole, same)
+    torch.testing.assert_close(whole, torch.nn.functional.softplus(x, beta))
+
+
+@pytest.mark.parametrize("product", [torch.matmul, torch.mm, torch.Tensor.matmul, lambda a, b: a @ b])
+def test_rows_by_a_matrix_of_the_model_do_not_depend_on_one_another(rowwise: Any, product: Any) -> None:
+    model, mode = rowwise
+    x = torch.randn(37, 48).to(model.matrix.dtype)
+    for matrix in (model.matrix, model.experts[1]):
+        with mode:
+            whole = product(x, matrix)
+            alone = torch.cat([product(x[index : index + 1], matrix) for index in range(len(x))])
+        assert torch.equal(whole, alone)
+        torch.testing.assert_close(whole, x @ matrix, rtol=2e-2, atol=2e-2)
+
+
+PRODUCTS: dict[str, Any] = {
+    "matrix from the left": lambda x, model: model.matrix.T @ x.T,
+    "all experts": lambda x, model: x @ model.experts,
+    "bmm": lambda x, model: torch.bmm(x.expand(3, *x.shape), model.experts),
+    "einsum": lambda x, model: torch.einsum("tk,ekn->etn", x, model.experts),
+    "einsum of a list": lambda x, model: torch.einsum("tk,kn->tn", [x, model.matrix]),
+    "baddbmm": lambda x, model: torch.baddbmm(torch.zeros(1, dtype=x.dtype), x.expand(3, *x.shape), model.experts),
+    "by name": lambda x, model: torch.matmul(x, other=model.matrix),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_other_products_with_parameters_are_unfit(rowwise: Any, name: str) -> None:
+    model, mode = rowwise
+    x = torch.randn(5, 48).to(model.matrix.dtype)
+    with mode, pytest.raises(Unfit, match="number of rows"):
+        PRODUCTS[name](x, model)
+    with mode:
+        x @ x.T  # what tokens do with one another is another matter
 
 
 def logits(model: LoadedModel, lay_out: Any, parts: Any) -> torch.Tensor:

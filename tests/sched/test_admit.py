@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
+from quire.cache.groups import ALL_OF_THE_PAST, group_layers
+from quire.cache.ledger import KVLedger
 from quire.core.errors import ConfigError, InvalidParameter, PromptTooLong, QueueFull
 from quire.core.request import Deadlines, EngineRequest
 from quire.core.sampling import SamplingParams
@@ -17,6 +21,34 @@ def limits(**changes) -> SchedulerLimits:
 def request(name="r", prompt=(1, 2, 3), **more) -> EngineRequest:
     more.setdefault("sampling", SamplingParams(max_tokens=4, seed=0))
     return EngineRequest(request_id=name, prompt_token_ids=prompt, arrival_time=0.0, **more)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(num_blocks=st.integers(1, 450), length=st.integers(1, 90), max_num_seqs=st.integers(1, 60))
+@example(num_blocks=300, length=12, max_num_seqs=200)  # three blocks are kept back, and so the last request
+@example(num_blocks=303, length=12, max_num_seqs=200)
+def test_a_plan_counts_the_sequences_that_are_let_in(driver_class, num_blocks, length, max_num_seqs):
+    ledger = KVLedger(
+        memory_available=0,
+        weight_bytes=0,
+        activation_bytes=0,
+        kv_bytes_per_block=1,
+        groups=group_layers({ALL_OF_THE_PAST: 1}, 100),
+        step_tokens=100_000,
+        block_size=4,
+        longest=100,
+        max_num_seqs=max_num_seqs,
+    )
+    bounds = limits(max_num_seqs=max_num_seqs, max_num_batched_tokens=100_000, max_model_len=100)
+    driver = driver_class(bounds, num_blocks=num_blocks, block_size=4, cache=False)
+    planned = ledger.num_sequences(length, num_blocks + 1)
+    if not planned:
+        with pytest.raises(PromptTooLong, match="KV cache holds"):
+            driver.submit(request(prompt=[1] * length))
+        return
+    for index in range(planned + 3):
+        driver.submit(request(name=str(index), prompt=[1] * length))
+    assert len(driver.step().scheduled) == planned
 
 
 def test_an_id_may_be_used_again_only_when_its_request_is_done(driver_class):

@@ -25,9 +25,11 @@ _TEXT: Mapping[str, str] = {
     "ElectraForCausalLM": "ElectraConfig",
     "ErnieForCausalLM": "ErnieConfig",
     "FlintForCausalLM": "FlintConfig",
+    "Gemma4UnifiedForCausalLM": "Gemma4UnifiedTextConfig",
     "Glm4MoeLiteForCausalLM": "Glm4MoeLiteConfig",
     "GraniteMoeSWAForCausalLM": "GraniteMoeSWAConfig",
     "HYV3ForCausalLM": "HYV3Config",
+    "HrmTextForCausalLM": "HrmTextConfig",
     "JetMoeForCausalLM": "JetMoeConfig",
     "Kolibri1ForCausalLM": "Kolibri1Config",
     "LagunaForCausalLM": "LagunaConfig",
@@ -47,6 +49,7 @@ _TEXT: Mapping[str, str] = {
 _TEXT_OF: Mapping[str, str] = {
     "AriaForConditionalGeneration": "AriaConfig",
     "AyaVisionForConditionalGeneration": "AyaVisionConfig",
+    "ChameleonForConditionalGeneration": "ChameleonConfig",
     "Cohere2VisionForConditionalGeneration": "Cohere2VisionConfig",
     "Cosmos3EdgeForConditionalGeneration": "Cosmos3EdgeConfig",
     "Cosmos3OmniForConditionalGeneration": "Cosmos3OmniConfig",
@@ -74,6 +77,8 @@ _TEXT_OF: Mapping[str, str] = {
     "LlavaOnevisionForConditionalGeneration": "LlavaOnevisionConfig",
     "MiniMaxM3SparseForConditionalGeneration": "MiniMaxM3VLConfig",
     "Mistral3ForConditionalGeneration": "Mistral3Config",
+    "MllamaForConditionalGeneration": "MllamaConfig",
+    "Molmo2ForConditionalGeneration": "Molmo2Config",
     "MossTranscribeDiarizeForConditionalGeneration": "MossTranscribeDiarizeConfig",
     "MuseGlimmerForConditionalGeneration": "MuseGlimmerConfig",
     "Ovis2ForConditionalGeneration": "Ovis2Config",
@@ -137,7 +142,11 @@ _DECODERS = (
     "ErnieForCausalLM",
     "RoCBertForCausalLM",
 )
-_FIELDS: Mapping[str, Mapping[str, Any]] = {name: {"is_decoder": True} for name in _DECODERS}
+_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    **{name: {"is_decoder": True} for name in _DECODERS},
+    "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 4}},
+    "Molmo2ForConditionalGeneration": {"adapter_config": {"vision_feature_layer": [0, 1]}},
+}
 
 
 def _case(architecture: str, config: str, family: str) -> Case:

@@ -15,6 +15,8 @@ from quire.cache.groups import KVGroups, most_held, token_capacity
 from quire.core.errors import NotEnoughMemory
 
 GIB = 1024**3
+RESERVE = 100
+"""One block in so many is kept from newcomers while others run."""
 HEAD_ROWS = 128
 """Most rows that go through the output head at once, however many want logits: bounds them by the vocabulary alone."""
 USEFUL_LEN = 256
@@ -114,11 +116,12 @@ class KVLedger:
         return most_held(self.groups.sights, num_tokens, self.block_size, step_tokens)
 
     def num_sequences(self, num_tokens: int, num_blocks: int) -> int:
-        """Sequences of so many tokens that `num_blocks` blocks hold at once: the last of them computes its prompt in
-        the largest steps, while the others decode. One alone may take smaller steps."""
+        """Sequences of so many tokens that run at once in `num_blocks` blocks, as the scheduler lets them in: the last
+        of them computes its prompt in the largest steps, while the others decode, and leaves the `RESERVE` free. One
+        alone may take smaller steps, and needs no reserve."""
         usable, decoding = num_blocks - 1, self.blocks_for(num_tokens)
-        others = (usable - self.blocks_for(num_tokens, self.step_tokens)) // decoding
-        return others + 1 if others >= 0 else int(decoding <= usable)
+        others = (usable - usable // RESERVE - self.blocks_for(num_tokens, self.step_tokens)) // decoding
+        return min(self.max_num_seqs, others + 1) if others > 0 else int(decoding <= usable)
 
     @property
     def smallest_len(self) -> int:

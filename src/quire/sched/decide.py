@@ -14,14 +14,12 @@ from itertools import chain
 
 import msgspec
 
+from quire.cache.ledger import RESERVE
 from quire.cache.pool import NULL_BLOCK
 from quire.core.errors import DeadlineExceeded, QuireError
 from quire.sched.policy import PROMPT_WEIGHT
 from quire.sched.queue import Deadline
 from quire.sched.state import Phase, RequestState, SchedulerState
-
-RESERVE = 100
-"""One block in so many is kept from newcomers while others run."""
 
 
 class Grant(msgspec.Struct, frozen=True):

@@ -5,7 +5,8 @@ Legend: t rows, k features in, n features out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from quire.models.fallback.attention import Unfit
 from quire.nn.layers import Linear
 from quire.ops.activation import activation
 from quire.ops.kernels import Kernels
+
+_BY_A_MATRIX: tuple[Callable[..., Tensor], ...] = (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.mm,
+    Tensor.mm,
+)
+_PRODUCTS: tuple[Callable[..., Tensor], ...] = (
+    Tensor.__rmatmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.mv,
+    Tensor.mv,
+    torch.addmm,
+    Tensor.addmm,
+    torch.baddbmm,
+    Tensor.baddbmm,
+    torch.einsum,
+    torch.tensordot,
+    functional.bilinear,
+)
 
 
 class LinearModule(nn.Module):
@@ -64,8 +88,9 @@ def _replacement(module: nn.Module, kernels: Kernels, *, wide: bool) -> LinearMo
 
 class Rowwise(TorchFunctionMode):
     """Within it, what torch computes differently for other numbers of rows goes another way: `functional.linear`, which
-    routers and experts call with parameters of their own, to quire's kernels; activations, whose last few elements
-    torch rounds differently from the others, to quire's.
+    routers and experts call with parameters of their own, and products of rows by a matrix, to quire's kernels;
+    activations, whose last few elements torch rounds differently from the others, to quire's. Other products with the
+    model's parameters raise Unfit: torch adds their terms in an order that depends on the number of rows.
 
     Matrices of the model, and parts of them, are packed when they are first met; any other is packed for the call.
     """
@@ -87,6 +112,9 @@ class Rowwise(TorchFunctionMode):
             torch.sigmoid: _sigmoid,
             Tensor.sigmoid: _sigmoid,
             functional.sigmoid: _sigmoid,
+            functional.softplus: _softplus,
+            **{product: partial(self._by_matrix, product) for product in _BY_A_MATRIX},
+            **{product: partial(self._product, product) for product in _PRODUCTS},
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,9 +134,26 @@ class Rowwise(TorchFunctionMode):
         found = self._packed.get(key)
         if found is None:
             found = Linear(weight.detach().contiguous(), None, self._kernels_of[weight.dtype])
-            if weight.untyped_storage().data_ptr() in self._own:
+            if self._is_own(weight):
                 self._packed[key] = found
         return found
+
+    def _by_matrix(self, product: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 2 and not kwargs:
+            rows, matrix_kn = args
+            if self._is_own(matrix_kn) and not self._is_own(rows) and matrix_kn.ndim == 2 and rows.ndim > 1:
+                return self._linear(rows, matrix_kn.T)
+        return self._product(product, *args, **kwargs)
+
+    def _product(self, product: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        for operand in _tensors((*args, *kwargs.values())):
+            if self._is_own(operand):
+                name = getattr(product, "__name__", "a product")
+                raise Unfit(f"its code multiplies by a parameter with {name}, whose bits depend on the number of rows")
+        return product(*args, **kwargs)
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._own
 
     def _silu(self, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002, ARG002
         return self._activation(input, "silu")
@@ -119,6 +164,21 @@ class Rowwise(TorchFunctionMode):
     def _activation(self, x: Tensor, name: str) -> Tensor:
         kernels = self._kernels_of.get(x.dtype)
         return activation(x, name) if kernels is None else kernels.activation(x.contiguous(), name)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:  # noqa: A002
+    wide = input.float()
+    scaled = wide * beta
+    soft = (scaled.clamp(min=0) + scaled.abs().neg().exp().log1p()) / beta
+    return torch.where(scaled > threshold, wide, soft).to(input.dtype)
 
 
 def _sigmoid(input: Tensor) -> Tensor:  # noqa: A002
