@@ -185,6 +185,7 @@ async def test_the_openai_client_in_front_of_two_kinds_of_servers(servers: dict[
         await until(lambda: _all_read(on))
         assert await on.metric("llm_d_epp_request_total", model_name="chat-v2") == 2.0
         assert await on.metric("llm_d_epp_ready_endpoints") == 3.0
+        assert await on.metric("llm_d_epp_scheduler_attempts_total", status="success") == 22.0
 
 
 async def _all_read(on: Running) -> bool:

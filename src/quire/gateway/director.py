@@ -107,11 +107,13 @@ class Director:
 
     def choose_again(self, request: InferenceRequest, excluded: frozenset[str] = frozenset()) -> Choice:
         """Schedule a request that is through the gate, without the endpoints where it failed."""
+        began = self.clock()
         self._aim(request, excluded)
         candidates = self.candidates(request, excluded)
         if not candidates:
             raise self._nobody(request, excluded)
         choice = self.scheduler.schedule(request, candidates)
+        choice.seconds = self.clock() - began
         self.chosen(request, choice)
         return choice
 

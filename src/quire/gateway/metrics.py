@@ -6,6 +6,7 @@ Names that callers choose (models, tenants) are labels only for the first `MAX_N
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -26,6 +27,21 @@ _BYTES = tuple(float(64 * 4**power) for power in range(12))
 _REQUEST = ("model_name", "target_model_name", "priority")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Series:
+    """What is counted of requests with the same labels."""
+
+    labels: tuple[str, str, str]
+    requests: Counter
+    size: Histogram
+    running: Gauge
+    ttft: Histogram
+    duration: Histogram
+    input: Histogram
+    output: Histogram
+    cached: Histogram
+
+
 class GatewayMetrics(Observer):
     """One registry per gateway."""
 
@@ -35,6 +51,8 @@ class GatewayMetrics(Observer):
         self._registry = CollectorRegistry()
         self._clock = clock
         self._models: set[str] = set()
+        self._series: dict[tuple[str, str, int], _Series] = {}
+        self._made: dict[tuple[str, str, str], _Series] = {}
         self._requests = self._counter("llm_d_epp_request", "Requests that came in.", _REQUEST)
         self._errors = self._counter("llm_d_epp_request_error", "Requests that failed.", (*_REQUEST, "error_code"))
         self._duration = self._histogram("llm_d_epp_request_duration_seconds", "From arrival to the end.", _SECONDS)
@@ -70,21 +88,37 @@ class GatewayMetrics(Observer):
         self._models.add(model)
         return model
 
-    def _labels(self, request: InferenceRequest) -> tuple[str, str, str]:
-        return self._bounded(request.model), self._bounded(request.target_model), str(request.priority)
+    def _of(self, request: InferenceRequest) -> _Series:
+        """The series of a request's labels: looked up once, since a request touches many of them."""
+        key = (request.model, request.target_model, request.priority)
+        series = self._series.get(key)
+        if series is None:
+            labels = self._bounded(request.model), self._bounded(request.target_model), str(request.priority)
+            series = self._made.get(labels)
+            if series is None:
+                series = self._made[labels] = _Series(
+                    labels=labels,
+                    requests=self._requests.labels(*labels),
+                    size=self._size.labels(*labels),
+                    running=self._running.labels(*labels),
+                    ttft=self._ttft.labels(*labels),
+                    duration=self._duration.labels(*labels),
+                    input=self._input.labels(*labels),
+                    output=self._output.labels(*labels),
+                    cached=self._cached.labels(*labels),
+                )
+            if len(self._series) < MAX_NAMES:
+                self._series[key] = series
+        return series
 
     def arrived(self, request: InferenceRequest) -> None:
-        labels = self._labels(request)
-        self._requests.labels(*labels).inc()
-        self._size.labels(*labels).observe(len(request.body))
+        series = self._of(request)
+        series.requests.inc()
+        series.size.observe(len(request.body))
 
-    def scheduled(self, endpoint: Endpoint | None, seconds: float) -> None:
-        """`endpoint` None: none was left."""
+    def scheduled(self, endpoint: Endpoint, seconds: float) -> None:
         self._picking.observe(seconds)
-        if endpoint is None:
-            self._attempts.labels("failure", "", "", "").inc()
-        else:
-            self._attempts.labels("success", endpoint.name, endpoint.namespace, str(endpoint.port)).inc()
+        self._attempts.labels("success", endpoint.name, endpoint.namespace, str(endpoint.port)).inc()
 
     def turned_away(self, reason: str) -> None:
         self._dropped.labels(reason).inc()
@@ -96,25 +130,25 @@ class GatewayMetrics(Observer):
         self._http.labels(route, str(status)).inc()
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
-        self._running.labels(*self._labels(request)).inc()
+        self._of(request).running.inc()
 
     def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:
-        self._ttft.labels(*self._labels(request)).observe(ttft)
+        self._of(request).ttft.observe(ttft)
 
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
-        labels = self._labels(request)
-        self._running.labels(*labels).dec()
+        series = self._of(request)
+        series.running.dec()
         if not outcome.ok:
             error = outcome.error or str(outcome.status)
             self._failures.labels(endpoint.key, error).inc()
-            self._errors.labels(*labels, error).inc()
+            self._errors.labels(*series.labels, error).inc()
             return
-        self._duration.labels(*labels).observe(outcome.finished - request.arrived)
-        self._input.labels(*labels).observe(request.prompt_tokens)
+        series.duration.observe(outcome.finished - request.arrived)
+        series.input.observe(request.prompt_tokens)
         if outcome.output_tokens is not None:
-            self._output.labels(*labels).observe(outcome.output_tokens)
+            series.output.observe(outcome.output_tokens)
         if outcome.cached_tokens is not None:
-            self._cached.labels(*labels).observe(outcome.cached_tokens)
+            series.cached.observe(outcome.cached_tokens)
 
     def watch(self, name: str, text: str, values: Callable[[], Mapping[str, float]], label: str) -> None:
         """A gauge whose values, by one label, are asked for when the page is read."""

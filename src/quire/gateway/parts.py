@@ -34,6 +34,7 @@ from quire.gateway.producers.tokens import EXACT, HTTP
 from quire.gateway.proxy.settings import ProxySettings
 from quire.gateway.request import InferenceRequest
 from quire.gateway.resilience.settings import ResilienceSettings
+from quire.gateway.schedule import Choice
 from quire.gateway.scrape import Scraper
 from quire.gateway.traffic.policy import Policy, Target
 from quire.gateway.traffic.route import plan_route, send_along
@@ -125,7 +126,7 @@ def make_parts(
         producers=picker.producers,
         admitters=picker.admitters,
         priorities=policy.policy.objectives,
-        chosen=explainer.chosen,
+        chosen=_on_choice(explainer, metrics),
         expected_cached=expected_cached,
     )
     flow = _flow(policy.policy, picker, director, Services(pool, clock, rng, picker.plugins.__getitem__, shared))
@@ -192,6 +193,14 @@ def _awaited(pool: Pool) -> Callable[[InferenceRequest], bool]:
         return not everyone or any(one.models is None or model in one.models for one in everyone)
 
     return awaited
+
+
+def _on_choice(explainer: Explainer, metrics: GatewayMetrics) -> Callable[[InferenceRequest, Choice], None]:
+    def chosen(request: InferenceRequest, choice: Choice) -> None:
+        explainer.chosen(request, choice)
+        metrics.scheduled(choice.endpoint, choice.seconds)
+
+    return chosen
 
 
 def _on_update(subscriptions: KVSubscriptions, flow: FlowController | None) -> Callable[[Endpoint], None]:

@@ -58,6 +58,8 @@ class ProfileTrace:
 class Choice:
     conclusion: Conclusion
     traces: Sequence[ProfileTrace]
+    seconds: float = 0.0
+    """That choosing took; by the director."""
 
     @property
     def endpoint(self) -> Endpoint:
