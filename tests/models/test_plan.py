@@ -186,7 +186,7 @@ def test_layers_with_a_window_are_groups_of_their_own(windowed: Path) -> None:
     layer_bytes = planned.kv_bytes_per_token * 16 // 6
     full, limited, in_step = 2048 // 16, 5 * 14, 5 * 32
     assert planned.kv_cache_bytes == (2 * 4 * (full + limited) + in_step + 1) * layer_bytes
-    assert planned.num_sequences[2048] == 8
+    assert planned.num_sequences[2048] == 4  # though there are blocks for more
     assert plan(windowed, max_model_len=200).kv_groups == {"all of the past": 1}
 
 
@@ -216,11 +216,13 @@ def test_so_many_sequences_are_served_at_once(
         last = 1 if count == 1 else max_num_batched_tokens  # who is alone may take small steps
         held = max(_blocks(sights, start, 1) for start in range(length))
         computing = max(_blocks(sights, start, min(length, start + last) - start) for start in range(length))
-        assert (count - 1) * held + computing <= num_kv_blocks - 1
+        usable = num_kv_blocks - 1
+        kept_back = usable // RESERVE
+        assert (count - 1) * held + computing <= usable - (kept_back if count > 1 else 0)
         largest = max(
             _blocks(sights, start, min(length, start + max_num_batched_tokens) - start) for start in range(length)
         )
-        assert count * held + largest > num_kv_blocks - 1
+        assert count * held + largest > usable - kept_back
 
 
 def _blocks(sights: list[Sight], start: int, num_tokens: int) -> int:
