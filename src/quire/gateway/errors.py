@@ -29,7 +29,7 @@ class QueueCapacity(Dropped):
     """The queue of the request's priority is full, in requests or in bytes."""
 
     reason = "rejected-capacity"
-    code = "queue_full"
+    code = "queue_capacity"
     status = 429
 
 
@@ -61,7 +61,7 @@ class ShuttingDown(Dropped):
     """The gateway stops."""
 
     reason = "rejected-shutting-down"
-    code = "draining"
+    code = "shutting_down"
     status = 503
 
 
