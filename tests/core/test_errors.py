@@ -15,13 +15,14 @@ def test_every_class_has_a_code_of_its_own():
 
 
 @given(
-    cls=st.sampled_from(all_classes(QuireError)),
+    cls=st.sampled_from([cls for cls in all_classes(QuireError) if cls.__module__ == errors.__name__]),
     message=st.text(),
     param=st.none() | st.text(),
     remedy=st.none() | st.text(),
     retry_after=st.none() | st.floats(0, 1e6),
 )
 def test_an_error_survives_the_trip_as_data(cls, message, param, remedy, retry_after):
+    """Between a front end and its engine, which know these; those that other rooms add stay in their process."""
     error = cls(message, param=param, remedy=remedy, retry_after=retry_after)
     back = from_info(error.to_info())
     assert type(back) is cls
