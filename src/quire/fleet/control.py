@@ -96,9 +96,11 @@ class ControlPlane:
     # --- what runs ------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        """An earlier control plane may have died between deciding on a stop and sending it."""
+        """An earlier control plane may have died between deciding on a stop or a kill and sending it."""
         for replica in self.state.replicas.values():
-            if replica.phase == "stopping":
+            if replica.killed:
+                self._provider.kill(replica.name)
+            elif replica.phase == "stopping":
                 self._provider.stop(replica.name)
 
     def _observe(self) -> None:
