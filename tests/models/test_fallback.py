@@ -281,18 +281,20 @@ def test_bad_input_is_named(name: str, checkpoints: Any, tmp_path: Path) -> None
         load_model(directory, model_impl=impl, **settings)  # type: ignore[arg-type]
 
 
-TIMM: dict[str, dict[str, Any]] = {
+FETCHED: dict[str, dict[str, Any]] = {
     "its model type": {"vision_config": {"model_type": "timm_wrapper", "label_names": ["a"]}},
     "its backbone": {"parts": [{"vision_config": {"backbone_config": {"model_type": "timm_backbone"}}}]},
     "a name": {"vision_config": {"architecture": "hf_hub:somebody/something"}},
+    "a backbone by name": {"vision_config": {"model_type": "dpt", "backbone": "somebody/something"}},
+    "a backbone of the model": {"backbone": "somebody/something"},
     "arguments": {"vision_config": {"model_args": {"pretrained_cfg_overlay": {"hf_hub_id": "somebody/something"}}}},
 }
 
 
-@pytest.mark.parametrize("kind", TIMM)
+@pytest.mark.parametrize("kind", FETCHED)
 def test_a_part_that_could_be_fetched_is_refused(kind: str, checkpoints: Any, tmp_path: Path) -> None:
-    directory = edited(checkpoints("LlavaForConditionalGeneration"), tmp_path, **TIMM[kind])
-    with pytest.raises(UnsupportedModel, match="timm"):
+    directory = edited(checkpoints("LlavaForConditionalGeneration"), tmp_path, **FETCHED[kind])
+    with pytest.raises(UnsupportedModel, match="network"):
         load_model(directory, model_impl="transformers")
 
 
@@ -301,7 +303,7 @@ def test_a_part_that_would_be_fetched_by_default_is_refused(checkpoints: Any, tm
     fields = {"architectures": ["FastVlmForConditionalGeneration"], "model_type": "fast_vlm", "vision_config": None}
     fields |= {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
     directory = edited(checkpoints("LlavaForConditionalGeneration"), tmp_path, **fields)
-    with pytest.raises(UnsupportedModel, match="timm"):
+    with pytest.raises(UnsupportedModel, match="network"):
         load_model(directory)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import tokenizers
 import zmq.asyncio
+from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from quire.config.server import ServerConfig
-from quire.core.errors import Cancelled, DeadlineExceeded
+from quire.core.errors import Cancelled, DeadlineExceeded, QuireError
 from quire.core.pooling import PoolingInfo, PoolingParams, PoolingTask
 from quire.core.request import Deadlines
 from quire.serve.call import Call
@@ -24,6 +28,7 @@ from quire.serve.service import Service
 from quire.serve.supervision import Supervision
 from quire.text.pooling_prompt import Encoded
 from quire.text.tokenizer import Tokenizer
+from quire.web.server import Server, bind, uvicorn_config
 
 PARAMS = PoolingParams(task=PoolingTask.EMBED)
 INFO = PoolingInfo(tasks=(PoolingTask.EMBED,), embedding_size=8)
@@ -46,21 +51,6 @@ class Prompts:
                 self.in_first.set()
                 assert self.first_ends.wait(20)
             yield Encoded([1])
-
-
-class Client:
-    """Of one call; it is there until it `leaves`."""
-
-    def __init__(self) -> None:
-        self.leaves = asyncio.Event()
-
-    async def receive(self) -> dict[str, object]:
-        await self.leaves.wait()
-        return {"type": "http.disconnect"}
-
-    @property
-    def request(self) -> Request:
-        return Request({"type": "http", "method": "POST", "path": "/", "headers": []}, self.receive)
 
 
 @pytest.fixture
@@ -94,27 +84,56 @@ def call(deadlines: Deadlines) -> Call:
     )
 
 
-async def begun_before_the_end(service: Service, deadlines: Deadlines, error: type[Exception], *, leaves: bool) -> int:
-    """How many pieces of the work are begun, in all, though the first ends only after the call has."""
-    prompts, client = Prompts(), Client()
-    running = asyncio.ensure_future(
-        run_pooling(client.request, service, call(deadlines), PARAMS, prompts, info=INFO, size=LARGE, param="input")
-    )
-    assert await asyncio.to_thread(prompts.in_first.wait, 20)
-    if leaves:
-        client.leaves.set()
-    with pytest.raises(error):
+@contextlib.asynccontextmanager
+async def listening(app: Starlette) -> AsyncIterator[int]:
+    """The port of a server of ours that runs `app`."""
+    config = ServerConfig(port=0)
+    listener, server = bind(config), Server(uvicorn_config(app, config))
+    running = asyncio.ensure_future(server.serve(sockets=[listener]))
+    try:
+        await server.listening.wait()
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
         await running
-    prompts.first_ends.set()
+
+
+async def begun_before_the_end(service: Service, deadlines: Deadlines, *, leaves: bool) -> tuple[int, QuireError]:
+    """How many pieces of the work are begun, in all, though the first ends only after the call has; and how that
+    ended."""
+    prompts = Prompts()
+    ended: asyncio.Future[QuireError] = asyncio.get_running_loop().create_future()
+
+    async def create(request: Request) -> Response:
+        await request.body()
+        try:
+            await run_pooling(request, service, call(deadlines), PARAMS, prompts, info=INFO, size=LARGE, param="input")
+        except QuireError as error:
+            ended.set_result(error)
+        return Response()
+
+    async with listening(Starlette(routes=[Route("/", create, methods=["POST"])])) as port:
+        _, client = await asyncio.open_connection("127.0.0.1", port)
+        client.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
+        assert await asyncio.to_thread(prompts.in_first.wait, 20)
+        if leaves:
+            client.close()
+        try:
+            async with asyncio.timeout(20):
+                error = await ended
+        finally:
+            prompts.first_ends.set()
+            client.close()
     await asyncio.get_running_loop().shutdown_default_executor()
     assert service.engine.num_in_flight == 0
-    return prompts.begun
+    return prompts.begun, error
 
 
 def test_a_client_that_leaves_ends_it(service):
-    assert asyncio.run(begun_before_the_end(service, Deadlines(), Cancelled, leaves=True)) == 1
+    begun, error = asyncio.run(begun_before_the_end(service, Deadlines(), leaves=True))
+    assert (begun, type(error)) == (1, Cancelled)
 
 
 def test_a_deadline_ends_it(service):
-    deadlines = Deadlines(total_ms=300)
-    assert asyncio.run(begun_before_the_end(service, deadlines, DeadlineExceeded, leaves=False)) == 1
+    begun, error = asyncio.run(begun_before_the_end(service, Deadlines(total_ms=300), leaves=False))
+    assert (begun, type(error)) == (1, DeadlineExceeded)

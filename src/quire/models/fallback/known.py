@@ -174,12 +174,14 @@ def _check_counts(fields: Mapping[str, Any], checkpoint: Checkpoint, file: str) 
 
 
 def _check_parts(name: str, fields: Mapping[str, Any]) -> None:
-    """Before transformers makes a part that timm would make, which looks for it in the network if its name says so."""
+    """Before transformers makes a part that it or timm would look for in the network: timm does if a name says so, and
+    transformers reads the configuration of a `backbone` that is only named."""
     for part in _parts(fields):
         model_type = part.get("model_type")
         timm = isinstance(model_type, str) and model_type.startswith("timm")
-        if timm or "model_args" in part or (part is not fields and "architecture" in part):
-            reason = "a part of it is made by timm, which may fetch what config.json names from the network"
+        named = part.get("backbone") is not None or (part is not fields and "architecture" in part)
+        if timm or named or "model_args" in part:
+            reason = "config.json names a part of it that transformers or timm may fetch from the network"
             raise unsupported(name, reason)
 
 
