@@ -1,4 +1,4 @@
-"""For every test: threads that wait asleep.
+"""For every test: threads that wait asleep, and Triton's kernels interpreted, unless a GPU is to run them.
 
 torch's OpenMP threads otherwise spin at every barrier, and on a machine that also runs something else (another test's
 server, a benchmark) a step then takes twenty times as long. Set before torch is loaded; engine processes do it too.
@@ -7,3 +7,4 @@ server, a benchmark) a step then takes twenty times as long. Set before torch is
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRITON_INTERPRET", "1")

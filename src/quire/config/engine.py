@@ -9,7 +9,7 @@ KVCacheDType = Literal["auto", "bf16", "int8", "fp8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["fcfs", "priority", "fair"]
 Quantization = Literal["int8", "int4", "fp8"]
-Isa = Literal["amx", "avx512_bf16", "avx512", "avx2", "portable", "reference"]
+Isa = Literal["amx", "avx512_bf16", "avx512", "avx2", "portable", "reference", "triton"]
 RunnerKind = Literal["auto", "generate", "pooling"]
 PoolingMethod = Literal["cls", "last", "mean"]
 ModelImpl = Literal["auto", "quire", "transformers"]
@@ -86,6 +86,7 @@ class EngineConfig:
     threads: int | None = None
     """CPU threads of the engine; one per core it may use otherwise."""
     isa: Isa | None = None
-    """Instruction set of the CPU kernels, or reference for torch alone; the best that runs here otherwise."""
+    """Instruction set of the CPU kernels, or reference for torch alone; the best that runs here otherwise. triton
+    checks the GPU's kernels without one, with TRITON_INTERPRET=1 in the environment: very slow."""
     seed: int = 0
     """Seeds the choice of seeds for requests that name none."""

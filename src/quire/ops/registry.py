@@ -22,6 +22,7 @@ from quire.ops.reference.moe import ReferenceMoe
 from quire.ops.rotary import ROPE
 from quire.ops.sampling import SAMPLE, TOKEN_LOGPROBS
 from quire.ops.target import Target
+from quire.ops.triton import implementations as triton_kernels
 
 AS_DEFINED = (
     ACTIVATION,
@@ -117,6 +118,7 @@ def implementations() -> list[Implementation]:
         *moe.implementations(),
         *rows.implementations(),
         *sampling.implementations(),
+        *triton_kernels.implementations(),
     ]
 
 

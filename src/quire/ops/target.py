@@ -12,12 +12,14 @@ from quire.core.errors import ConfigError
 from quire.core.kv_format import resolve_kv_dtype
 from quire.ops.cpu.library import REFERENCE, kernels_module, open_backend
 from quire.ops.cpu.rounding import CpuRounding
+from quire.ops.triton.launch import Launch, run
+from quire.ops.triton.library import GPU_TYPES, TRITON, interprets, is_installed
 
 
 class Target:
     """`threads` and `isa` concern the CPU: None takes what the machine has; see `ops.cpu.library`. `kv_cache_dtype` is
-    `EngineConfig`'s. `backend`: the compiled kernels that have been opened for this engine already. Raises ConfigError
-    for an `isa` of no name known, compiled kernels or not."""
+    `EngineConfig`'s. `backend`: the compiled kernels that have been opened for this engine already. `launch`: how
+    Triton's are started. Raises ConfigError for an `isa` of no name known, compiled kernels or not."""
 
     def __init__(
         self,
@@ -28,6 +30,7 @@ class Target:
         isa: str | None = None,
         kv_cache_dtype: str = "auto",
         backend: Any = None,
+        launch: Launch = run,
     ) -> None:
         if isa is not None and isa not in get_args(Isa):
             raise ConfigError(f"isa is {isa!r}.", param="isa", remedy=f"It must be one of {', '.join(get_args(Isa))}.")
@@ -36,6 +39,7 @@ class Target:
         self.kv_dtype = resolve_kv_dtype(kv_cache_dtype, str(dtype).removeprefix("torch."))
         self.threads = threads
         self.isa = isa
+        self.launch = launch
         self._backend = backend
 
     @cached_property
@@ -58,8 +62,20 @@ class Target:
         """As above, for kernels that do not mind the dtype: logits are float32 in every engine."""
         if self.device.type != "cpu":
             return f"it computes on CPUs, not on {self.device.type}"
-        if self.isa == REFERENCE:
-            return "switched off by isa=reference"
+        if self.isa in (REFERENCE, TRITON):
+            return f"switched off by isa={self.isa}"
         if kernels_module() is None:
             return "this installation has no compiled kernels (it was made without a C++ compiler)"
         return None
+
+    def unfit_for_triton(self) -> str | None:
+        """Why Triton's kernels cannot serve here, or None."""
+        if self.isa == REFERENCE:
+            return "switched off by isa=reference"
+        if not is_installed():
+            return "Triton is not installed"
+        if self.device.type in GPU_TYPES or self.launch is not run:
+            return None
+        if self.isa != TRITON:
+            return f"it computes on GPUs, not on {self.device.type}"
+        return None if interprets() else "on a CPU it needs the variable TRITON_INTERPRET=1"
