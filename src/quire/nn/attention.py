@@ -216,6 +216,7 @@ def paged_requests(batch: ForwardBatch, group: int, block_size: int) -> PagedReq
         context_lens=batch.context_lens,
         block_table_rb=_table(batch, group).block_table_rb,
         block_size=block_size,
+        lengths=batch.lengths,
     )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import msgspec
 from torch import Tensor
 
+from quire.ops.attention import DeviceLengths
+
 
 class GroupTable(msgspec.Struct, frozen=True, kw_only=True):
     """Where the KV of one group of layers is; fields as in `ForwardBatch`."""
@@ -32,6 +34,7 @@ class ForwardBatch(msgspec.Struct, frozen=True, kw_only=True):
       up to it; in an encoder all of the context, of which every row is in the step then.
     * `block_table_rb`: int64, padded with 0. A block that nobody can see any more is 0, too.
     * `slots_t` and `block_table_rb` are of the first group of layers (`nn.kv.KVCache`); `later_groups` has the others'.
+    * `lengths`: the same on the device, where kernels read it there.
     * `logits_rows_s`: int64, the rows whose hidden state goes to the head.
     """
 
@@ -44,3 +47,4 @@ class ForwardBatch(msgspec.Struct, frozen=True, kw_only=True):
     logits_rows_s: Tensor
     token_types_t: Tensor | None = None
     later_groups: Sequence[GroupTable] = ()
+    lengths: DeviceLengths | None = None

@@ -59,14 +59,24 @@ class AttentionShape:
     sinks: tuple[float, ...] | None = None
 
 
+class DeviceLengths(msgspec.Struct, frozen=True, kw_only=True):
+    """`query_start` `[r + 1]` and `context_lens` `[r]` on the device, int32. A captured step reads these: what the host
+    has beside them is then an upper bound (as many requests, as long at most). A context of 0 has no query row."""
+
+    query_start: Tensor
+    context_lens: Tensor
+
+
 class PagedRequests(msgspec.Struct, frozen=True, kw_only=True):
     """Where a step's queries and keys are; the first three as in `ForwardBatch`. Row j of request i is at position
-    `context_lens[i] - query_len[i] + j`, and sees all up to it, or the whole context."""
+    `context_lens[i] - query_len[i] + j`, and sees all up to it, or the whole context. `lengths`: None where the host's
+    numbers are all there is."""
 
     query_start: Sequence[int]
     context_lens: Sequence[int]
     block_table_rb: Tensor
     block_size: int
+    lengths: DeviceLengths | None = None
 
 
 class AttentionKernel(Protocol):
