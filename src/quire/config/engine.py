@@ -71,6 +71,10 @@ class EngineConfig:
     """Reuse KV blocks of equal prefixes."""
     kv_events_config: str | None = None
     """JSON object with vLLM's keys: where to publish what is in the prefix cache, for routers; off if not set."""
+    async_scheduling: bool | None = None
+    """Launch a step before the tokens of the one before have been read; unset: on GPUs."""
+    enforce_eager: bool = False
+    """No CUDA graphs: decode steps are launched kernel by kernel."""
     max_num_seqs: int = 64
     """Most requests that run at once."""
     max_num_batched_tokens: int = 1024

@@ -18,9 +18,10 @@ from quire.config.kv_events import read_kv_events
 from quire.core.errors import ConfigError
 from quire.core.model_info import KVEventsInfo, ModelInfo
 from quire.engine.early import EarlyWeights, engine_threads, packed_early
+from quire.engine.graphs import CudaGraphs, Direct
 from quire.engine.kv_publisher import KVEventPublisher
 from quire.engine.loop import Engine
-from quire.engine.runner import Runner
+from quire.engine.runner import Ahead, Runner
 from quire.models.fit import build_ledger, step_tokens
 from quire.models.load import LoadedModel, load_model
 from quire.models.serving import read_serving
@@ -121,9 +122,18 @@ def build_engine(
         kv=kv,
         host_kv=model.new_kv_cache(host_blocks + 1, config.block_size, places=places) if host_blocks else None,
         eos_token_ids=eos,
+        ahead=_ahead(config, model.device, limits),
     )
     info = _info(config, model, limits, num_blocks, None if kv_events is None else kv_events.info)
     return Engine(info=info, state=state, runner=runner, clock=clock, kv_events=kv_events)
+
+
+def _ahead(config: EngineConfig, device: torch.device, limits: SchedulerLimits) -> Ahead | None:
+    on_gpu = device.type != "cpu"
+    if not (on_gpu if config.async_scheduling is None else config.async_scheduling):
+        return None
+    graphs = CudaGraphs() if device.type == "cuda" and not config.enforce_eager else Direct()
+    return Ahead(steps=1, seats=limits.max_running, longest=limits.max_model_len, graphs=graphs)
 
 
 def _info(
