@@ -237,5 +237,6 @@ def proxy_settings(config: GatewayConfig) -> ProxySettings:
         idle_timeout=config.idle_timeout,
         max_retries=config.max_retries,
         max_body=config.max_body_bytes,
+        trust_subset=config.trust_subset_header,
         resilience=ResilienceSettings(health_interval=config.health_interval, hedge_delay=config.hedge_delay),
     )

@@ -16,6 +16,7 @@ from quire.gateway.director import DEFAULT_OUTPUT_TOKENS, Gate, no_such_model
 from quire.gateway.endpoint import Clock, Endpoint
 from quire.gateway.errors import Dropped, ShuttingDown
 from quire.gateway.flow.policies import Waiting, flow_of, lane_key
+from quire.gateway.flow.pace import Pace
 from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
 from quire.gateway.flow.rate import DispatchRate
 from quire.gateway.flow.reclaim import Reclaimer
@@ -92,6 +93,10 @@ class FlowController(Gate, Observer):
 
     Nothing runs without a reason: something leaves, the metrics or the pool have changed (`poke`), or the next request
     expires. It must be among the director's observers too: so it knows which requests have reached an endpoint's count.
+
+    Looking at all that waits takes time that grows with the models (and subsets) that are asked for, whose names are in
+    the hands of the callers: it is done for a tenth of the time at most (`Pace`), and an arrival by itself costs no more
+    than a look at its own candidates.
     """
 
     name = "flow-control"
@@ -121,6 +126,9 @@ class FlowController(Gate, Observer):
         self._inside: dict[int, _Inside] = {}
         self._shares = Shares()
         self._rate = DispatchRate(clock())
+        self._pace = Pace()
+        self._contested: dict[int, int] = {}
+        """By identity of an endpoint: the highest priority that waits for it, as of the last look at all."""
         self._reclaimer = None if evict is None else Reclaimer(evict)
         self._timer: Cancellable | None = None
         self._timer_at = inf
@@ -133,22 +141,39 @@ class FlowController(Gate, Observer):
         now = self._clock()
         if self._closed:
             raise self._shutting_down()
-        lane: Lane | None = None
-        if len(self._queue):
-            self._cycle(now)
-            lane = self._queue.lane(lane_key(request))
-        if lane is not None and request.priority <= lane.priority:  # it would overtake
-            await self._wait(self._offer(request, now, has_endpoints=lane.has_endpoints))
-            return
         candidates = self._candidates(request)
-        if candidates:
+        if not candidates and not self._awaited(request):
+            raise no_such_model(request.target_model or request.model)
+        if len(self._queue) and self._would_overtake(request, candidates):
+            if self._pace.may(now):
+                self._cycle(now)
+            else:  # somebody may have left since the last look, and those who wait have not been asked
+                await self._queue_up(request, candidates, now, unseen=True)
+                return
+        lane = self._queue.lane(lane_key(request))
+        if candidates and (lane is None or request.priority > lane.priority):
             saturation = self._saturation(candidates, now)
             if saturation < self._queue.ceiling(request.priority, saturation, lane):
                 self._let_go(request, candidates, now)
                 return
-        elif not self._awaited(request):
-            raise no_such_model(request.target_model or request.model)
-        await self._wait(self._offer(request, now, has_endpoints=bool(candidates)))
+        await self._queue_up(request, candidates, now)
+
+    def _would_overtake(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> bool:
+        """Whether somebody of its priority or a higher one waits for what it asks for."""
+        lane = self._queue.lane(lane_key(request))
+        if lane is not None and request.priority <= lane.priority:
+            return True
+        contested = self._contested
+        return any(contested.get(id(endpoint), -inf) >= request.priority for endpoint in candidates)
+
+    async def _queue_up(
+        self, request: InferenceRequest, candidates: Sequence[Endpoint], now: float, *, unseen: bool = False
+    ) -> None:
+        waiting = self._offer(request, now, has_endpoints=bool(candidates))
+        self._contest(request.priority, candidates)
+        if unseen:
+            self.poke()
+        await self._wait(waiting)
 
     def _offer(self, request: InferenceRequest, now: float, *, has_endpoints: bool) -> Waiting:
         place, displaced = self._queue.offer(request, now, has_endpoints=has_endpoints)
@@ -156,7 +181,9 @@ class FlowController(Gate, Observer):
             self._reject(waiting, Rejection.DISPLACED, now)
         if isinstance(place, Rejection):
             raise self._error(request, place, now)
-        self._set_timer(now)
+        lane = self._queue.lane(place.lane)
+        assert lane is not None
+        self._set_timer(now, min(self._timer_at, self._queue.deadline(lane, lane.oldest)))
         return place
 
     async def _wait(self, waiting: Waiting) -> None:
@@ -167,7 +194,8 @@ class FlowController(Gate, Observer):
         except asyncio.CancelledError:
             if not self._queue.cancel(waiting) and id(waiting.request) in self._inside:
                 self.leave(waiting.request)  # let go in the same instant: nobody else will give its place back
-            self._set_timer(self._clock())
+            if not len(self._queue):
+                self._set_timer(self._clock(), inf)
             raise
         finally:
             self._futures.pop(waiting, None)
@@ -181,10 +209,14 @@ class FlowController(Gate, Observer):
         self.poke()
 
     def poke(self) -> None:
-        """Look again, soon: metrics, or the endpoints that there are, have changed. Several pokes of one turn of the
-        loop are one."""
-        if not self._poked and len(self._queue):
-            self._poked = True
+        """Look again, soon: metrics, or the endpoints that there are, have changed. Several pokes until then are one."""
+        if self._poked or not len(self._queue):
+            return
+        self._poked = True
+        delay = self._pace.delay(self._clock())
+        if delay:
+            self._later(delay, self._look)
+        else:
             asyncio.get_running_loop().call_soon(self._look)
 
     def close(self) -> None:
@@ -246,16 +278,22 @@ class FlowController(Gate, Observer):
 
     def _cycle(self, now: float) -> None:
         """Let go what can go: the highest priority first, lanes of the same priority in turns."""
-        ready = self._ready(now)
-        for expired, reason in self._queue.expire(now):
-            self._reject(expired, reason, now)
+        looks, gone = len(self._queue.lanes), 0
         try:
-            self._dispatch(ready, now)
+            ready = self._ready(now)
+            for expired, reason in self._queue.expire(now):
+                self._reject(expired, reason, now)
+            gone = self._dispatch(ready, now)
         finally:  # even where a plugin failed, nobody waits for ever
-            self._set_timer(now)
+            self._set_timer(now, self._queue.next_deadline())
+            ended = self._clock()
+            # What let a request go is no part of it: that work is done once for each request.
+            self._pace.worked((ended - now) * looks / max(looks + gone, 1), ended)
 
-    def _dispatch(self, ready: list[_Ready], now: float) -> None:
+    def _dispatch(self, ready: list[_Ready], now: float) -> int:
+        """How many were let go."""
         heapify(ready)
+        gone = 0
         while ready:
             _, _, order, lane, candidates = heappop(ready)
             if not lane.bands:
@@ -263,23 +301,33 @@ class FlowController(Gate, Observer):
             saturation = self._saturation(candidates, now)
             waiting = self._queue.dispatch(lane, now, saturation)
             if waiting is None:
+                self._contest(lane.priority, candidates)
                 self._reclaim(lane, candidates, saturation, now)
                 continue
+            gone += 1
             future = self._futures[waiting]
             if not future.done():  # else cancelled, and about to find out
                 self._let_go(waiting.request, candidates, now)
                 future.set_result(None)
             if lane.bands:
                 heappush(ready, (-lane.priority, lane.turn, order, lane, candidates))
+        return gone
 
     def _ready(self, now: float) -> list[_Ready]:
         ready: list[_Ready] = []
+        self._contested.clear()
         for order, lane in enumerate(self._queue.lanes):
             candidates = self._candidates(lane.oldest.request)
             self._queue.set_endpoints(lane, now, has_endpoints=bool(candidates))
             if candidates:
                 ready.append((-lane.priority, lane.turn, order, lane, candidates))
         return ready
+
+    def _contest(self, priority: int, candidates: Sequence[Endpoint]) -> None:
+        contested = self._contested
+        for endpoint in candidates:
+            if contested.get(id(endpoint), -inf) < priority:
+                contested[id(endpoint)] = priority
 
     def _saturation(self, candidates: Sequence[Endpoint], now: float) -> float:
         try:
@@ -308,8 +356,8 @@ class FlowController(Gate, Observer):
             self._shares.add(inside.places, inside.tokens, -1)
             inside.places = ()
 
-    def _set_timer(self, now: float) -> None:
-        at = self._queue.next_deadline()
+    def _set_timer(self, now: float, at: float) -> None:
+        """It may go off too early, where what would have expired has gone."""
         if at == self._timer_at:
             return
         if self._timer is not None:
@@ -317,12 +365,17 @@ class FlowController(Gate, Observer):
             self._timer = None
         self._timer_at = at
         if at < inf:
-            call_later = self._call_later or asyncio.get_running_loop().call_later
-            self._timer = call_later(max(at - now, 0.0), self._expired)
+            self._timer = self._later(max(at - now, 0.0), self._expired)
+
+    def _later(self, delay: float, call: Callable[[], None]) -> Cancellable:
+        return (self._call_later or asyncio.get_running_loop().call_later)(delay, call)
 
     def _expired(self) -> None:
         self._timer, self._timer_at = None, inf
-        self._look()
+        if self._pace.may(self._clock()):
+            self._look()
+        else:
+            self.poke()
 
     def _reject(self, waiting: Waiting, reason: Rejection, now: float) -> None:
         future = self._futures.get(waiting)

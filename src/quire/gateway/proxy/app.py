@@ -89,7 +89,8 @@ class Proxy:
             if self.draining:
                 raise Draining("The gateway is stopping.", remedy="Try again elsewhere.", retry_after=1.0)
             body = await self._read(scope, receive, share)
-            request = parse(request_id, scope["path"], scope["headers"], body, arrived)
+            trust = self.settings.trust_subset
+            request = parse(request_id, scope["path"], scope["headers"], body, arrived, trust_subset=trust)
             call = Call(request, scope, send, arrived + self.settings.total_timeout, self.holding)
             await self._answer(call, receive)
         except Cancelled as left:
