@@ -313,6 +313,38 @@ async def _is_queued(on: Running) -> bool:
     return await on.metric("llm_d_epp_flow_control_queue_size") == 1.0
 
 
+async def test_a_model_that_is_scaled_to_zero_is_waited_for_while_another_lives(
+    servers: dict[str, ModelServer], tmp_path: Path
+) -> None:
+    endpoints = tmp_path / "endpoints.yaml"
+    endpoints_file(endpoints, servers["a"], servers["c"])
+    async with gateway(endpoints_file=str(endpoints)) as on:
+        assert await on.say("chat-v2") == "c"
+        endpoints_file(endpoints, servers["a"])
+        await until(lambda: _count(on, 1))
+        held = asyncio.create_task(on.say("chat-v2"))
+        await until(lambda: _is_queued(on))
+        with pytest.raises(openai.NotFoundError):
+            await on.say("nobody")
+        endpoints_file(endpoints, servers["a"], servers["c"])
+        assert await asyncio.wait_for(held, 20) == "c"
+
+
+async def _count(on: Running, number: int) -> bool:
+    return len((await on.get("/endpoints"))["endpoints"]) == number
+
+
+async def test_a_header_says_which_endpoints_may_be_chosen_only_where_it_is_trusted(
+    servers: dict[str, ModelServer],
+) -> None:
+    urls = f"http://{servers['a'].address},http://{servers['b'].address}"
+    subset = "x-gateway-destination-endpoint-subset"
+    async with gateway(endpoints=urls, trust_subset_header=True) as on:
+        assert {await on.say("chat-v1", **{subset: servers["b"].address}) for _ in range(5)} == {"b"}
+    async with gateway(endpoints=urls) as on:
+        assert await on.say("chat-v1", **{subset: "192.0.2.1:80"}) in {"a", "b"}
+
+
 async def test_a_shadow_is_compared_and_never_waited_for(servers: dict[str, ModelServer], tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     shadow = {"target": {"model": "chat-v2"}, "percent": 100}

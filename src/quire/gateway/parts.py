@@ -15,6 +15,7 @@ import zmq.asyncio
 
 from quire.config.gateway import GatewayConfig
 from quire.core.errors import ConfigError
+from quire.gateway.awaited import AwaitedModels
 from quire.gateway.build import BuildResult, build_picker
 from quire.gateway.cost.policy import expected_cached
 from quire.gateway.director import Director, OpenGate
@@ -129,7 +130,8 @@ def make_parts(
         chosen=_on_choice(explainer, metrics),
         expected_cached=expected_cached,
     )
-    flow = _flow(policy.policy, picker, director, Services(pool, clock, rng, picker.plugins.__getitem__, shared))
+    services = Services(pool, clock, rng, picker.plugins.__getitem__, shared)
+    flow = _flow(policy.policy, picker, director, services, AwaitedModels(pool, lambda: policy.policy))
     director.gate = flow if flow is not None else OpenGate()
     watching: list[Observer] = [*picker.observers, metrics, explainer]
     director.observers = [*watching, flow] if flow is not None else watching
@@ -154,7 +156,13 @@ def make_parts(
     )
 
 
-def _flow(policy: Policy, picker: BuildResult, director: Director, services: Services) -> FlowController | None:
+def _flow(
+    policy: Policy,
+    picker: BuildResult,
+    director: Director,
+    services: Services,
+    awaited: Callable[[InferenceRequest], bool],
+) -> FlowController | None:
     settings = flow_settings(policy.picker, picker.plugins, services)
     if settings is None:
         return None
@@ -163,7 +171,7 @@ def _flow(policy: Policy, picker: BuildResult, director: Director, services: Ser
             "picker_config", note="flowControl.enableEviction has no effect: what runs is never broken off"
         )
     return FlowController(
-        settings.queue, director.candidates, director.clock, detector=settings.detector, awaited=_awaited(director.pool)
+        settings.queue, director.candidates, director.clock, detector=settings.detector, awaited=awaited
     )
 
 
@@ -182,17 +190,6 @@ def _shadow_counts(shadow: Shadow) -> Callable[[], Mapping[str, float]]:
         }
 
     return counts
-
-
-def _awaited(pool: Pool) -> Callable[[InferenceRequest], bool]:
-    """Whether a request for which there is no endpoint now is held: not if all that there are serve other models."""
-
-    def awaited(request: InferenceRequest) -> bool:
-        model = request.target_model
-        everyone = pool.all
-        return not everyone or any(one.models is None or model in one.models for one in everyone)
-
-    return awaited
 
 
 def _on_choice(explainer: Explainer, metrics: GatewayMetrics) -> Callable[[InferenceRequest, Choice], None]:

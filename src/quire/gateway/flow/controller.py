@@ -15,8 +15,8 @@ import structlog
 from quire.gateway.director import DEFAULT_OUTPUT_TOKENS, Gate, no_such_model
 from quire.gateway.endpoint import Clock, Endpoint
 from quire.gateway.errors import Dropped, ShuttingDown
-from quire.gateway.flow.policies import Waiting, flow_of, lane_key
 from quire.gateway.flow.pace import Pace
+from quire.gateway.flow.policies import Waiting, flow_of, lane_key
 from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
 from quire.gateway.flow.rate import DispatchRate
 from quire.gateway.flow.reclaim import Reclaimer
@@ -94,8 +94,8 @@ class FlowController(Gate, Observer):
     Nothing runs without a reason: something leaves, the metrics or the pool have changed (`poke`), or the next request
     expires. It must be among the director's observers too: so it knows which requests have reached an endpoint's count.
 
-    Looking at all that waits takes time that grows with the models (and subsets) that are asked for, whose names are in
-    the hands of the callers: it is done for a tenth of the time at most (`Pace`), and an arrival by itself costs no more
+    Looking at all that waits takes time that grows with the models (and subsets) asked for, whose names are in the
+    hands of callers: it is done for a tenth of the time at most (`Pace`), and an arrival by itself costs no more
     than a look at its own candidates.
     """
 
@@ -209,7 +209,7 @@ class FlowController(Gate, Observer):
         self.poke()
 
     def poke(self) -> None:
-        """Look again, soon: metrics, or the endpoints that there are, have changed. Several pokes until then are one."""
+        """Look again, soon: metrics, or the endpoints that there are, have changed. Pokes until then are one."""
         if self._poked or not len(self._queue):
             return
         self._poked = True
