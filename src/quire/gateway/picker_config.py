@@ -6,7 +6,7 @@ one that is not supported is refused or warned about where it is used (`quire.ga
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +15,8 @@ from quire.core.errors import ConfigError
 
 API_VERSIONS: Final = ("llm-d.ai/v1", "llm-d.ai/v1alpha1", "inference.networking.x-k8s.io/v1alpha1")
 KIND: Final = "EndpointPickerConfig"
+_TRUE: Final = frozenset(("1", "t", "true"))
+_FALSE: Final = frozenset(("0", "f", "false"))
 
 
 class _Strict(msgspec.Struct, forbid_unknown_fields=True, frozen=True, rename="camel", kw_only=True):
@@ -115,12 +117,24 @@ class EndpointPickerConfig(_Strict, frozen=True):
     """Deprecated by llm-d for `requestHandler.parsers`."""
 
     def gate(self, name: str) -> bool | None:
-        """Whether the feature gate is set; None where the file does not say."""
-        for gate in self.feature_gates:
-            key, _, value = gate.partition("=")
-            if key == name:
-                return value in ("", "true")
-        return None
+        """Whether the feature gate is set, by the last word on it; None where the file does not say."""
+        return dict(map(read_gate, self.feature_gates)).get(name)
+
+
+def read_gate(gate: str) -> tuple[str, bool]:
+    """The name and the value of `name` or `name=value`, where the value is one that Go's ParseBool takes, in any case.
+    Raises `ConfigError`."""
+    name, separator, value = gate.partition("=")
+    if not separator:
+        return gate.strip(), True
+    value = value.strip().lower()
+    if value not in _TRUE | _FALSE:
+        raise ConfigError(
+            f"featureGates: {gate!r} is neither true nor false.",
+            param="featureGates",
+            remedy=f"Write {name} or {name}=false.",
+        )
+    return name.strip(), value in _TRUE
 
 
 def read_picker_config(document: Mapping[str, Any]) -> EndpointPickerConfig:
@@ -138,12 +152,39 @@ def read_picker_config(document: Mapping[str, Any]) -> EndpointPickerConfig:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{KIND}: two plugins are named {name!r}.", param="plugins", remedy="Name each of them.")
+    profiles = [profile.name for profile in config.scheduling_profiles]
+    for name in profiles:
+        if profiles.count(name) > 1:
+            raise ConfigError(
+                f"{KIND}: two scheduling profiles are named {name!r}.",
+                param="schedulingProfiles",
+                remedy="Name each of them.",
+            )
+    for gate in config.feature_gates:
+        read_gate(gate)
+    for section, who, ref in _references(config):
+        if ref not in names:
+            raise ConfigError(
+                f"{KIND}: {who} refers to a plugin {ref!r} that is not there.",
+                param=section,
+                remedy=f"Known are: {', '.join(names) or 'none'}.",
+            )
+    return config
+
+
+def _references(config: EndpointPickerConfig) -> Iterator[tuple[str, str, str]]:
+    """The section, who refers, and to which plugin: those that are not looked up where they are used."""
     for profile in config.scheduling_profiles:
         for entry in profile.plugins:
-            if entry.plugin_ref not in names:
-                raise ConfigError(
-                    f"{KIND}: profile {profile.name!r} refers to a plugin {entry.plugin_ref!r} that is not there.",
-                    param="schedulingProfiles",
-                    remedy=f"Known are: {', '.join(names) or 'none'}.",
-                )
-    return config
+            yield "schedulingProfiles", f"profile {profile.name!r}", entry.plugin_ref
+    parsers = () if config.request_handler is None else config.request_handler.parsers
+    for one in (*parsers, *((config.parser,) if config.parser is not None else ())):
+        yield "requestHandler", "a parser", one.plugin_ref
+    layer = config.data_layer or DataLayer()
+    for source in layer.sources:
+        for ref in (source.plugin_ref, *(extractor.plugin_ref for extractor in source.extractors)):
+            yield "dataLayer", "dataLayer.sources", ref
+    discovery = layer.discovery or Discovery()
+    endpoints = "" if discovery.endpoints is None else discovery.endpoints.plugin_ref
+    for ref in filter(None, (discovery.plugin_ref, endpoints)):
+        yield "dataLayer", "dataLayer.discovery", ref
