@@ -34,17 +34,15 @@ def attributes_read(module: str) -> frozenset[str]:
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     if any(isinstance(node, ast.Name) and node.id == "getattr" for node in ast.walk(tree)):
-        names |= {
-            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        }
+        constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        names |= {value for value in constants if isinstance(value, str)}
     return frozenset(names)
 
 
 def is_settled(field: msgspec.structs.FieldInfo) -> bool:
     """It can say one thing only; or it names a producer, which is made for it (`quire.gateway.build`)."""
-    return (get_origin(field.type) is Literal and len(get_args(field.type)) == 1) or field.name.endswith(
-        "_producer_name"
-    )
+    says_one_thing = get_origin(field.type) is Literal and len(get_args(field.type)) == 1
+    return says_one_thing or field.name.endswith("_producer_name")
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")

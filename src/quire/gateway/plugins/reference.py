@@ -15,10 +15,10 @@ _INTRO = """# Gateway plugins
 <!-- Written by `python -m quire.gateway.plugins.reference`; a test compares them. -->
 
 What `type` an `EndpointPickerConfig` may name, with its parameters and their defaults. What is accepted without effect
-is told by a warning at the start, with the reason (`*`: all else in that section). Names and meanings are llm-d's, except
-for `expected-cost-scorer` and `round-robin-picker`, which are quire's own. Flow control's plugins are not listed here.
-Others come through the entry-point group `quire.gateway_plugins`: an entry of the type's name, which loads a function of
-the parameters and the gateway's `Services` that returns the plugin.
+is told by a warning at the start, with the reason (`*`: all else in that section). Names and meanings are llm-d's,
+except for `expected-cost-scorer` and `round-robin-picker`, which are quire's own. Flow control's plugins are not listed
+here. Others come through the entry-point group `quire.gateway_plugins`: an entry of the type's name, which loads a
+function of the parameters and the gateway's `Services` that returns the plugin.
 """
 _TITLES = (
     ("Scorers", (*stock.SCORERS, *stock.DEFAULT_POLICY)),
