@@ -40,6 +40,8 @@ class ModelServer:
         self.bodies: list[dict[str, Any]] = []
         self.answered = asyncio.Event()
         self.hold: asyncio.Event | None = None
+        self.pause: asyncio.Event | None = None
+        """What a stream waits for after its first event."""
         self.address = ""
 
     async def start(self) -> Callable[[], Any]:
@@ -83,6 +85,8 @@ class ModelServer:
             choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
             event = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
             await response.write(b"data: " + json.dumps(event | {"choices": [choice]}).encode() + b"\n\n")
+            if self.pause is not None:
+                await self.pause.wait()
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -415,6 +419,63 @@ async def test_priorities_are_named_by_objectives_and_the_key_is_asked_for(
                 assert 'priority="-1"' in await answer.text()
             async with session.get(on.root + "/health") as answer:
                 assert answer.status == 200
+
+
+EVICTING = [
+    {
+        "apiVersion": "llm-d.ai/v1alpha1",
+        "kind": "EndpointPickerConfig",
+        "featureGates": ["flowControl"],
+        "plugins": [{"type": "concurrency-detector", "parameters": {"maxConcurrency": 1}}],
+        "flowControl": {"enableEviction": True, "saturationDetector": {"pluginRef": "concurrency-detector"}},
+    },
+    {
+        "apiVersion": "llm-d.ai/v1alpha2",
+        "kind": "InferenceObjective",
+        "metadata": {"name": "batch"},
+        "spec": {"priority": -1},
+    },
+]
+BATCH = {"x-llm-d-inference-objective": "batch"}
+
+
+async def test_a_batch_request_gives_way_before_its_answer_begins(
+    servers: dict[str, ModelServer], tmp_path: Path
+) -> None:
+    policy, c = tmp_path / "policy.yaml", servers["c"]
+    write(policy, EVICTING)
+    c.hold = hold = asyncio.Event()
+    async with gateway(endpoints=f"http://{c.address}", policy=str(policy)) as on:
+        batch = asyncio.create_task(on.say("chat-v2", **BATCH))
+        await c.answered.wait()
+        c.hold = None
+        assert await on.say("chat-v2") == "c"
+        with pytest.raises(openai.RateLimitError) as caught:
+            await asyncio.wait_for(batch, 20)
+        assert caught.value.code == "evicted"
+        assert caught.value.response.headers["x-llm-d-request-dropped-reason"] == "evicted-priority"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert await on.say("chat-v2", **BATCH) == "c"  # with nobody above it, it goes
+        hold.set()
+
+
+async def test_a_batch_stream_that_gives_way_ends_with_an_error(
+    servers: dict[str, ModelServer], tmp_path: Path
+) -> None:
+    policy, c = tmp_path / "policy.yaml", servers["c"]
+    write(policy, EVICTING)
+    c.pause = pause = asyncio.Event()
+    async with gateway(endpoints=f"http://{c.address}", policy=str(policy)) as on:
+        stream = await on.client.chat.completions.create(
+            model="chat-v2", messages=[{"role": "user", "content": "Hi"}], stream=True, extra_headers=BATCH
+        )
+        events = aiter(stream)
+        assert (await anext(events)).choices[0].delta.content == "c"
+        assert await on.say("chat-v2") == "c"
+        with pytest.raises(openai.APIError, match="priority above -1") as caught:
+            await asyncio.wait_for(anext(events), 20)
+        assert caught.value.code == "evicted"
+        pause.set()
 
 
 async def test_a_gateway_without_endpoints_or_with_a_wrong_policy_does_not_start(tmp_path: Path) -> None:

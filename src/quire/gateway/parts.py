@@ -166,12 +166,13 @@ def _flow(
     settings = flow_settings(policy.picker, picker.plugins, services)
     if settings is None:
         return None
-    if settings.enable_eviction:
-        structlog.get_logger().warning(
-            "picker_config", note="flowControl.enableEviction has no effect: what runs is never broken off"
-        )
     return FlowController(
-        settings.queue, director.candidates, director.clock, detector=settings.detector, awaited=awaited
+        settings.queue,
+        director.candidates,
+        director.clock,
+        detector=settings.detector,
+        awaited=awaited,
+        evict=settings.enable_eviction,
     )
 
 

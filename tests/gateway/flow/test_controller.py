@@ -12,7 +12,7 @@ import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.core.errors import ModelNotFound
+from quire.core.errors import ModelNotFound, QuireError
 from quire.gateway.director import Attempt, Director
 from quire.gateway.endpoint import Endpoint, EndpointMetrics, Pool
 from quire.gateway.errors import Dropped, Evicted, Expired, NoEndpoint, QueueCapacity, Saturated, ShuttingDown
@@ -599,11 +599,18 @@ class Evicting(Service):
             self.candidates,
             self.time,
             detector=Concurrency(places),
-            evict=lambda one: self.ended.append(one.id),
+            evict=True,
             call_later=self.time.call_later,
         )
 
     async def send(self, request: InferenceRequest) -> None:
+        def ended(error: QuireError) -> None:
+            assert isinstance(error, Evicted)
+            assert 1 <= (error.retry_after or 0) <= 60
+            self.ended.append(request.id)
+
+        if request.id != "cannot be broken off":
+            request.break_off = ended
         await self.come(request)
         self.endpoints[0].load.requests += 1
         self.control.sent(request, self.endpoints[0], Conclusion(self.endpoints))
@@ -653,6 +660,16 @@ async def test_nobody_is_ended_for_its_own_priority_nor_anybody_of_none_below_ze
         service.time.advance(6.0)
         service.control.poke()
         await settle()
+    assert service.ended == ["shed"]
+
+
+async def test_what_cannot_be_broken_off_is_not_ended() -> None:
+    service = Evicting(places=2)
+    await service.send(request("shed", -1))
+    await service.send(request("cannot be broken off", -9))
+    await service.come(request("urgent"))
+    service.control.poke()
+    await settle()
     assert service.ended == ["shed"]
 
 

@@ -20,7 +20,7 @@ from quire.gateway.flow.policies import Waiting, flow_of, lane_key
 from quire.gateway.flow.queue import FlowQueue, Lane, QueueSettings, Rejection
 from quire.gateway.flow.rate import DispatchRate
 from quire.gateway.flow.reclaim import Reclaimer
-from quire.gateway.flow.refusals import refusal
+from quire.gateway.flow.refusals import given_way, refusal
 from quire.gateway.flow.saturation import EngineQueues, SaturationDetector, Shares
 from quire.gateway.plugin import Conclusion, Observer
 from quire.gateway.request import InferenceRequest, Outcome
@@ -109,12 +109,12 @@ class FlowController(Gate, Observer):
         *,
         detector: SaturationDetector | None = None,
         awaited: Callable[[InferenceRequest], bool] = lambda _request: True,
-        evict: Callable[[InferenceRequest], None] | None = None,
+        evict: bool = False,
         call_later: CallLater | None = None,
     ) -> None:
         """`awaited` says of a request without endpoints whether one may come (a model scaled to zero, say); if not it
-        is refused at once. With `evict`, which must break a request in flight off and not raise, those of negative
-        priority are ended when others wait."""
+        is refused at once. With `evict`, requests in flight of negative priority are ended when others wait,
+        where their door can do that (`InferenceRequest.break_off`)."""
         self._settings = settings
         self._candidates = candidates
         self._clock = clock
@@ -129,7 +129,7 @@ class FlowController(Gate, Observer):
         self._pace = Pace()
         self._contested: dict[int, int] = {}
         """By identity of an endpoint: the highest priority that waits for it, as of the last look at all."""
-        self._reclaimer = None if evict is None else Reclaimer(evict)
+        self._reclaimer = Reclaimer(self._end) if evict else None
         self._timer: Cancellable | None = None
         self._timer_at = inf
         self._poked = False
@@ -342,6 +342,11 @@ class FlowController(Gate, Observer):
         if 0.0 < lane.ceiling <= saturation:  # one of 0 is held back whatever room there is
             footprint = saturation / max(len(self._inside), 1)
             self._reclaimer.blocked(lane.priority, candidates, saturation - lane.ceiling, footprint, now)
+
+    def _end(self, request: InferenceRequest) -> None:
+        if request.break_off is not None:
+            retry_after = self._rate.retry_after(len(self._queue) + 1, self._clock())
+            request.break_off(given_way(request, retry_after=retry_after))
 
     def _let_go(self, request: InferenceRequest, candidates: Sequence[Endpoint], now: float) -> None:
         output = DEFAULT_OUTPUT_TOKENS if request.max_tokens is None else request.max_tokens
