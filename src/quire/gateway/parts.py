@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import structlog
 import zmq.asyncio
 
 from quire.config.gateway import GatewayConfig
@@ -27,7 +26,7 @@ from quire.gateway.flow.settings import flow_settings
 from quire.gateway.kv.index import KVIndex
 from quire.gateway.kv.subscriptions import KVSubscriptions, PortsOf
 from quire.gateway.metrics import GatewayMetrics
-from quire.gateway.plugin import Observer, Services
+from quire.gateway.plugin import Observer, Services, log_warning
 from quire.gateway.plugins.stock import stock_plugins
 from quire.gateway.policy_file import PolicyFile
 from quire.gateway.producers.precise import KV_INDEX, PrecisePrefix
@@ -118,7 +117,10 @@ def make_parts(
     shared: dict[str, Any] = {KV_INDEX: index, HTTP: session, EXACT: config.exact_tokens}
     picker = build_picker(policy.policy.picker, stock_plugins(), pool=pool, clock=clock, rng=rng, shared=shared)
     for warning in picker.warnings:
-        structlog.get_logger().warning("picker_config", note=warning)
+        log_warning(warning)
+    section = None if policy.policy.picker is None else policy.policy.picker.flow_control
+    if config.extproc_port is not None and section is not None and section.enable_eviction:
+        log_warning("flowControl.enableEviction has no effect on what comes through Envoy's door: it is never ended")
     metrics, explainer = GatewayMetrics(pool, clock), Explainer(config.explain_requests, clock)
     director = Director(
         pool=pool,
@@ -173,6 +175,7 @@ def _flow(
         detector=settings.detector,
         awaited=awaited,
         evict=settings.enable_eviction,
+        cpu=time.thread_time,
     )
 
 

@@ -298,7 +298,7 @@ async def test_a_process_that_stood_still_looks_again_soon() -> None:
     service.control.poke()
     await settle()
     await service.leave(first)
-    service.time.advance(0.6)
+    service.time.advance(1.1)
     await settle()
     assert service.order == ["first", "0"]
 

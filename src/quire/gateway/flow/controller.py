@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import inf
@@ -22,6 +21,7 @@ from quire.gateway.flow.rate import DispatchRate
 from quire.gateway.flow.reclaim import Reclaimer
 from quire.gateway.flow.refusals import given_way, refusal
 from quire.gateway.flow.saturation import EngineQueues, SaturationDetector, Shares
+from quire.gateway.flow.snapshot import FlowSnapshot, LaneSnapshot
 from quire.gateway.plugin import Conclusion, Observer
 from quire.gateway.request import InferenceRequest, Outcome
 
@@ -50,44 +50,6 @@ class _Inside:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneSnapshot:
-    """What waits for one model in one priority band."""
-
-    model: str
-    priority: int
-    requests: int
-    has_endpoints: bool
-    saturation: float
-    """Of the model's endpoints, when last looked at; 0 before."""
-    oldest: float
-    """Seconds that the oldest of the model has waited."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlowSnapshot:
-    waiting: int
-    size: int
-    inside: int
-    """Requests that were let go and are not over."""
-    dispatch_rate: float
-    """A second."""
-    lanes: Sequence[LaneSnapshot]
-
-    def by_model(self) -> Mapping[str, int]:
-        """Requests that wait."""
-        models: Counter[str] = Counter()
-        for lane in self.lanes:
-            models[lane.model] += lane.requests
-        return models
-
-    def by_priority(self) -> Mapping[int, int]:
-        priorities: Counter[int] = Counter()
-        for lane in self.lanes:
-            priorities[lane.priority] += lane.requests
-        return priorities
-
-
 class FlowController(Gate, Observer):
     """Lets requests go while the endpoints that could serve them are not full; the others wait, in `FlowQueue`'s order.
 
@@ -111,10 +73,12 @@ class FlowController(Gate, Observer):
         awaited: Callable[[InferenceRequest], bool] = lambda _request: True,
         evict: bool = False,
         call_later: CallLater | None = None,
+        cpu: Clock | None = None,
     ) -> None:
         """`awaited` says of a request without endpoints whether one may come (a model scaled to zero, say); if not it
         is refused at once. With `evict`, requests in flight of negative priority are ended when others wait,
-        where their door can do that (`InferenceRequest.break_off`)."""
+        where their door can do that (`InferenceRequest.break_off`). `cpu` tells the time that this thread has worked;
+        `clock`, if None."""
         self._settings = settings
         self._candidates = candidates
         self._clock = clock
@@ -126,6 +90,7 @@ class FlowController(Gate, Observer):
         self._inside: dict[int, _Inside] = {}
         self._shares = Shares()
         self._rate = DispatchRate(clock())
+        self._cpu = cpu or clock
         self._pace = Pace()
         self._contested: dict[int, int] = {}
         """By identity of an endpoint: the highest priority that waits for it, as of the last look at all."""
@@ -278,7 +243,7 @@ class FlowController(Gate, Observer):
 
     def _cycle(self, now: float) -> None:
         """Let go what can go: the highest priority first, lanes of the same priority in turns."""
-        looks, gone = len(self._queue.lanes), 0
+        looks, gone, began = len(self._queue.lanes), 0, self._cpu()
         try:
             ready = self._ready(now)
             for expired, reason in self._queue.expire(now):
@@ -286,28 +251,35 @@ class FlowController(Gate, Observer):
             gone = self._dispatch(ready, now)
         finally:  # even where a plugin failed, nobody waits for ever
             self._set_timer(now, self._queue.next_deadline())
-            ended = self._clock()
             # What let a request go is no part of it: that work is done once for each request.
-            self._pace.worked((ended - now) * looks / max(looks + gone, 1), ended)
+            self._pace.worked((self._cpu() - began) * looks / max(looks + gone, 1), self._clock())
 
     def _dispatch(self, ready: list[_Ready], now: float) -> int:
         """How many were let go."""
         heapify(ready)
         gone = 0
+        known: dict[tuple[int, ...], float] = {}  # most lanes have the same endpoints
+        contested: set[tuple[int, ...]] = set()
         while ready:
             _, _, order, lane, candidates = heappop(ready)
             if not lane.bands:
                 continue
-            saturation = self._saturation(candidates, now)
+            places = tuple(map(id, candidates))
+            if places not in known:
+                known[places] = self._saturation(candidates, now)
+            saturation = known[places]
             waiting = self._queue.dispatch(lane, now, saturation)
             if waiting is None:
-                self._contest(lane.priority, candidates)
+                if places not in contested:  # by the highest priority, which comes first
+                    contested.add(places)
+                    self._contest(lane.priority, candidates)
                 self._reclaim(lane, candidates, saturation, now)
                 continue
             gone += 1
             future = self._futures[waiting]
             if not future.done():  # else cancelled, and about to find out
                 self._let_go(waiting.request, candidates, now)
+                known.clear()
                 future.set_result(None)
             if lane.bands:
                 heappush(ready, (-lane.priority, lane.turn, order, lane, candidates))

@@ -7,8 +7,8 @@ from typing import Final
 
 SHARE: Final = 0.1
 """Of the time, that the work may take."""
-LONGEST: Final = 0.5
-"""Seconds without it, at most: what seems to have taken long may be a process that stood still."""
+LONGEST: Final = 1.0
+"""Seconds without it, at most: what seems to have taken long may have been held up by other things."""
 
 
 class Pace:
