@@ -226,7 +226,7 @@ def test_errors_say_what(document: Mapping[str, Any], says: str) -> None:
         ({"dataLayer": {"injectDefaults": False}}, "dataLayer.injectDefaults"),
         ({"dataLayer": {"crossReplicaSyncInterval": "1s"}}, "dataLayer.crossReplicaSyncInterval"),
         ({"dataLayer": {"crossReplica": {"syncInterval": "1s"}}}, "dataLayer.crossReplica"),
-        ({"plugins": [{"type": "openai-parser"}], "parser": {"pluginRef": "openai-parser"}}, "parser has no"),
+        ({"parser": {"pluginRef": "openai-parser"}}, "parser has no"),
         (
             {
                 "plugins": [{"type": "openai-parser"}],

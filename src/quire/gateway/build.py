@@ -42,7 +42,7 @@ from quire.gateway.plugin import (
 from quire.gateway.plugins.stock import ALIASES, MEANINGLESS
 from quire.gateway.producers.tokens import EXACT
 from quire.gateway.schedule import Profile, Scheduler, WeightedScorer
-from quire.gateway.unheeded import FILE_DISCOVERY, sections_without_effect
+from quire.gateway.unheeded import FILE_DISCOVERY, check_references, sections_without_effect
 
 DEFAULT_PICKER: Final = "max-score-picker"
 DEFAULT_HANDLER: Final = "single-profile-handler"
@@ -286,6 +286,7 @@ def build_picker(
     else:
         for spec in config.plugins:
             builder.declare(spec)
+        check_references(config, MEANINGLESS)
         builder.warnings += sections_without_effect(config)
     profiles = _profiles(config, builder)
     builder.add_producers()

@@ -6,7 +6,7 @@ one that is not supported is refused or warned about where it is used (`quire.ga
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -162,29 +162,12 @@ def read_picker_config(document: Mapping[str, Any]) -> EndpointPickerConfig:
             )
     for gate in config.feature_gates:
         read_gate(gate)
-    for section, who, ref in _references(config):
-        if ref not in names:
-            raise ConfigError(
-                f"{KIND}: {who} refers to a plugin {ref!r} that is not there.",
-                param=section,
-                remedy=f"Known are: {', '.join(names) or 'none'}.",
-            )
-    return config
-
-
-def _references(config: EndpointPickerConfig) -> Iterator[tuple[str, str, str]]:
-    """The section, who refers, and to which plugin: those that are not looked up where they are used."""
     for profile in config.scheduling_profiles:
         for entry in profile.plugins:
-            yield "schedulingProfiles", f"profile {profile.name!r}", entry.plugin_ref
-    parsers = () if config.request_handler is None else config.request_handler.parsers
-    for one in (*parsers, *((config.parser,) if config.parser is not None else ())):
-        yield "requestHandler", "a parser", one.plugin_ref
-    layer = config.data_layer or DataLayer()
-    for source in layer.sources:
-        for ref in (source.plugin_ref, *(extractor.plugin_ref for extractor in source.extractors)):
-            yield "dataLayer", "dataLayer.sources", ref
-    discovery = layer.discovery or Discovery()
-    endpoints = "" if discovery.endpoints is None else discovery.endpoints.plugin_ref
-    for ref in filter(None, (discovery.plugin_ref, endpoints)):
-        yield "dataLayer", "dataLayer.discovery", ref
+            if entry.plugin_ref not in names:
+                raise ConfigError(
+                    f"{KIND}: profile {profile.name!r} refers to a plugin {entry.plugin_ref!r} that is not there.",
+                    param="schedulingProfiles",
+                    remedy=f"Known are: {', '.join(names) or 'none'}.",
+                )
+    return config

@@ -1,18 +1,54 @@
-"""What an `EndpointPickerConfig` says beside its plugins that has no effect here, each with the reason."""
+"""What an `EndpointPickerConfig` says beside its plugins that has no effect here, each with the reason; it has to make
+sense all the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Final
 
 import msgspec
 
+from quire.core.errors import ConfigError
 from quire.gateway.picker_config import DataLayer, EndpointPickerConfig, FlowControlConfig, read_gate
 
 FILE_DISCOVERY: Final = "file-discovery"
 FLOW_GATE: Final = "flowControl"
 _PARSERS: Final = "quire parses OpenAI's and Anthropic's APIs, and passes on everything else"
 _ALONE: Final = "gateways share no state"
+
+
+def check_references(config: EndpointPickerConfig, types: Container[str]) -> None:
+    """That what they refer to is there: a plugin, or one of those `types`, of which llm-d makes one by itself. Raises
+    `ConfigError`."""
+    names = [spec.label for spec in config.plugins]
+    for section, ref in _references(config):
+        if ref not in names and ref not in types:
+            raise ConfigError(
+                f"{section} refers to a plugin {ref!r} that is not there.",
+                param=section,
+                remedy=f"Known are: {', '.join(names) or 'none'}.",
+            )
+
+
+def _references(config: EndpointPickerConfig) -> Iterator[tuple[str, str]]:
+    if config.request_handler is not None:
+        for parser in config.request_handler.parsers:
+            yield "requestHandler.parsers", parser.plugin_ref
+    if config.parser is not None:
+        yield "parser", config.parser.plugin_ref
+    layer = config.data_layer or DataLayer()
+    for source in layer.sources:
+        yield "dataLayer.sources", source.plugin_ref
+        yield from (("dataLayer.sources", extractor.plugin_ref) for extractor in source.extractors)
+    yield from (("dataLayer.discovery", ref) for ref in _discovery(layer))
+
+
+def _discovery(layer: DataLayer) -> Sequence[str]:
+    """What it refers to, by the names of either version."""
+    if layer.discovery is None:
+        return ()
+    endpoints = layer.discovery.endpoints
+    return [ref for ref in (layer.discovery.plugin_ref, "" if endpoints is None else endpoints.plugin_ref) if ref]
 
 
 def sections_without_effect(config: EndpointPickerConfig) -> Iterator[str]:
@@ -33,11 +69,9 @@ def _of_data_layer(layer: DataLayer, config: EndpointPickerConfig) -> Iterator[s
         yield "dataLayer.injectDefaults has no effect: quire reads every endpoint's metrics and models anyway"
     if layer.sources:
         yield "dataLayer.sources has no effect: quire reads every endpoint's metrics and models anyway"
-    if layer.discovery is not None:
-        endpoints = layer.discovery.endpoints
-        refs = {layer.discovery.plugin_ref, "" if endpoints is None else endpoints.plugin_ref}
-        if FILE_DISCOVERY not in {spec.type for spec in config.plugins if spec.label in refs}:
-            yield f"dataLayer.discovery has no effect: endpoints come from flags, or from a {FILE_DISCOVERY} plugin"
+    found = {spec.type for spec in config.plugins if spec.label in _discovery(layer)}
+    if layer.discovery is not None and FILE_DISCOVERY not in found:
+        yield f"dataLayer.discovery has no effect: endpoints come from flags, or from a {FILE_DISCOVERY} plugin"
     shared = {
         "peerDiscovery": layer.peer_discovery,
         "crossReplica": layer.cross_replica,
