@@ -40,6 +40,7 @@ def test_a_model_that_was_served_is_awaited_and_one_that_never_was_is_not() -> N
     assert awaited(request("other"))  # it has not said what it serves
     small.models = frozenset({"small"})
     assert not awaited(request("other"))
+    assert awaited(request(""))
     pool.remove(small.key)
     assert awaited(request("small"))
     assert awaited(request("as-asked", target="small"))

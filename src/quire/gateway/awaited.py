@@ -27,6 +27,8 @@ class AwaitedModels:
 
     def __call__(self, request: InferenceRequest) -> bool:
         model, everyone = request.target_model or request.model, self._pool.all
+        if not model:
+            return True  # it is for whichever endpoint there is
         if model in self._served:
             self._served.move_to_end(model)
             return True

@@ -11,7 +11,8 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, get_args
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import msgspec
 import structlog
@@ -197,8 +198,9 @@ def _heeded(
 
 
 def struct_in(annotation: Any) -> type[msgspec.Struct] | None:
-    """The struct that a field holds, be it optional."""
-    for one in (annotation, *get_args(annotation)):
+    """The struct that a field holds, be it optional, or several of them."""
+    held = get_args(annotation) if get_origin(annotation) in (Union, UnionType, tuple) else (annotation,)
+    for one in held:
         if isinstance(one, type) and issubclass(one, msgspec.Struct):
             return one
     return None
