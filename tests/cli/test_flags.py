@@ -82,6 +82,8 @@ GATEWAY = LISTEN | {
     "--idle-timeout",
     "--max-retries",
     "--extproc-port",
+    "--trust-subset-header",
+    "--no-trust-subset-header",
     "--hedge-delay",
     "--explain-requests",
 }
