@@ -54,6 +54,7 @@ class FakeModel:
         self.sights = sights
         self.device: dict[int, int] = {}
         self.host: dict[int, int] = {}
+        self.drawn: dict[tuple[str, int, int], int] = {}
 
     def run(self, step: Step) -> dict[str, StepResult]:
         self._copy(step.swap_out, self.device, self.host)
@@ -62,6 +63,12 @@ class FakeModel:
         for chunk in step.scheduled:
             self._write(chunk, written)
         return {chunk.state.request_id: self._read(chunk) for chunk in step.scheduled}
+
+    def tokens(self, chunk) -> tuple[int, ...]:
+        """What is known up to the chunk's end, and what an earlier step drew but was not settled yet."""
+        known, key = tuple(chunk.state.token_ids), (chunk.state.request_id, chunk.epoch)
+        missing = range(len(known), chunk.start + chunk.num_tokens)
+        return known + tuple(self.drawn[*key, position] for position in missing)
 
     def slot(self, chunk, group: int, position: int) -> int:
         block_id = chunk.state.block_tables[group][position // self.block_size]
@@ -81,7 +88,7 @@ class FakeModel:
         if chunk.first_slot_cached:
             assert chunk.num_tokens == 1
             return
-        tokens, salt = tuple(chunk.state.token_ids), chunk.state.request.cache_salt
+        tokens, salt = self.tokens(chunk), chunk.state.request.cache_salt
         for group in range(len(self.sights)):
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
                 slot = self.slot(chunk, group, position)
@@ -90,7 +97,7 @@ class FakeModel:
                 self.device[slot] = digest(f"{salt} {group}", tokens[: position + 1])
 
     def _read(self, chunk) -> StepResult:
-        request, tokens = chunk.state.request, tuple(chunk.state.token_ids)
+        request, tokens = chunk.state.request, self.tokens(chunk)
         salt, end = request.cache_salt, chunk.start + chunk.num_tokens
         for group, sight in enumerate(self.sights):
             rows = range(chunk.start, end)
@@ -108,6 +115,7 @@ class FakeModel:
         if not chunk.samples:
             return StepResult(prompt_logprobs=prompt_logprobs)
         token_id = next_token(salt, tokens)
+        self.drawn[request.request_id, chunk.epoch, end] = token_id
         logprobs = [logprob_of(salt, tokens, token_id)] if request.sampling.logprobs is not None else None
         return StepResult([token_id], logprobs, prompt_logprobs)
 
@@ -207,7 +215,8 @@ class Mirror:
 
 
 class Driver:
-    """Takes a scheduler through its steps, one second each, and checks after every one."""
+    """Takes a scheduler through its steps, one second each, and checks after every one. `ahead`: so many steps are
+    decided and run before the results of an earlier one are taken in."""
 
     def __init__(
         self,
@@ -218,6 +227,7 @@ class Driver:
         host_blocks: int = 0,
         cache: bool = True,
         sights: Sequence[Sight] = (ALL_OF_THE_PAST,),
+        ahead: int = 0,
     ):
         swap_pool = BlockPool(host_blocks + 1, block_size, False) if host_blocks else None
         self.journal = CacheJournal(block_size, sights)
@@ -228,6 +238,8 @@ class Driver:
         self.now = 0.0
         self.requests: dict[str, EngineRequest] = {}
         self.told: dict[str, Told] = {}
+        self.ahead = ahead
+        self.in_flight: list[tuple[Step, dict[str, StepResult]]] = []
         self.steps: list[Step] = []
         self.decisions: list[Decision] = []
 
@@ -257,10 +269,12 @@ class Driver:
         for chunk in step.scheduled:
             self.check_written_blocks(chunk)
         results = self.model.run(step)
+        self.in_flight.append((step, results))
         while_running()
         self.now += 1.0
-        for output in settle(state, step, results, self.now):
-            self.hear(output)
+        while len(self.in_flight) > (self.ahead if step.scheduled else 0):
+            for output in settle(state, *self.in_flight.pop(0), self.now):
+                self.hear(output)
         state.check_integrity()
         self.check_events()
         self.steps.append(step)

@@ -96,6 +96,7 @@ def machines(draw):
         "num_blocks": draw(st.sampled_from([16, 20, 24, 12, 32, 40])) * len(sights) // block_size,
         "host_blocks": draw(st.sampled_from([0, 3, 12, 40])),
         "cache": draw(st.booleans()),
+        "ahead": draw(st.sampled_from([0, 0, 1, 2])),
     }
 
 
@@ -141,7 +142,7 @@ def test_every_schedule_gives_what_each_request_gets_alone(driver_class, machine
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(machine=machines(), plan=arrivals(with_deadlines=True))
 def test_deadlines_end_what_is_late_and_nothing_else(driver_class, machine, plan):
-    driver = driver_class(**machine)
+    driver = driver_class(**machine | {"ahead": 0})  # a step decides and takes in what it brought
     cut_short = play(driver, plan)
     late = set()
     for request_id, request in driver.requests.items():
@@ -186,13 +187,14 @@ def test_deadlines_end_what_is_late_and_nothing_else(driver_class, machine, plan
     num_blocks=st.integers(6, 10),
     num_tokens=st.sampled_from([4, 6, 9, 16]),
     swap=st.sampled_from(["recompute", "swap"]),
+    ahead=st.integers(0, 2),
 )
-def test_a_crowd_that_shares_its_prefix(driver_class, members, num_blocks, num_tokens, swap):
+def test_a_crowd_that_shares_its_prefix(driver_class, members, num_blocks, num_tokens, swap, ahead):
     """Whoever gives way frees only what nobody else holds."""
     limits = SchedulerLimits(
         max_num_seqs=4, max_num_batched_tokens=num_tokens, max_model_len=64, scheduling_policy="priority", swap=swap
     )
-    driver = driver_class(limits, num_blocks=num_blocks, block_size=2, host_blocks=6)
+    driver = driver_class(limits, num_blocks=num_blocks, block_size=2, host_blocks=6, ahead=ahead)
     plan = [
         (
             moment,

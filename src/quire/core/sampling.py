@@ -105,6 +105,17 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < 1e-5
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether what may be sampled next hangs on which tokens, or how many, have been generated."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+            or bool(self.bad_words_token_ids)
+            or self.min_tokens > 0
+        )
+
     def with_child_seed(self, index: int, seed: int) -> SamplingParams:
         """The parameters of the index-th of `n` samples: one sample, with a seed of its own derived from `seed`."""
         child = (seed + index) & (2**63 - 1)

@@ -56,13 +56,9 @@ def drawable(sampling: SamplingParams) -> bool:
     return (
         sampling.logprobs is None
         and sampling.prompt_logprobs is None
-        and sampling.repetition_penalty == 1.0
-        and sampling.frequency_penalty == 0.0
-        and sampling.presence_penalty == 0.0
+        and not sampling.reads_tokens
         and sampling.allowed_token_ids is None
-        and not sampling.bad_words_token_ids
         and not sampling.logit_bias
-        and sampling.min_tokens == 0
     )
 
 

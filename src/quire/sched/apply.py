@@ -35,6 +35,7 @@ def _preempt(state: SchedulerState, preemption: Preemption, step: Step) -> None:
     victim = preemption.state
     del state.running[victim.request_id]
     victim.num_preemptions += 1
+    victim.num_in_flight = victim.num_pending = 0  # what is under way is computed again, to the same bits
     state.totals.preemptions += 1
     if preemption.swap_out:
         _swap_out(state, victim, step)
@@ -106,10 +107,14 @@ def _grant(state: SchedulerState, grant: Grant) -> ScheduledChunk:
     if grant.num_new_blocks:
         for table in item.block_tables:
             table.extend(state.pool.allocate(grant.num_new_blocks))
+    samples = grant.start + grant.num_tokens == item.num_known
+    item.num_in_flight += grant.num_tokens
+    item.num_pending += samples and item.pooled_rows is None
     return ScheduledChunk(
         state=item,
         start=grant.start,
         num_tokens=grant.num_tokens,
-        samples=grant.start + grant.num_tokens == len(item.token_ids),
+        samples=samples,
         first_slot_cached=grant.first_slot_cached,
+        epoch=item.num_preemptions,
     )

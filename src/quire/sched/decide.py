@@ -1,9 +1,10 @@
 """What the next step should be. Reads the state, changes nothing.
 
-Scheduling knows tokens, not phases: each running request has `num_computed_tokens` and wants to catch up with its
-`token_ids`. In a token budget, requests that lack one token (decoding) come first; the others share what is left, in
-the order of the policy. Blocks are given in the order of the policy too, and when they run out, they are taken from the
-running request that ranks last. So the one that ranks first always moves on.
+Scheduling knows tokens, not phases: each running request has `num_scheduled` tokens and wants to catch up with those
+that are known, or will be when the steps in flight are done. In a token budget, requests that lack one token (decoding)
+come first; the others share what is left, in the order of the policy. Blocks are given in the order of the policy too,
+and when they run out, they are taken from the running request that ranks last. So the one that ranks first always moves
+on.
 """
 
 from __future__ import annotations
@@ -151,12 +152,13 @@ def _serve_running(plan: _Plan) -> None:
     tokens = state.service.tokens
     running = [item for item in state.running.values() if item not in plan.gone]
     running.sort(key=lambda item: state.policy.rank(item, tokens))
-    num_decoding = sum(1 for item in running if len(item.token_ids) - item.num_computed_tokens == 1)
+    longest = state.longest
+    num_decoding = sum(1 for item in running if item.lacking(longest) == 1)
     served, end = 0, len(running)
     while served < end:
         item = running[served]
-        start, num_held = item.num_computed_tokens, len(item.block_tables[0])
-        lacking = len(item.token_ids) - start
+        start, num_held = item.num_scheduled, len(item.block_tables[0])
+        lacking = item.lacking(longest)
         num_decoding -= lacking == 1
         wanted = min(lacking, plan.budget - num_decoding)
         while end > served and wanted > 0:
@@ -167,7 +169,7 @@ def _serve_running(plan: _Plan) -> None:
             end -= 1
             victim = running[end]
             plan.preempt(victim)
-            num_decoding -= victim is not item and len(victim.token_ids) - victim.num_computed_tokens == 1
+            num_decoding -= victim is not item and victim.lacking(longest) == 1
         served += 1
 
 

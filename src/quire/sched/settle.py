@@ -12,7 +12,7 @@ from quire.core.pooling import Pooled
 from quire.core.prefix import extend_hashes
 from quire.core.request import EngineOutput, FinishReason, TokenLogprobs
 from quire.sched.policy import GENERATED_WEIGHT
-from quire.sched.state import Phase, RequestState, ScheduledChunk, SchedulerState, Step
+from quire.sched.state import RequestState, ScheduledChunk, SchedulerState, Step
 
 RATE_WEIGHT = 0.1
 """Weight of the latest step in the moving average of tokens per second."""
@@ -37,15 +37,16 @@ class StepResult(msgspec.Struct, frozen=True):
 
 
 def settle(state: SchedulerState, step: Step, results: Mapping[str, StepResult], now: float) -> list[EngineOutput]:
-    """Take in the results of `step`, by request id; chunks that do not sample may have none.
+    """Take in the results of `step`, by request id; chunks that do not sample may have none. Steps are settled in the
+    order in which they were applied, but another may have been applied since.
 
-    Returns one output per request that has something to tell: tokens, or its end. Requests cancelled while the step
-    ran get none.
+    Returns one output per request that has something to tell: tokens, or its end. Requests that ended or were preempted
+    while the step ran get none.
     """
     outputs = [_last_output(late, FinishReason.ERROR, error=error) for late, error in step.refused]
     _note_pace(state, step, now)
     for chunk in step.scheduled:
-        if chunk.state.phase is Phase.RUNNING:
+        if chunk.is_wanted:
             result = results.get(chunk.state.request_id)
             assert result is not None or not chunk.samples, f"no result for {chunk.state.request_id}"
             output = _settle_chunk(state, chunk, result or StepResult(), now)
@@ -66,6 +67,8 @@ def fail(state: SchedulerState, request_id: str, error: QuireError) -> EngineOut
 def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResult, now: float) -> EngineOutput | None:
     item = chunk.state
     item.num_computed_tokens = chunk.start + chunk.num_tokens
+    item.num_in_flight -= chunk.num_tokens
+    item.num_pending -= chunk.samples and item.pooled_rows is None
     _publish(state, item)
     if state.pool.limited:
         _free_hidden(state, item)
@@ -199,7 +202,8 @@ def _last_output(
 
 
 def _note_pace(state: SchedulerState, step: Step, now: float) -> None:
-    seconds = now - step.started
+    seconds = now - max(step.started, state.last_settled)
+    state.last_settled = now
     if step.scheduled and seconds > 0:
         pace = step.num_tokens / seconds
         old = state.tokens_per_second

@@ -81,6 +81,8 @@ class RequestState:
     * `token_ids`: prompt and generated tokens. KV is in the cache for the first `num_computed_tokens` of them, in the
       blocks of `block_tables`, in order (while it is swapped out: of `host_tables`): one table per group of layers,
       all of one length, or none at all. A table grows in place, or is replaced by a new one.
+    * `num_in_flight`: how many tokens behind those are being computed, by steps that are not settled yet, and
+      `num_pending` how many those steps will have sampled: the scheduler goes on from what will be known then.
     * `num_hidden`: for each group, how many blocks at the front of its table nobody can see any more; they are given
       back, and null blocks stand in their place.
     * `block_hashes`: the chain over all full blocks of `token_ids`, computed or not; empty without prefix caching.
@@ -98,6 +100,8 @@ class RequestState:
     cache_extra: bytes = b""
     phase: Phase = Phase.WAITING
     num_computed_tokens: int = 0
+    num_in_flight: int = 0
+    num_pending: int = 0
     block_tables: list[list[int]] = field(default_factory=list)
     num_hidden: list[int] = field(default_factory=list)
     host_tables: list[list[int]] = field(default_factory=list)
@@ -120,6 +124,27 @@ class RequestState:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_scheduled(self) -> int:
+        """Tokens whose KV is in the cache when all steps in flight are done."""
+        return self.num_computed_tokens + self.num_in_flight
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that there are when all steps in flight are done, unless one of them ends the request."""
+        return len(self.token_ids) + self.num_pending
+
+    def lacking(self, longest: int) -> int:
+        """Tokens that it wants computed now. None while what comes next hangs on a token that is not known yet, or when
+        it will have all that it may generate; `longest` is `SchedulerState`'s."""
+        if self.num_pending:
+            sampling = self.request.sampling
+            generated = self.num_known - self.num_prompt_tokens
+            is_full = sampling.max_tokens is not None and generated >= sampling.max_tokens
+            if sampling.reads_tokens or is_full or self.num_known >= longest:
+                return 0
+        return self.num_known - self.num_scheduled
 
     @property
     def held(self) -> list[list[int]]:
@@ -166,12 +191,13 @@ class Totals:
 
 
 class ScheduledChunk(msgspec.Struct, frozen=True):
-    """Rows for positions start .. start + num_tokens - 1 of `state.token_ids`.
+    """Rows for positions start .. start + num_tokens - 1 of `state.token_ids`; the last of these may not be known yet.
 
     * `samples`: the chunk reaches the end of the known tokens, so its last row's logits give the next one (or, of a
       pooling request, the vector is whole).
     * `first_slot_cached`: the only row of a full prefix hit. Its KV is in a block that others may share, so the row
       writes to the null block instead.
+    * `epoch`: how often the request had been preempted. What a step brings is of no use after one more time.
     """
 
     state: RequestState
@@ -179,6 +205,12 @@ class ScheduledChunk(msgspec.Struct, frozen=True):
     num_tokens: int
     samples: bool
     first_slot_cached: bool
+    epoch: int = 0
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether its request still waits for what it brings."""
+        return self.state.phase is Phase.RUNNING and self.epoch == self.state.num_preemptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +260,7 @@ class SchedulerState:
         """Tokens at which a request ends. The last one needs no KV; with one more, a request alone would outgrow the
         whole cache."""
         self.tokens_per_second = 0.0
+        self.last_settled = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -306,7 +339,9 @@ class SchedulerState:
                 assert not state.block_tables, state.request_id
                 assert not state.host_tables, state.request_id
                 assert state.num_computed_tokens == 0, state.request_id
-            else:
+            if state.phase is not Phase.RUNNING:
+                assert state.num_in_flight == state.num_pending == 0, state.request_id
+            if state.phase is not Phase.WAITING:
                 self._check_tables(state)
 
     def _check_tables(self, state: RequestState) -> None:
@@ -317,5 +352,5 @@ class SchedulerState:
         assert len({len(table) for table in tables}) == 1, state.request_id
         assert len(tables) == len(self.pool.sights), state.request_id
         for table, first in zip(tables, firsts):
-            assert len(table) >= self.pool.blocks_for(state.num_computed_tokens), state.request_id
+            assert len(table) >= self.pool.blocks_for(state.num_scheduled), state.request_id
             assert all((block_id == NULL_BLOCK) == (i < first) for i, block_id in enumerate(table)), state.request_id
