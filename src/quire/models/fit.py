@@ -69,7 +69,7 @@ def step_tokens(sizes: Sizes, config: EngineConfig, shapes: Shapes) -> int:
     return max(sizes.max_num_batched_tokens, config.max_model_len or shapes.longest)
 
 
-def judge(config: EngineConfig, ledger: KVLedger, *, dtype: str, runnable: bool) -> Fit:
+def judge(ledger: KVLedger, *, dtype: str, runnable: bool) -> Fit:
     """What the ledger says of the model, in words, and what to try. `runnable`: whether the engine has its family."""
     try:
         ledger.check()

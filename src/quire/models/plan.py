@@ -157,7 +157,7 @@ def plan_model(
     else:
         ledger = build_ledger(config, model.shapes, weight_bytes=weights.run_bytes, dtype=dtype, available=available)
         token_bytes, read_bytes = _kv_bytes(ledger, model.shapes)
-        fit = judge(config, ledger, dtype=dtype, runnable=model.served_by is not None)
+        fit = judge(ledger, dtype=dtype, runnable=model.served_by is not None)
     cache = _cache(config, ledger if fit.fits else None)
     return Plan(
         model=str(directory),
