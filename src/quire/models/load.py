@@ -64,10 +64,9 @@ class LoadedModel:
         block_size: int,
         *,
         places: Sequence[tuple[int, int]] | None = None,
-        device: torch.device | None = None,
     ) -> KVCache:
-        """A cache of this model's shape, on its device unless another is named (the host, for swapping). `places` as in
-        `KVCache`: without, all layers share one table, and their blocks cannot be freed one by one."""
+        """A cache of this model's shape, on its device. `places` as in `KVCache`: without, all layers share one table,
+        and their blocks cannot be freed one by one."""
         sizes = self.decoder.block_sizes
         if block_size not in sizes:
             raise ConfigError(
@@ -92,7 +91,7 @@ class LoadedModel:
             block_size=block_size,
             block_bytes=block_bytes,
             shapes=[shape[1:] for shape in shapes],
-            device=device or self.device,
+            device=self.device,
             places=places,
         )
 
