@@ -73,7 +73,8 @@ class TritonFused:
         g = k_tgd.shape[1]
         assert d <= _WIDEST_HEAD, f"a head of {d} elements, of {_WIDEST_HEAD} at most"
         q_thd, k_tgd, v_tgd = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_thd, k_tgd, v_tgd))
-        assert rotary.cos_pr.stride() == rotary.sin_pr.stride() and rotary.cos_pr.stride(-1) == 1
+        assert rotary.cos_pr.stride() == rotary.sin_pr.stride()
+        assert rotary.cos_pr.stride(-1) == 1
         out_thd = torch.empty(t, h, d, dtype=q_thd.dtype, device=q_thd.device)
         quantized = self._kv_dtype in QUANTIZED
         cache = kv_layer.view(torch.int8 if quantized else getattr(torch, self._kv_dtype))

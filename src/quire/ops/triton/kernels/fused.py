@@ -64,8 +64,9 @@ def _magnitude(value):
 
 
 @triton.jit
-def _scales(largest, MOST: tl.constexpr):
+def _scales(largest, KV: tl.constexpr):
     """(scale, inverse) of rows `[HEADS, 1]`, as `ops.reference.kv_layout` has them."""
+    MOST: tl.constexpr = 127.0 if KV == "int8" else 448.0
     scale = tl.div_rn(largest, tl.full(largest.shape, MOST, tl.float32))
     sound = scale < float("inf")
     inverse = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), tl.where(sound & (scale > 0.0), scale, 1.0))
@@ -73,12 +74,14 @@ def _scales(largest, MOST: tl.constexpr):
 
 
 @triton.jit
-def _in_8_bits(value, inverse, KV: tl.constexpr):
-    """The bytes of int8 or e4m3."""
+def _stored(value, inverse, KV: tl.constexpr, TYPE: tl.constexpr):
+    """As the cache has it, in TYPE, which is int8 for the bytes of e4m3 too."""
     wide = value.to(tl.float32)
     # Rows that are not sound become zeros.
     number = tl.where(inverse > 0.0, wide * inverse, 0.0)
-    if KV == "int8":
+    if KV == "wide":
+        return rounded(wide, TYPE)
+    elif KV == "int8":
         number = tl.minimum(tl.maximum(number, -127.0), 127.0)
         # To the nearest whole number, ties to even: there are no others so far from zero.
         return ((number + 12582912.0) - 12582912.0).to(tl.int8)
@@ -153,7 +156,7 @@ def qkv_kernel(
     j = tl.arange(0, REST_BLOCK)[None, :]
     w = tl.arange(0, BLOCK)[None, :]
     n = tl.arange(0, HEADS)[:, None]
-    block_at = cache + slot // s * cache_block_stride
+    TYPE: tl.constexpr = cache.dtype.element_ty
     if part < Q_PARTS:
         head = part * HEADS + n
         present = head < h
@@ -174,28 +177,22 @@ def qkv_kernel(
             at, present, k_weight, cos, sin, d, eps, offset,
             HALF, REST, NORMED, OFFSETS, HEADS, BLOCK, HALF_BLOCK, REST_BLOCK,
         )  # fmt: skip
-        head_at = block_at + head.to(tl.int64) * cache_head_stride
+        largest = tl.maximum(tl.maximum(_magnitude(first), _magnitude(second)), _magnitude(rest))
+        scale, inverse = _scales(largest, KV)
+        head_at = slot // s * cache_block_stride + head.to(tl.int64) * cache_head_stride
         if KV != "wide":
-            largest = tl.maximum(tl.maximum(_magnitude(first), _magnitude(second)), _magnitude(rest))
-            scale, inverse = _scales(largest, 127.0 if KV == "int8" else 448.0)
-            scale_at = scales + (slot // s * cache_block_stride + head.to(tl.int64) * cache_head_stride + s * e) // 4
-            tl.store(scale_at + slot % s, scale, mask=present)
-            first, second, rest = _in_8_bits(first, inverse, KV), _in_8_bits(second, inverse, KV), _in_8_bits(rest, inverse, KV)
-        head_at += slot % s * e
-        _store(head_at, i, first, present, HALF)
-        _store(head_at + HALF, i, second, present, HALF)
-        _store(head_at + 2 * HALF, j, rest, present, REST)
+            tl.store(scales + (head_at + s * e) // 4 + slot % s, scale, mask=present)
+        token_at = cache + head_at + slot % s * e
+        _store(token_at, i, _stored(first, inverse, KV, TYPE), present, HALF)
+        _store(token_at + HALF, i, _stored(second, inverse, KV, TYPE), present, HALF)
+        _store(token_at + 2 * HALF, j, _stored(rest, inverse, KV, TYPE), present, REST)
     else:
         head = (part - Q_PARTS - KV_PARTS) * HEADS + n
         present = (head < g) & (slot >= 0)
         at = v + row * v_row_stride + head * v_head_stride
         value = _finite(tl.load(at + w, mask=present & (w < d), other=0.0))
-        head_at = block_at + cache_part_stride + head.to(tl.int64) * cache_head_stride
+        scale, inverse = _scales(_magnitude(value), KV)
+        head_at = cache_part_stride + slot // s * cache_block_stride + head.to(tl.int64) * cache_head_stride
         if KV != "wide":
-            scale, inverse = _scales(_magnitude(value), 127.0 if KV == "int8" else 448.0)
-            scale_at = scales + (
-                cache_part_stride + slot // s * cache_block_stride + head.to(tl.int64) * cache_head_stride + s * e
-            ) // 4
-            tl.store(scale_at + slot % s, scale, mask=present)
-            value = _in_8_bits(value, inverse, KV)
-        _store(head_at + slot % s * e, w, value, present, d)
+            tl.store(scales + (head_at + s * e) // 4 + slot % s, scale, mask=present)
+        _store(cache + head_at + slot % s * e, w, _stored(value, inverse, KV, TYPE), present, d)
