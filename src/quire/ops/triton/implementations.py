@@ -11,6 +11,13 @@ from quire.ops.target import Target
 
 # op, module here, class, its method ("" for the object itself), what `quire kernels` says
 _SERVED = (
+    (
+        "attention",
+        "attention",
+        "TritonAttention",
+        "",
+        "paged, contexts split at fixed positions; lengths from the device",
+    ),
     ("activation", "rows", "TritonActivation", "activation", "a piece of a row per program, in float32"),
     ("add_layer_norm", "rows", "TritonNorm", "add_layer_norm", "whole rows per program, in float32"),
     ("add_rms_norm", "rows", "TritonNorm", "add_rms_norm", "whole rows per program, in float32"),

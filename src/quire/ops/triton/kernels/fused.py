@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from quire.ops.triton.kernels.common import rounded
+from quire.ops.triton.kernels.kv_numbers import finite_or_zero, largest_of, scales_of, stored
 from quire.ops.triton.kernels.norms import root_mean_square_scale, scaled
 from quire.ops.triton.kernels.rows import rotated
 
@@ -54,51 +55,6 @@ def _turned(
 @triton.jit
 def _store(at, i, value, present, width):
     tl.store(at + i, value, mask=present & (i < width))
-
-
-@triton.jit
-def _magnitude(value):
-    """Of each row the largest; infinite where one is not a number."""
-    wide = value.to(tl.float32)
-    return tl.max(tl.where(wide == wide, tl.abs(wide), float("inf")), axis=1)[:, None]
-
-
-@triton.jit
-def _scales(largest, KV: tl.constexpr):
-    """(scale, inverse) of rows `[HEADS, 1]`, as `ops.reference.kv_layout` has them."""
-    MOST: tl.constexpr = 127.0 if KV == "int8" else 448.0
-    scale = tl.div_rn(largest, tl.full(largest.shape, MOST, tl.float32))
-    sound = scale < float("inf")
-    inverse = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), tl.where(sound & (scale > 0.0), scale, 1.0))
-    return tl.where(sound, scale, float("nan")), tl.where(sound & (scale > 0.0), inverse, 0.0)
-
-
-@triton.jit
-def _stored(value, inverse, KV: tl.constexpr, TYPE: tl.constexpr):
-    """As the cache has it, in TYPE, which is int8 for the bytes of e4m3 too."""
-    wide = value.to(tl.float32)
-    # Rows that are not sound become zeros.
-    number = tl.where(inverse > 0.0, wide * inverse, 0.0)
-    if KV == "wide":
-        return rounded(wide, TYPE)
-    elif KV == "int8":
-        number = tl.minimum(tl.maximum(number, -127.0), 127.0)
-        # To the nearest whole number, ties to even: there are no others so far from zero.
-        return ((number + 12582912.0) - 12582912.0).to(tl.int8)
-    else:
-        number = tl.minimum(tl.maximum(number, -448.0), 448.0)
-        magnitude = tl.abs(number)
-        bits = magnitude.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-        below_normal = ((magnitude * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
-        code = tl.where(magnitude < 0.015625, below_normal, normal)
-        return tl.where(number.to(tl.int32, bitcast=True) < 0, code | 0x80, code).to(tl.uint8).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _finite(value):
-    wide = value.to(tl.float32)
-    return tl.where(tl.abs(wide) < float("inf"), value, 0.0).to(value.dtype)
 
 
 @triton.jit
@@ -177,22 +133,22 @@ def qkv_kernel(
             at, present, k_weight, cos, sin, d, eps, offset,
             HALF, REST, NORMED, OFFSETS, HEADS, BLOCK, HALF_BLOCK, REST_BLOCK,
         )  # fmt: skip
-        largest = tl.maximum(tl.maximum(_magnitude(first), _magnitude(second)), _magnitude(rest))
-        scale, inverse = _scales(largest, KV)
+        largest = tl.maximum(tl.maximum(largest_of(first), largest_of(second)), largest_of(rest))
+        scale, inverse = scales_of(largest, KV)
         head_at = slot // s * cache_block_stride + head.to(tl.int64) * cache_head_stride
         if KV != "wide":
             tl.store(scales + (head_at + s * e) // 4 + slot % s, scale, mask=present)
         token_at = cache + head_at + slot % s * e
-        _store(token_at, i, _stored(first, inverse, KV, TYPE), present, HALF)
-        _store(token_at + HALF, i, _stored(second, inverse, KV, TYPE), present, HALF)
-        _store(token_at + 2 * HALF, j, _stored(rest, inverse, KV, TYPE), present, REST)
+        _store(token_at, i, stored(first, inverse, KV, TYPE), present, HALF)
+        _store(token_at + HALF, i, stored(second, inverse, KV, TYPE), present, HALF)
+        _store(token_at + 2 * HALF, j, stored(rest, inverse, KV, TYPE), present, REST)
     else:
         head = (part - Q_PARTS - KV_PARTS) * HEADS + n
         present = (head < g) & (slot >= 0)
         at = v + row * v_row_stride + head * v_head_stride
-        value = _finite(tl.load(at + w, mask=present & (w < d), other=0.0))
-        scale, inverse = _scales(_magnitude(value), KV)
+        value = finite_or_zero(tl.load(at + w, mask=present & (w < d), other=0.0))
+        scale, inverse = scales_of(largest_of(value), KV)
         head_at = cache_part_stride + slot // s * cache_block_stride + head.to(tl.int64) * cache_head_stride
         if KV != "wide":
             tl.store(scales + (head_at + s * e) // 4 + slot % s, scale, mask=present)
-        _store(cache + head_at + slot % s * e, w, _stored(value, inverse, KV, TYPE), present, d)
+        _store(cache + head_at + slot % s * e, w, stored(value, inverse, KV, TYPE), present, d)
