@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -12,8 +14,9 @@ from quire.gateway.endpoint import STATE_LABEL, Endpoint, Pool
 from quire.gateway.errors import NoEndpoint
 from quire.gateway.picker_config import read_picker_config
 from quire.gateway.plugin import Conclusion, Picker, ProfileHandler, Scorer
+from quire.gateway.plugins.pickers import MaxScore, WeightedRandom
 from quire.gateway.request import Api, InferenceRequest, Outcome
-from quire.gateway.schedule import Profile, Scheduler, WeightedScorer
+from quire.gateway.schedule import Profile, Scheduler, WeightedScorer, run_profile
 
 
 class FewestOpen(Scorer):
@@ -70,6 +73,28 @@ async def test_choices_made_in_one_instant_spread() -> None:
         router.sent(one, choice.endpoint, choice)
         places.append(choice.endpoint.name)
     assert sorted(places) == ["a", "a", "b", "b"]
+
+
+class Says(Scorer):
+    """A score for each endpoint, by its name."""
+
+    def __init__(self, scores: Mapping[str, float]) -> None:
+        self.name = "says"
+        self._scores = scores
+
+    def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
+        return [self._scores[one.name] for one in candidates]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_counts_nothing(wrong: float) -> None:
+    some = [endpoint("a"), endpoint("b"), endpoint("c")]
+    scorers = (WeightedScorer(Says({"a": wrong, "b": 0.5, "c": wrong}), 2.0), WeightedScorer(FewestOpen()))
+    for picker in (MaxScore(1, random.Random(0)), MaxScore(3, random.Random(0)), WeightedRandom(3, random.Random(0))):
+        picked, trace = run_profile(Profile("default", (), scorers, picker), request(), some)
+        assert trace.totals == [1.0, 2.0, 1.0]
+        assert isinstance(picker, WeightedRandom) or picked[0] is some[1]
+        assert trace.scores[0].scores == [0.0, 0.5, 0.0]
 
 
 async def test_loads_return_to_nothing() -> None:

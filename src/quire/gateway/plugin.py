@@ -7,6 +7,7 @@ entry of the type's name that loads a `Factory`.
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -145,12 +146,26 @@ P = TypeVar("P", bound=msgspec.Struct)
 
 def read_parameters(kind: type[P], parameters: Mapping[str, Any], plugin: str) -> P:
     """`kind` should forbid unknown fields. Raises `ConfigError` that names the plugin and the field."""
+    for name, value in parameters.items():
+        if _holds_nan(value):
+            raise ConfigError(
+                f"Plugin {plugin!r}: {name} is not a number.", param="plugins", remedy="Write a number in place of .nan."
+            )
     try:
         return msgspec.convert(dict(parameters), kind)
     except msgspec.ValidationError as error:
         raise ConfigError(
             f"Plugin {plugin!r}: {error}.", param="plugins", remedy="See docs/gateway-plugins.md for its parameters."
         ) from error
+
+
+def _holds_nan(value: object) -> bool:
+    """It passes every check of a range that is not made with it in mind, and spoils what it is compared with."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_nan, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_nan, value))
+    return isinstance(value, float) and math.isnan(value)
 
 
 def plugin_registry() -> Registry[Factory]:

@@ -67,9 +67,11 @@ class AttributeScorer(Scorer):
     def __init__(self, parameters: AttributeScorerParameters) -> None:
         normalization = parameters.algorithm.normalization
         fixed = normalization.fixed_range
-        if fixed is not None and (normalization.adaptive_range is not None or not fixed.min < fixed.max):
+        if fixed is not None and (
+            normalization.adaptive_range is not None or not -math.inf < fixed.min < fixed.max < math.inf
+        ):
             raise ConfigError(
-                "endpoint-attribute-scorer: fixedRange stands alone, and its min is below its max.",
+                "endpoint-attribute-scorer: fixedRange stands alone, its ends are finite, and its min is below its max.",
                 param="plugins",
                 remedy="Correct algorithm.normalization.",
             )

@@ -6,6 +6,7 @@ an objective that was not given counts as 0, so that everybody misses it, and th
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Literal
@@ -56,8 +57,10 @@ class LatencyScorer(Scorer):
             parameters.composite_queue_weight,
             parameters.composite_prefix_weight,
         )
-        if min(*weights, *composite) < 0:
-            raise ConfigError("latency-scorer: a weight is negative.", param="plugins", remedy="They are 0 or more.")
+        if not all(0.0 <= weight < math.inf for weight in (*weights, *composite)):
+            raise ConfigError(
+                "latency-scorer: a weight is negative or infinite.", param="plugins", remedy="They are 0 or more."
+            )
         self._weights = _shares(weights, (1.0, 0.0))
         self._composite = _shares(composite, (1.0, 0.0, 0.0))
         self._most = parameters.headroom_selection_strategy == "most"
