@@ -82,7 +82,9 @@ def test_any_page_is_read_or_refused(text: str) -> None:
     assert math.isfinite(found.kv_usage)
 
 
-@pytest.mark.parametrize("piece", ["a", 'a="', 'a="\\\\', "\\\\", '"', 'a="b",', "a=", "{", "}", " ", "9", "_", "a ", "é"])
+@pytest.mark.parametrize(
+    "piece", ["a", 'a="', 'a="\\\\', "\\\\", '"', 'a="b",', "a=", "{", "}", " ", "9", "_", "a ", "é"]
+)
 @pytest.mark.parametrize("name", ["vllm:cache_config_info", "vllm:lora_requests_info", "vllm:num_requests_waiting"])
 def test_a_page_of_one_hostile_line_is_read_in_time_linear_in_its_size(name: str, piece: str) -> None:
     """In quadratic time one such page would take hours."""

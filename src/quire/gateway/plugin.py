@@ -149,7 +149,9 @@ def read_parameters(kind: type[P], parameters: Mapping[str, Any], plugin: str) -
     for name, value in parameters.items():
         if _holds_nan(value):
             raise ConfigError(
-                f"Plugin {plugin!r}: {name} is not a number.", param="plugins", remedy="Write a number in place of .nan."
+                f"Plugin {plugin!r}: {name} is not a number.",
+                param="plugins",
+                remedy="Write one, not .nan.",
             )
     try:
         return msgspec.convert(dict(parameters), kind)

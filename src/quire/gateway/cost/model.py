@@ -10,10 +10,9 @@ from quire.gateway.cost.learner import Costs, Learner
 from quire.gateway.cost.queue import PrefillQueue
 from quire.gateway.endpoint import Endpoint, EndpointMetrics
 from quire.gateway.plugin import Services
+from quire.gateway.plugins.reports import staleness_of
 from quire.gateway.request import InferenceRequest, Outcome, Prediction
 
-STALE: Final = 5.0
-"""Seconds after which what an endpoint reported counts no more."""
 GIVEN_HALF_LIFE: Final = 600.0
 FORGET: Final = 0.05
 DEFAULT_OUTPUT: Final = 128.0
@@ -80,6 +79,7 @@ class CostModel:
 
     def __init__(self, services: Services) -> None:
         self._clock = services.clock
+        self._staleness = staleness_of(services)
         self._learner = Learner()
         self._output = DEFAULT_OUTPUT
         self._uncached = DEFAULT_UNCACHED
@@ -117,7 +117,7 @@ class CostModel:
         """Prompt tokens to be computed before a request that comes now, and requests beside it: ours, and of what the
         endpoint reports those that are not."""
         tokens, beside = mine.queue.left(now, costs.prefill), mine.requests
-        if metrics is None or now - metrics.time > STALE:
+        if metrics is None or now - metrics.time > self._staleness:
             return tokens, beside
         others = max(metrics.waiting + metrics.running - mine.at_page, 0)
         return tokens + min(others, metrics.waiting) * self._uncached, beside + others
