@@ -7,13 +7,15 @@ import random
 from collections.abc import Mapping, Sequence
 
 import pytest
+import structlog
 
 from quire.core.errors import ConfigError
 from quire.gateway.director import Director
-from quire.gateway.endpoint import STATE_LABEL, Endpoint, Pool
+from quire.gateway.endpoint import STATE_LABEL, Endpoint, Load, Pool
 from quire.gateway.errors import NoEndpoint
+from quire.gateway.faults import EVERY, PluginFaults
 from quire.gateway.picker_config import read_picker_config
-from quire.gateway.plugin import Conclusion, Picker, ProfileHandler, Scorer
+from quire.gateway.plugin import Conclusion, Observer, Picker, ProfileHandler, Scorer
 from quire.gateway.plugins.pickers import MaxScore, WeightedRandom
 from quire.gateway.request import Api, InferenceRequest, Outcome
 from quire.gateway.schedule import Profile, Scheduler, WeightedScorer, run_profile
@@ -108,6 +110,59 @@ async def test_loads_return_to_nothing() -> None:
     assert (load.requests, load.prefill_tokens, load.tokens) == (1, 0, 110)
     router.finished(one, attempt, Outcome(status=200))
     assert (load.requests, load.prefill_tokens, load.tokens) == (0, 0, 0)
+
+
+class Watcher(Observer):
+    def __init__(self, name: str, *, fails: bool) -> None:
+        self.name = name
+        self._fails = fails
+        self.heard: list[str] = []
+
+    def _hear(self, what: str) -> None:
+        self.heard.append(what)
+        if self._fails:
+            raise ZeroDivisionError(what)
+
+    def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
+        self._hear("sent")
+
+    def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:
+        self._hear("first_byte")
+
+    def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
+        self._hear("finished")
+
+
+async def test_an_observer_that_fails_costs_nobody_anything_but_a_warning_now_and_then() -> None:
+    router = director(endpoint("a"))
+    watchers = [Watcher("before", fails=False), Watcher("broken", fails=True), Watcher("behind", fails=False)]
+    router.observers = watchers
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(100):
+            one = request()
+            choice = await router.choose(one)
+            attempt = router.sent(one, choice.endpoint, choice)
+            router.first_byte(one, attempt)
+            router.finished(one, attempt, Outcome(status=200))
+    assert all(one.heard == ["sent", "first_byte", "finished"] * 100 for one in watchers)
+    assert choice.endpoint.load == Load()
+    (told,) = [entry for entry in logs if entry["event"] == "observer_failed"]
+    assert (told["plugin"], told["error"], told["log_level"]) == ("broken", "ZeroDivisionError: sent", "warning")
+
+
+def test_a_fault_is_told_again_after_a_while_with_how_many_there_were() -> None:
+    now = 0.0
+    faults = PluginFaults(lambda: now)
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(41):
+            faults.tell("observer_failed", "p", ValueError("x" * 10_000))
+            faults.tell("observer_failed", "q", ValueError())
+            now += EVERY / 20
+    assert [(entry["plugin"], entry["unsaid_before"]) for entry in logs] == [
+        *(("p", 0), ("q", 0)),
+        *(("p", 19), ("q", 19)) * 2,
+    ]
+    assert max(len(entry["error"]) for entry in logs) <= 500
 
 
 async def test_who_cannot_serve_is_no_candidate_and_the_error_says_why() -> None:

@@ -94,7 +94,8 @@ class Decider(Plugin):
 
 
 class Observer(Plugin):
-    """Is told what becomes of requests. Anything else a plugin is, it may be this too."""
+    """Is told what becomes of requests. Anything else a plugin is, it may be this too. A failure is logged, and changes
+    nothing else."""
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
         """Chosen, and about to go out. May add to `choice.headers`."""
