@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
+from quire.gateway.cost import policy
 from quire.gateway.cost.policy import ExpectedCost, expected_cached
 from quire.gateway.endpoint import Endpoint, EndpointMetrics, Pool
 from quire.gateway.plugin import Conclusion, Plugin, Services
@@ -114,6 +115,17 @@ def test_equals_are_given_work_in_turn_one_after_another() -> None:
 def test_long_answers_do_not_hide_what_a_prefix_saves() -> None:
     world = World("a", "b")
     assert world.best(request(cached={"b": 900}, max_tokens=100_000)) == "b"
+
+
+def test_details_are_made_when_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(policy, "_detail", lambda estimate: made.append(estimate) or {"cost": estimate.cost})
+    world = World("a", "b", "c")
+    world.scores(request())
+    details = world.policy.details()
+    assert (details is not None, made) == (True, [])
+    assert [one["cost"] for one in details or ()] == [made[index].cost for index in range(3)]  # type: ignore[index, attr-defined]
+    assert len((details or ())[1:]) == 2
 
 
 def test_details_say_what_the_cost_is_made_of() -> None:

@@ -79,15 +79,16 @@ class Director:
 
     def candidates(self, request: InferenceRequest, excluded: frozenset[str] = frozenset()) -> list[Endpoint]:
         """Endpoints that could serve it at all: available, not draining, with the model, inside the subset."""
+        model, subset, selector = request.target_model, request.subset, request.selector
         return [
             endpoint
             for endpoint in self.pool.all
             if endpoint.available
             and not endpoint.draining
-            and endpoint.key not in excluded
-            and (endpoint.models is None or not request.target_model or request.target_model in endpoint.models)
-            and (request.subset is None or endpoint.address in request.subset)
-            and all(endpoint.labels.get(name) == value for name, value in request.selector.items())
+            and (endpoint.models is None or not model or model in endpoint.models)
+            and (not excluded or endpoint.key not in excluded)
+            and (subset is None or endpoint.address in subset)
+            and (not selector or all(endpoint.labels.get(name) == value for name, value in selector.items()))
         ]
 
     async def choose(self, request: InferenceRequest) -> Choice:

@@ -59,7 +59,8 @@ class Scorer(Plugin):
         """One number in [0, 1] for each candidate; 1 is best."""
 
     def details(self) -> Sequence[object] | None:
-        """What lay behind the scores just given, one JSON-like value for each candidate, for explaining."""
+        """What lay behind the scores just given, one JSON-like value for each candidate, for explaining. Asked for with
+        each request and kept for a while, looked at rarely: best a sequence that makes its values when they are."""
         return None
 
 

@@ -122,7 +122,7 @@ class CostModel:
 
     def _costs(self, endpoint: Endpoint, now: float) -> Costs:
         metrics = endpoint.metrics
-        if metrics is not None:
+        if metrics is not None and (metrics.prefill_seconds_per_token or metrics.decode_seconds_per_step):
             self._learner.hint(metrics.prefill_seconds_per_token, metrics.decode_seconds_per_step)
         return self._learner.costs(endpoint.key, now)
 
