@@ -1,5 +1,6 @@
 """The engine's KV events, read as any subscriber would: by ZeroMQ and msgpack's own library."""
 
+import contextlib
 import threading
 import time
 
@@ -147,7 +148,7 @@ def test_a_reader_that_does_not_read_costs_one_buffer_and_holds_nobody_up(publis
 
 
 def test_what_waits_for_readers_that_do_not_read_is_bounded_for_all_together(publish, context, monkeypatch):
-    """The third is refused, and served when the first two have gone."""
+    """The third waits, and is served when the first two have gone."""
     monkeypatch.setattr(kv_publisher, "MAX_REPLAY_BYTES", 80_000_000)
     publisher = publish()
     for _ in range(50):
@@ -167,12 +168,31 @@ def test_what_waits_for_readers_that_do_not_read_is_bounded_for_all_together(pub
         assert one.poll(30_000)
     third = ask(0)
     until(lambda: len(replay(context, publisher, (49).to_bytes(8, "big"))) == 2)  # a small one still has room
+    until(lambda: len(publisher._asked) == 1)
     assert not third.poll(50)
     for one in idle:
         one.close(0)
-    while not third.poll(50):
-        third.send_multipart([b"", bytes(8)])
+    assert third.poll(30_000)
     third.close(0)
+    until(lambda: not publisher._asked)
+
+
+def test_no_more_requests_wait_than_so_many(publish, context, monkeypatch):
+    monkeypatch.setattr(kv_publisher, "MAX_ASKED", 2)
+    publisher = publish()
+    monkeypatch.setattr(publisher, "_has_room", lambda *_: False)
+    with contextlib.ExitStack() as closing:
+        for _ in range(5):
+            asking = closing.enter_context(context.socket(zmq.DEALER))
+            asking.connect(publisher.info.replay_endpoint)
+            for _ in range(3):
+                asking.send_multipart([b"", bytes(8)])
+        until(lambda: len(publisher._asked) == 2)
+        one_more = closing.enter_context(context.socket(zmq.DEALER))
+        one_more.connect(publisher.info.replay_endpoint)
+        one_more.send_multipart([b"", bytes(8)])
+        assert not one_more.poll(50)
+        assert len(publisher._asked) == 2
 
 
 def test_a_batch_that_cannot_be_published_is_told_and_counted_and_the_next_ones_come(publish, context, capfd):

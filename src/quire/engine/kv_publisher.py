@@ -27,10 +27,14 @@ from quire.wire.kv_events import END_OF_REPLAY, KVCacheEvent, KVEventBatch, enco
 
 MAX_BUFFER_BYTES = 64 * 1024 * 1024
 MAX_REPLAY_BYTES = 2 * MAX_BUFFER_BYTES
-"""Of answers that readers have yet to take, all together; each reader has a half at most. Beyond it a request is not
-answered, as if it had been lost."""
+"""Of answers that readers have yet to take, all together; each reader has a half at most. Beyond it requests wait."""
 MESSAGE_BYTES = 512
-"""What a message costs that waits, beside its payload."""
+REPLAY_BYTES = 4096
+"""What a message that waits costs beside its payload, and what a replay does beside its messages."""
+MAX_ASKED = 64
+"""Readers whose requests wait; those of more are not answered."""
+LOOK_MS = 50
+"""How often it is looked, while requests wait, whether there is room now."""
 SILENCE_MS = 30_000
 """A reader whose machine takes nothing for so long is disconnected, and what waits for it is freed."""
 MAX_REQUEST_BYTES = 4096
@@ -72,6 +76,8 @@ class KVEventPublisher:
         self._num_faults = 0
         self._ended = False
         self._replays: list[_Replay] = []
+        self._asked: dict[bytes, int] = {}
+        """By reader: the first sequence that it wants, of requests that wait for room."""
         with contextlib.ExitStack() as undo:
             self._publishing = _open(context, zmq.PUB, config.endpoint, config.hwm, binds=config.binds)
             undo.callback(self._publishing.close, 0)
@@ -132,7 +138,7 @@ class KVEventPublisher:
             poller.register(self._replaying, zmq.POLLIN)
         try:
             while self._publish_all():
-                poller.poll()
+                poller.poll(LOOK_MS if self._asked else None)
                 with contextlib.suppress(BlockingIOError):
                     self._bell.recv(4096)
                 if self._replaying is not None:
@@ -184,17 +190,26 @@ class KVEventPublisher:
             self._buffer_bytes -= len(oldest)
 
     def _answer(self, replaying: zmq.Socket[bytes]) -> None:
-        """One request, if there is one, so that events never wait for many."""
+        """One request, if there is one, so that events never wait for many; and those for which there is room now."""
+        waiting = [one for one in self._replays if not one.end.done]
+        if len(waiting) < len(self._replays):
+            self._replays = waiting
+            for client in list(self._asked):
+                self._replay(replaying, client, self._asked.pop(client))
         try:
             frames = replaying.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return
-        if len(frames) != 3 or frames[1] or len(frames[2]) != 8:
-            return  # it does not speak the protocol, and would not understand an answer
-        client, first = frames[0], int.from_bytes(frames[2], "big")
+        if len(frames) == 3 and not frames[1] and len(frames[2]) == 8:
+            self._replay(replaying, frames[0], int.from_bytes(frames[2], "big"))
+        # Another does not speak the protocol, and would not understand an answer.
+
+    def _replay(self, replaying: zmq.Socket[bytes], client: bytes, first: int) -> None:
         batches = [batch for batch in self._buffer if batch[0] >= first]
-        size = sum(len(payload) for _, payload in batches) + MESSAGE_BYTES * (len(batches) + 1)
+        size = sum(len(payload) for _, payload in batches) + MESSAGE_BYTES * len(batches) + REPLAY_BYTES
         if not self._has_room(client, size):
+            if client in self._asked or len(self._asked) < MAX_ASKED:
+                self._asked[client] = first
             return
         end = zmq.Frame(END_OF_REPLAY, track=True, copy=False)
         try:
@@ -212,7 +227,6 @@ class KVEventPublisher:
     def _has_room(self, client: bytes, size: int) -> bool:
         """Whether so much more may wait for the reader. One that waits for nothing yet may have any replay there is
         room for; where nothing waits for anybody, there is."""
-        self._replays = [one for one in self._replays if not one.end.done]
         theirs = sum(one.size for one in self._replays if one.client == client)
         waiting = sum(one.size for one in self._replays)
         return (not theirs or theirs + size <= MAX_REPLAY_BYTES // 2) and (
