@@ -257,7 +257,8 @@ def decode_kernel(
     i = tl.arange(0, M)
     j = tl.arange(0, D)
     real_m = i < GROUP
-    for index in range(tl.program_id(0), count, tl.num_programs(0)):
+    for number in range(tl.program_id(0), count, tl.num_programs(0)):
+        index = count * 0 + number
         item = index // HEADS
         head = index % HEADS
         me = tl.load(item_request + item)
