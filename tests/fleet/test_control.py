@@ -1,0 +1,86 @@
+"""The control plane against real files, with processes that are real or stand still."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+import pytest
+
+from quire.fleet import events as e
+from quire.fleet.control import ControlPlane
+from quire.fleet.directory import ServiceDirectory
+from quire.fleet.journal import Journal
+from quire.fleet.processes import Processes
+from quire.fleet.provider import Found, Launch
+from quire.fleet.spec import RoleSpec, ServiceSpec
+from quire.fleet.state import FleetState
+
+ROLE = RoleSpec(role="both", replicas=1, arguments=("quire-tiny",))
+SPEC = ServiceSpec(name="svc", model_name="m", roles=(ROLE,))
+STARTED = e.StartDecided(at=2.0, replica="svc-0", role="both", revision=ROLE.revision, port=1)
+SLEEP = (sys.executable, "-c", "import time; time.sleep(300)")
+DEADLINE = 30.0
+
+
+class StandStill:
+    """A provider whose processes do nothing until they are told to end."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Found] = {}
+
+    def free_port(self, taken: frozenset[int]) -> int:
+        return next(port for port in range(1, 100) if port not in taken)
+
+    def start(self, launch: Launch) -> None:
+        self.found[launch.replica] = Found(replica=launch.replica, start=launch.start, running=True, pid=1)
+
+    def stop(self, replica: str) -> None:
+        self.kill(replica)
+
+    def kill(self, replica: str) -> None:
+        self.found[replica] = Found(replica=replica, start=self.found[replica].start, running=False, returncode=0)
+
+    def processes(self) -> dict[str, Found]:
+        return dict(self.found)
+
+    def forget(self, replica: str) -> None:
+        del self.found[replica]
+
+    def memory(self, replica: str) -> int:
+        return 0
+
+    def logs(self, replica: str) -> list:
+        return []
+
+
+@pytest.fixture
+def directory(tmp_path) -> ServiceDirectory:
+    directory = ServiceDirectory(tmp_path, "svc")
+    directory.make()
+    return directory
+
+
+def work(control: ControlPlane, until) -> FleetState:
+    asyncio.run(asyncio.wait_for(control.run(until), DEADLINE))
+    return control.state
+
+
+@pytest.mark.parametrize("decided", [e.KillDecided, e.StopDecided])
+def test_what_was_decided_and_not_sent_is_sent_by_the_next_control_plane(directory, is_alive, wait_for, decided):
+    """The one before died after it had written a stop or a kill down, and before the signal."""
+    provider = Processes(directory.path)
+    provider.start(Launch(replica="svc-0", start=1, command=SLEEP, environment=dict(os.environ)))
+    pid = wait_for(lambda: provider.processes()["svc-0"].pid, "the child's number")
+    more = {} if decided is e.KillDecided else {"deadline": 1e12}  # a deadline would end it, too, some day
+    with Journal(directory.database) as journal:
+        journal.append(
+            e.ManifestApplied(at=1.0, spec=SPEC), STARTED, decided(at=3.0, replica="svc-0", reason="r", **more)
+        )
+
+    def is_over(state: FleetState) -> bool:
+        return "svc-0" not in state.replicas or not state.replicas["svc-0"].has_process
+
+    work(ControlPlane(directory, Processes(directory.path), environ=os.environ), is_over)
+    wait_for(lambda: not is_alive(pid), "the child to be gone")
