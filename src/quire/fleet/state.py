@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from quire.fleet.spec import GATEWAY, Role, ServiceSpec
+from quire.fleet.spec import GATEWAY, Role, RoleSpec, ServiceSpec
 
 Phase = Literal["starting", "ready", "unready", "backoff", "draining", "stopping"]
 
@@ -64,6 +64,15 @@ class FleetState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     down: bool = False
     """Asked to stop everything."""
     at_once: bool = False
+    kept: dict[str, RoleSpec] = {}
+    """By revision: what replicas were started from that the manifest no longer asks for, until the last of them goes."""
+
+    def spec_of(self, replica: Replica) -> RoleSpec | None:
+        """What the replica is started from; None if that was never written down."""
+        wanted = None if self.spec is None else self.spec.role(replica.role)
+        if wanted is not None and wanted.revision == replica.revision:
+            return wanted
+        return self.kept.get(replica.revision)
 
     def of_role(self, role: str) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.role == role]
