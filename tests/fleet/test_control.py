@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import sqlite3
 import sys
 
+import msgspec
 import pytest
 
+from quire.core.errors import StorageFull
 from quire.fleet import events as e
 from quire.fleet.control import ControlPlane
 from quire.fleet.directory import ServiceDirectory
@@ -84,3 +88,101 @@ def test_what_was_decided_and_not_sent_is_sent_by_the_next_control_plane(directo
 
     work(ControlPlane(directory, Processes(directory.path), environ=os.environ), is_over)
     wait_for(lambda: not is_alive(pid), "the child to be gone")
+
+
+# --- a disk that is full ------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """Connections of SQLite to a file that cannot grow, while `full`: what is at hand of a disk without room."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self._connections: list[sqlite3.Connection] = []
+        self._connect = sqlite3.connect
+
+    def connect(self, *arguments, **more) -> sqlite3.Connection:
+        self._connections.append(self._connect(*arguments, **more))
+        self._bound(self._connections[-1])
+        return self._connections[-1]
+
+    def fill(self, path) -> None:
+        """Up to the last byte that an event could have."""
+        with contextlib.closing(self._connect(path, isolation_level=None)) as connection:
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            connection.execute(f"PRAGMA max_page_count = {pages}")
+            with pytest.raises(sqlite3.OperationalError, match="full"):
+                while True:
+                    connection.execute("INSERT INTO events (body) VALUES (?)", (NOTHING,))
+        self.full = True
+        for connection in self._connections:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed
+                self._bound(connection)
+
+    def free(self) -> None:
+        self.full = False
+        for connection in self._connections:
+            with contextlib.suppress(sqlite3.ProgrammingError):
+                connection.execute(f"PRAGMA max_page_count = {2**30}")
+
+    def _bound(self, connection: sqlite3.Connection) -> None:
+        if self.full:
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
+NOTHING = msgspec.json.encode(e.BecameIdle(at=0.0, replica=""))
+
+
+@pytest.fixture
+def disk(monkeypatch) -> FullDisk:
+    disk = FullDisk()
+    monkeypatch.setattr("quire.fleet.journal.sqlite3.connect", disk.connect)
+    return disk
+
+
+def test_on_a_full_disk_the_journal_can_be_read_and_says_what_to_do(directory, disk):
+    with Journal(directory.database) as journal:
+        journal.append(e.ManifestApplied(at=1.0, spec=SPEC), STARTED)
+    disk.fill(directory.database)
+    with Journal(directory.database) as journal:
+        assert journal.load()[1].spec == SPEC
+        with pytest.raises(StorageFull, match="Free space on"):
+            journal.append(e.DownRequested(at=5.0))
+        assert not journal.load()[1].down
+        disk.free()
+        journal.append(e.DownRequested(at=5.0))
+        assert journal.load()[1].down
+
+
+def test_opening_a_journal_that_is_there_writes_nothing(directory):
+    with Journal(directory.database):
+        log = directory.path / "fleet.db-wal"
+        before = log.read_bytes()
+        Journal(directory.database).close()
+        assert before
+        assert log.read_bytes() == before
+
+
+def test_on_a_full_disk_what_runs_is_stopped_and_written_down_once_there_is_room(directory, disk, capsys):
+    with Journal(directory.database) as journal:
+        journal.append(e.ManifestApplied(at=1.0, spec=SPEC))
+    provider, seen = StandStill(), []
+    control = ControlPlane(directory, provider, environ={}, on_event=lambda event, state: seen.append(event))
+
+    def until(state: FleetState) -> bool:
+        if provider.found and not disk.full and not state.down:
+            disk.fill(directory.database)
+            control.record(e.DownRequested(at=5.0))
+        if state.down and not state.replicas and disk.full:
+            with Journal(directory.database) as journal:
+                assert not journal.load()[1].down
+            disk.free()
+            return False
+        return state.down and not state.replicas
+
+    assert not work(control, until).replicas
+    assert [type(event) for event in seen].count(e.DownRequested) == 1
+    with Journal(directory.database) as journal:
+        assert journal.load()[1] == control.state
+    assert capsys.readouterr().out.count("the journal cannot be written") == 1
