@@ -51,8 +51,11 @@ class ServiceDirectory:
         self.control_log = self.path / "logs" / "control.log"
 
     def make(self) -> None:
+        """For its owner alone: what a manifest says, secrets included, is in here."""
         try:
-            (self.path / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)  # one that was made before
+            self.control_log.parent.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"{self.path} cannot be made: {error.strerror}.", remedy="Set QUIRE_STATE_DIR to another directory."
@@ -61,6 +64,15 @@ class ServiceDirectory:
     def check_exists(self) -> None:
         if not self.database.is_file():
             raise NotFound(f"There is no service {self.name!r}.", remedy="`quire ps` lists them.")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """In one step, so that a reader never sees half of it, and readable by its owner alone."""
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # its mode would be kept
+    with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(content)
+    os.replace(part, path)
 
 
 class ControlLock:

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from quire.fleet.directory import write_file
 from quire.fleet.identity import Identity, identify, is_running, send_signal
 from quire.fleet.provider import Found, Launch
 
@@ -135,10 +136,7 @@ class Processes:
         return self._logs / f"{replica}.log"
 
     def _write(self, record: _Record) -> None:
-        path = self._path(record.replica)
-        part = path.with_suffix(".part")
-        part.write_bytes(msgspec.json.encode(record))
-        os.replace(part, path)
+        write_file(self._path(record.replica), msgspec.json.encode(record))
 
     def _read(self, path: Path) -> _Record | None:
         try:
