@@ -111,7 +111,7 @@ class FullDisk:
         with contextlib.closing(self._connect(path, isolation_level=None)) as connection:
             (pages,) = connection.execute("PRAGMA page_count").fetchone()
             connection.execute(f"PRAGMA max_page_count = {pages}")
-            with pytest.raises(sqlite3.OperationalError, match="full"):
+            with contextlib.suppress(sqlite3.OperationalError):  # the disk is full
                 while True:
                     connection.execute("INSERT INTO events (body) VALUES (?)", (NOTHING,))
         self.full = True

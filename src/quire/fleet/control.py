@@ -13,6 +13,7 @@ import structlog
 
 from quire.core.errors import QuireError
 from quire.fleet import endpoints, events, launch
+from quire.fleet.address import url, within_reach
 from quire.fleet.apply import apply
 from quire.fleet.directory import ServiceDirectory
 from quire.fleet.events import AnyEvent
@@ -36,8 +37,8 @@ DRAIN_SETTLE = 1.0
 class ControlPlane:
     """Runs one service. `environ` is what its processes inherit; `on_event` sees each event as it is applied.
 
-    While nothing can be written, on a full disk, what happens is kept in memory, and written down once that is possible:
-    what runs is seen to, and stopped if that is asked for.
+    While nothing can be written, on a full disk, what happens is kept in memory, and written down once that is
+    possible: what runs is seen to, and stopped if that is asked for.
     """
 
     def __init__(
@@ -149,7 +150,9 @@ class ControlPlane:
             if not replica.has_process:
                 continue
             seen = found.get(replica.name)
-            if seen is None or seen.start != replica.starts:
+            if seen is not None and seen.running and seen.start != replica.starts:
+                self._provider.kill(replica.name)  # its start was never written down, and would be decided again
+            elif seen is None or seen.start != replica.starts:
                 self._ended(replica, None, None)
             elif not seen.running:
                 self._ended(replica, seen.returncode, seen.error)
@@ -257,7 +260,7 @@ class ControlPlane:
                 await self._probe_draining(replica, probe)
             else:
                 trouble = await probe.trouble(
-                    replica.port, engine=replica.role != GATEWAY, api_key=self._api_key(replica)
+                    self._url(replica), engine=replica.role != GATEWAY, api_key=self._api_key(replica)
                 )
                 failed = 0 if trouble is None else failed + 1
                 self._watch_memory(replica)
@@ -282,8 +285,12 @@ class ControlPlane:
     async def _probe_draining(self, replica: Replica, probe: Probe) -> None:
         if replica.idle or 0 <= self._clock() - replica.since < DRAIN_SETTLE:
             return
-        if await probe.in_flight(replica.port, self._api_key(replica)) == 0:
+        if await probe.in_flight(self._url(replica), self._api_key(replica)) == 0:
             self.record(events.BecameIdle(at=self._clock(), replica=replica.name))
+
+    def _url(self, replica: Replica) -> str:
+        spec = self.state.spec_of(replica)
+        return url(within_reach("" if spec is None else spec.host), replica.port)
 
     def _api_key(self, replica: Replica) -> str | None:
         spec = self.state.spec_of(replica)

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from quire.fleet.directory import write_file
+from quire.fleet.spec import ENGINE_HOST
 from quire.fleet.state import FleetState
 
 ROLE_LABEL = "llm-d.ai/role"
@@ -42,7 +43,7 @@ def endpoints(state: FleetState) -> list[Endpoint]:
             Endpoint(
                 name=replica.name,
                 namespace=NAMESPACE,
-                address="127.0.0.1",
+                address=ENGINE_HOST,
                 port=str(replica.port),
                 labels=labels,
             )

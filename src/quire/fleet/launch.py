@@ -12,7 +12,7 @@ import yaml
 from quire.fleet import kv_events
 from quire.fleet.directory import write_file
 from quire.fleet.provider import Launch
-from quire.fleet.spec import GATEWAY, RoleSpec
+from quire.fleet.spec import ENGINE_HOST, GATEWAY, RoleSpec
 from quire.fleet.state import Replica
 
 QUIRE = (sys.executable, "-m", "quire")
@@ -59,7 +59,7 @@ def _without_secrets(arguments: Sequence[str]) -> tuple[tuple[str, ...], dict[st
 
 
 def engine_command(replica: Replica, spec: RoleSpec, engines: int, environment: Mapping[str, str]) -> tuple[str, ...]:
-    command = [*QUIRE, "serve", *spec.arguments, "--host", "127.0.0.1", "--port", str(replica.port)]
+    command = [*QUIRE, "serve", *spec.arguments, "--host", ENGINE_HOST, "--port", str(replica.port)]
     if replica.threads is not None:
         command += ["--threads", str(replica.threads)]
     given = {argument.partition("=")[0] for argument in spec.arguments}

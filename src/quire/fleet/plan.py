@@ -4,8 +4,8 @@ Engines are replaced as a Kubernetes Deployment does it: never more processes th
 takes away a ready replica only while replicas - maxUnavailable others are ready. Unlike there, a replica that is
 draining counts as a process, because one machine's memory is what the bound is for.
 
-The bound is a role's. Where a manifest changes the roles themselves, the engines of a role that is gone stay until those
-that are asked for can take their requests, so that for a while both are there.
+The bound is a role's. Where a manifest changes the roles themselves, the engines of a role that is gone stay until
+those that are asked for can take their requests, so that for a while both are there.
 """
 
 from __future__ import annotations

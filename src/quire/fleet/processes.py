@@ -20,6 +20,7 @@ import psutil
 from quire.fleet.directory import write_file
 from quire.fleet.identity import Identity, identify, is_running, send_signal
 from quire.fleet.provider import Found, Launch
+from quire.fleet.spec import ENGINE_HOST
 
 SHIM = (sys.executable, "-m", "quire.fleet.shim")
 PORT_ATTEMPTS = 100
@@ -50,7 +51,7 @@ class Processes:
     def free_port(self, taken: frozenset[int]) -> int:
         for _ in range(PORT_ATTEMPTS):
             with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
+                probe.bind((ENGINE_HOST, 0))
                 port: int = probe.getsockname()[1]
             if port not in taken:
                 return port
