@@ -135,3 +135,23 @@ def test_on_a_full_disk_what_runs_is_stopped_and_written_down_once_there_is_room
     with Journal(directory.database) as journal:
         assert journal.load()[1] == control.state
     assert capsys.readouterr().out.count("the journal cannot be written") == 1
+
+
+def test_a_process_whose_start_was_never_written_down_goes_before_its_place_is_filled_again(directory):
+    """The control plane died while the disk was full: its journal tells of the first start, and the second one runs."""
+    with Journal(directory.database) as journal:
+        journal.append(e.ManifestApplied(at=1.0, spec=SPEC), STARTED)
+    provider = StandStill()
+    provider.found["svc-0"] = Found(replica="svc-0", start=2, running=True, pid=77)
+    killed, killing = [], provider.kill
+
+    def kill(replica: str) -> None:
+        killed.append(provider.found[replica].pid)
+        killing(replica)
+
+    provider.kill = kill
+    state = work(ControlPlane(directory, provider, environ={}), lambda state: "svc-0" in provider.found and killed)
+    work(ControlPlane(directory, provider, environ={}), lambda state: state.replicas["svc-0"].starts == 2)
+    assert killed == [77]
+    assert provider.found["svc-0"].running
+    assert "svc-0" in state.replicas

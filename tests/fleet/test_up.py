@@ -22,6 +22,8 @@ import pytest
 from openai import OpenAI
 
 from quire.cli.fleet import down
+from quire.cli.up import up
+from quire.core.errors import QuireError
 
 MANIFEST = """
 apiVersion: serving.kserve.io/v1alpha2
@@ -149,15 +151,28 @@ def test_a_killed_control_plane_comes_back_to_the_same_processes(service, url):
     assert ask(url)
     assert "NO CONTROL PLANE RUNS, `quire up --resume svc`" in service("ps")
     assert "no control plane runs, and it is done once `quire up --resume svc`" in service("scale", "svc", "1")
-    for more in (("llm.yaml",), ("--port", "1"), ("--no-gateway",)):
-        assert "--resume goes on" in service("up", "--resume", "svc", *more, code=2)
-    assert "There is no service 'scv'" in service("up", "--resume", "scv", code=2)
     assert f"at {url} (1/1 replicas" in service("up", "--resume", "svc", "--detach")
     after = service.settled()
     assert after["control_plane_pid"] != before["control_plane_pid"]
     assert after["replicas"] == before["replicas"]
     assert ask(url)
     assert "2/2 replicas" in service("scale", "svc", "2")
+
+
+@pytest.mark.parametrize(
+    ("more", "flags", "words"),
+    [
+        ({"manifest": "llm.yaml"}, {}, "neither a manifest"),
+        ({"gateway": False}, {}, "neither a manifest"),
+        ({}, {"host": "::1"}, "neither a manifest nor an address"),
+        ({}, {"port": "1"}, "neither a manifest nor an address"),
+        ({}, {}, "There is no service 'svc'"),
+    ],
+)
+def test_what_cannot_be_resumed(tmp_path, more, flags, words):
+    with pytest.raises(QuireError, match=words):
+        up(resume="svc", fleet={"state_dir": str(tmp_path)} | flags, **more)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_service_that_cannot_be_read_hides_no_other(service, url):
@@ -167,7 +182,7 @@ def test_a_service_that_cannot_be_read_hides_no_other(service, url):
     told = service("ps")
     assert "warning: broken: The fleet's state" in told
     assert f"svc: assistant at {url}" in told
-    assert "svc-0 | " in service("logs", "svc")
+    assert "svc-gateway-0 | quire gateway" in service("logs", "svc")
     assert "cannot be used" in service("events", "broken", code=2)
     shutil.rmtree(broken)
 

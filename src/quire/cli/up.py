@@ -162,6 +162,11 @@ def _run_behind(directory: ServiceDirectory) -> int:
     with Journal(directory.database) as journal:
         seq, state = journal.load()
     start_control(directory)
-    state = follow(directory, seq, state, until=lambda state: state.settled)
+
+    def is_there(state: FleetState) -> bool:
+        """What is as it was asked for may have been so before; the control plane has to be there, too."""
+        return state.settled and (state.down or ControlLock(directory).holder() is not None)
+
+    state = follow(directory, seq, state, until=is_there)
     print(f"{directory.name}: down" if state.down else announcement(state))
     return 0
