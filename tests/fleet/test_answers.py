@@ -86,23 +86,20 @@ def test_an_answer_that_is_too_long_is_no_answer(monkeypatch):
     monkeypatch.setattr(probes, "MAX_METRICS_BYTES", 100)
     assert asyncio.run(served("127.0.0.1", in_flight)) is None
 
-    async def read(limit: int) -> bytes:
-        reader = aiohttp.StreamReader(None, 2**16, loop=asyncio.get_running_loop())
-        reader.feed_data(b"12")
-        reading = asyncio.create_task(read_body(reader, limit))
-        await asyncio.sleep(0)
-        reader.feed_data(b"34")
-        reader.feed_eof()
-        return await reading
+    page = PAGES["/endpoints"].encode()
 
-    assert asyncio.run(read(4)) == b"1234"
-    with pytest.raises(ValueError, match="more than 3 bytes"):
-        asyncio.run(read(3))
+    async def read(url: str, limit: int) -> bytes:
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/endpoints") as response:
+            return await read_body(response.content, limit)
+
+    assert asyncio.run(served("127.0.0.1", lambda url: read(url, len(page)))) == page
+    with pytest.raises(ValueError, match=f"more than {len(page) - 1} bytes"):
+        asyncio.run(served("127.0.0.1", lambda url: read(url, len(page) - 1)))
 
 
 def addresses() -> Iterator[str]:
     """What a gateway may listen on, here."""
-    for host in ("127.0.0.1", "127.0.0.2", "0.0.0.0", "::1", "::", "localhost"):  # noqa: S104
+    for host in ("127.0.0.1", "127.0.0.2", "0.0.0.0", "::1", "::", "localhost"):
         try:
             family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
             with socket.socket(family) as probe:
@@ -112,7 +109,7 @@ def addresses() -> Iterator[str]:
         yield host
 
 
-@pytest.mark.parametrize("host", addresses())
+@pytest.mark.parametrize("host", list(addresses()))
 def test_processes_are_probed_where_they_listen(host):
     assert asyncio.run(served(host, in_flight)) == 3
     assert free_port(host, 0) > 0
