@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
+import sqlite3
 import sys
 
 import pytest
@@ -103,6 +105,31 @@ def test_on_a_full_disk_the_journal_can_be_read_and_says_what_to_do(directory, d
         disk.free()
         journal.append(e.DownRequested(at=5.0))
         assert journal.load()[1].down
+
+
+class NoRoomToShare(sqlite3.Connection):
+    """What SQLite says where the index that processes share cannot be made."""
+
+    alone = False
+
+    def execute(self, sql, *arguments):
+        self.alone |= "EXCLUSIVE" in sql
+        if "user_version" in sql and not self.alone:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+            raise error
+        return super().execute(sql, *arguments)
+
+
+def test_without_room_for_what_processes_share_a_journal_is_read_alone(directory, monkeypatch):
+    with Journal(directory.database) as journal:
+        journal.append(e.ManifestApplied(at=1.0, spec=SPEC))
+    connect = functools.partial(sqlite3.connect, factory=NoRoomToShare)
+    monkeypatch.setattr("quire.fleet.journal.sqlite3.connect", connect)
+    with pytest.raises(StorageFull):
+        Journal(directory.database)
+    with Journal(directory.database, alone=True) as journal:
+        assert journal.load()[1].spec == SPEC
 
 
 def test_opening_a_journal_that_is_there_writes_nothing(directory):

@@ -298,6 +298,7 @@ def test_no_struct_lets_an_unknown_field_pass(struct):
         (container(args=["--chat-template=a\0b"]), "cannot be handed to a process", "NUL"),
         (service({"model": {"uri": "hf://--api-key=x"}}), "names no model", "hf://org/name"),
         (service({"model": {"uri": "hf://org/--x/y"}}), "names no model", "hf://org/name"),
+        (service({"model": {"uri": "pvc://a\0b/c"}}), "cannot be handed to a process", "NUL"),
         (service({"model": {"uri": "hf://"}}), "names no model", "hf://org/name"),
         (service({"model": {"uri": "file://--x"}}), "another machine", "file:///"),
         (container(env=[{"name": "A", "value": 1}]), "Expected `str", "v1alpha2"),

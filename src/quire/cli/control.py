@@ -48,7 +48,8 @@ def stop_here(directory: ServiceDirectory, *, at_once: bool) -> None:
 
 
 async def _stop(directory: ServiceDirectory, at_once: bool) -> None:
-    control = ControlPlane(directory, Processes(directory.path), environ=os.environ, on_event=Reporter())
+    processes = Processes(directory.path)
+    control = ControlPlane(directory, processes, environ=os.environ, on_event=Reporter(), alone=True)
     control.record(DownRequested(at=time.time(), at_once=at_once))
     await control.run(until=lambda state: state.down and not state.replicas)
 

@@ -40,7 +40,7 @@ class Service:
 
 def load(directory: ServiceDirectory) -> Service:
     directory.check_exists()
-    with Journal(directory.database) as journal:
+    with Journal(directory.database, alone=True) as journal:
         seq, state = journal.load()
     return Service(directory=directory, seq=seq, state=state, control=ControlLock(directory).holder())
 

@@ -36,6 +36,7 @@ DRAIN_SETTLE = 1.0
 
 class ControlPlane:
     """Runs one service. `environ` is what its processes inherit; `on_event` sees each event as it is applied.
+    `alone`: nobody else has to reach the journal meanwhile, see there.
 
     While nothing can be written, on a full disk, what happens is kept in memory, and written down once that is
     possible: what runs is seen to, and stopped if that is asked for.
@@ -49,13 +50,14 @@ class ControlPlane:
         environ: Mapping[str, str],
         clock: Callable[[], float] = time.time,
         on_event: Callable[[AnyEvent, FleetState], None] | None = None,
+        alone: bool = False,
     ) -> None:
         self._directory = directory
         self._provider = provider
         self._environ = environ
         self._clock = clock
         self._on_event = on_event
-        self._journal = Journal(directory.database)
+        self._journal = Journal(directory.database, alone=alone)
         self._seq, self.state = self._journal.load()
         self._snapshot_seq = self._seq
         self._unwritten: list[AnyEvent] = []

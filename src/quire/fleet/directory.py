@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -37,7 +38,10 @@ def services(root: Path) -> list[str]:
     """The names of the services that have a state here."""
     if not root.is_dir():
         return []
-    return sorted(path.name for path in root.iterdir() if (path / "fleet.db").is_file() and NAME.fullmatch(path.name))
+    # `os.path`: what is another user's is none of ours, and no error.
+    return sorted(
+        name for name in os.listdir(root) if NAME.fullmatch(name) and os.path.isfile(root / name / "fleet.db")
+    )
 
 
 class ServiceDirectory:
@@ -88,8 +92,8 @@ class ControlLock:
         for _ in range(LOCK_ATTEMPTS):  # `holder` takes it for a moment
             if self._try():
                 assert self._fd is not None
-                os.ftruncate(self._fd, 0)
-                os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+                with contextlib.suppress(OSError):  # a full disk: the number is for people, the lock is the kernel's
+                    os.ftruncate(self._fd, os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0))
                 return
             time.sleep(LOCK_PAUSE)
         raise ConfigError(

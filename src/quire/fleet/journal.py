@@ -45,21 +45,22 @@ class Journal:
     All raise `StorageFull` if the disk is full, and `ConfigError` if the file cannot be used for another reason.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Opens or makes the file, readable by its owner alone."""
+    def __init__(self, path: Path, *, alone: bool = False) -> None:
+        """Opens or makes the file, readable by its owner alone. To be `alone` with it, as long as it is open, is all
+        right where a full disk has no room for what processes need to share it."""
         self._path = path
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as error:
             raise self._full() if error.errno == errno.ENOSPC else self._unusable(str(error.strerror)) from error
         with self._told():
-            self._connection = self._open()
+            self._connection = self._open(alone)
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, alone: bool) -> sqlite3.Connection:
         try:
             return self._connect()
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_IOERR_SHMSIZE:
+            if not alone or error.sqlite_errorcode != sqlite3.SQLITE_IOERR_SHMSIZE:
                 raise
         # No room for the index that processes share, and so nobody else has the file open: ours may be in memory.
         return self._connect("PRAGMA locking_mode = EXCLUSIVE")

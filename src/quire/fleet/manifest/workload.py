@@ -24,6 +24,7 @@ _PERCENT = re.compile(r"\d{1,3}%")
 def model_arguments(uri: str, base: Path, pvc_dir: Path | None) -> list[str]:
     """The arguments of `quire serve` that name the model: `hf://org/name[:revision]`, `s3://`, `file://`,
     `pvc://claim/path`, a path (relative to `base`, the manifest's directory), or the built-in model's name."""
+    _refuse_what_no_process_takes(uri, "spec.model.uri")
     if uri == BUILTIN_MODEL:
         return [uri]
     scheme, separator, rest = uri.partition("://")
