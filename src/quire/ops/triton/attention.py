@@ -31,6 +31,8 @@ MOST_ITEMS = 2048
 """Splits of a step whose results are kept apart. Where there are more, there is work enough for all processors without
 cutting contexts, and a program walks through the whole of one."""
 PROGRAMS_PER_PROCESSOR = 4
+MOST_WRITTEN = 16
+"""Tokens that one program writes."""
 _PROCESSORS_OF_NO_GPU = 8
 
 
@@ -99,23 +101,26 @@ class TritonAttention:
             return
         k_tgd, v_tgd = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_tgd, v_tgd))
         cache, scales = self._views(kv_layer)
+        tokens = min(MOST_WRITTEN, next_power_of_2(t))
         self._launch(
             write_kernel,
-            (t, g, 2),
+            (-(-t // tokens), g, 2),
             k_tgd,
             v_tgd,
             cache,
             scales,
             slots_t,
+            t,
             d,
             d + d % 2,
             kv_layer.shape[-1] // self.block_bytes(1, d),
             *k_tgd.stride()[:2],
             *v_tgd.stride()[:2],
             *cache.stride()[:3],
+            T=tokens,
             D=max(16, next_power_of_2(d)),
             KV=self._form,
-            num_warps=1 if d <= 128 else 2,
+            num_warps=4 if tokens > 1 else 1,
         )
 
     def plan(self, shape: AttentionShape, requests: PagedRequests) -> TritonPlan:
@@ -272,7 +277,9 @@ class TritonAttention:
         """Query starts, contexts, those that decode, and the tiles of the others: in one copy to the device."""
         starts, contexts = list(requests.query_start), list(requests.context_lens)
         tokens = tiling.many // (shape.num_heads // shape.num_kv_heads)
-        decoding, tile_request, tile_row = [], [], []
+        decoding: list[int] = []
+        tile_request: list[int] = []
+        tile_row: list[int] = []
         for request in range(len(contexts)):
             first, end = starts[request], starts[request + 1]
             if end - first == 1 and shape.causal:
@@ -283,7 +290,7 @@ class TritonAttention:
                 tile_row += rows
         parts = (starts, contexts, decoding, tile_request, tile_row)
         numbers = torch.tensor([number for part in parts for number in part], dtype=torch.int32)
-        return numbers.to(self._device, non_blocking=True).split([len(part) for part in parts])
+        return torch.split(numbers.to(self._device), [len(part) for part in parts])
 
     def _tensors(self, shape: AttentionShape) -> Tensors:
         if shape not in self._added:

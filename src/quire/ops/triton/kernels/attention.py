@@ -482,32 +482,19 @@ def prefill_kernel(
 
 @triton.jit
 def write_kernel(
-    k,
-    v,
-    cache,
-    scales,
-    slots,
-    d,
-    e,
-    s,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_plane,
-    stride_head,
-    stride_block,
-    D: tl.constexpr,
-    KV: tl.constexpr,
-):
-    """One token, of one KV head: its key (plane 0) or its value (plane 1). `KV` and `scales` as in `kernels.fused`."""
-    token = tl.program_id(0).to(tl.int64)
+    k, v, cache, scales, slots, t, d, e, s, stride_kt, stride_kh, stride_vt, stride_vh, stride_plane, stride_head,
+    stride_block, T: tl.constexpr, D: tl.constexpr, KV: tl.constexpr,
+):  # fmt: skip
+    """T tokens, of one KV head: their keys (plane 0) or their values (plane 1). `KV` and `scales` as in
+    `kernels.fused`. Only the null block is written to more than once: nobody reads it."""
+    token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)[:, None]
     head = tl.program_id(1).to(tl.int64)
     plane = tl.program_id(2).to(tl.int64)
     TYPE: tl.constexpr = cache.dtype.element_ty
     j = tl.arange(0, D)[None, :]
-    inside = j < d
-    slot = tl.load(slots + token)
+    present = token < t
+    inside = present & (j < d)
+    slot = tl.load(slots + token, mask=present, other=0)
     if plane == 0:
         x = tl.load(k + token * stride_kt + head * stride_kh + j, mask=inside, other=0.0)
     else:
@@ -515,5 +502,5 @@ def write_kernel(
     scale, inverse = scales_of(largest_of(x), KV)
     block_at = plane * stride_plane + head * stride_head + slot // s * stride_block
     if KV != "wide":
-        tl.store(scales + (block_at + s * e) // 4 + slot % s + tl.zeros((1, 1), tl.int64), scale)
+        tl.store(scales + (block_at + s * e) // 4 + slot % s, scale, mask=present)
     tl.store(cache + block_at + slot % s * e + j, stored(x, inverse, KV, TYPE), mask=inside)
