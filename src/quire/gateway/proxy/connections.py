@@ -61,7 +61,7 @@ class Connections:
             raise UpstreamTimeout(
                 f"Endpoint {endpoint.name} did not connect in {seconds:g} s.", kind="connect"
             ) from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a name that no DNS can hold
             raise UpstreamError(f"Endpoint {endpoint.name} cannot be reached: {error}.", kind="connect") from None
         finally:
             held.num_opening -= 1
@@ -74,7 +74,8 @@ class Connections:
         connection.finish()
         held = self._by_key.get(endpoint.key)
         known = held is not None and connection in held.open  # else its endpoint left, or moved
-        if held is None or not known or not connection.reusable or not connection.open or self._is_full(held):
+        usable = connection.reusable and connection.open and connection.sent
+        if held is None or not known or not usable or self._is_full(held):
             connection.abort()
             return
         connection.idle_since = asyncio.get_running_loop().time()
