@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from starlette.types import Scope, Send
 
@@ -19,6 +20,9 @@ from quire.gateway.proxy.upstream import Connection
 from quire.gateway.proxy.usage import Usage
 from quire.gateway.request import Api, InferenceRequest
 from quire.web.protocol import BODY_WRITER, BodyWriter
+
+LARGE: Final = 64 * 1024
+"""Bytes of an answer, above which it counts as held until its client has taken most of it."""
 
 
 @dataclass(slots=True)
@@ -78,31 +82,31 @@ class Call:
         if self.request.stream or (self.request.api is Api.OTHER and not length_said and not answer.complete):
             await self._pass_on(answer, headers, b"", usage)  # speech and the like
             return
-        body, whole = await self._hold(answer, max_buffered)
-        if not whole:
-            await self._pass_on(answer, headers, body, usage)
-            return
-        usage.whole(body)
-        length = len(body)
-        if self.scope["method"] == "HEAD":  # of the answer that GET would get
-            length = next((int(value) for name, value in answer.headers if name == b"content-length"), 0)
-        if answer.status not in (204, 304):
-            headers.append((b"content-length", b"%d" % length))
-        await self._start(answer.status, headers)
-        await self.send({"type": "http.response.body", "body": body})
-
-    async def _hold(self, answer: Connection, most: int) -> tuple[bytes, bool]:
-        """What came of an answer, and whether that is all of it; it is not where there is no room for more."""
         share = Share(self.holding)
-        pieces: list[bytes] = []
         try:
-            while piece := await answer.read():
-                pieces.append(piece)
-                if share.size + len(piece) > most or not share.take(len(piece)):
-                    return b"".join(pieces), False
-            return b"".join(pieces), True
+            body, whole = await _hold(answer, share, max_buffered)
+            if not whole:
+                share.release()
+                await self._pass_on(answer, headers, body, usage)
+                return
+            usage.whole(body)
+            await self._send_whole(answer, headers, body)
         finally:
             share.release()
+
+    async def _send_whole(self, answer: Connection, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        length: bytes | None = b"%d" % len(body)
+        if answer.status in (204, 304):
+            length = None
+        elif self.scope["method"] == "HEAD":  # of the answer that GET would get, where that is known
+            length = next((value for name, value in answer.headers if name == b"content-length"), None)
+        if length is not None:
+            headers.append((b"content-length", length))
+        await self._start(answer.status, headers)
+        if len(body) > LARGE:
+            await self.send({"type": "http.response.body", "body": body, "more_body": True})
+            body = b""  # sent, or held by the server in front: the end waits for the client
+        await self.send({"type": "http.response.body", "body": body})
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, status
@@ -153,3 +157,13 @@ class Call:
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})
         usage.end()
         await self.send({"type": "http.response.body", "body": b""})
+
+
+async def _hold(answer: Connection, share: Share, most: int) -> tuple[bytes, bool]:
+    """What came of an answer, and whether that is all of it; it is not where there is no room for more."""
+    pieces: list[bytes] = []
+    while piece := await answer.read():
+        pieces.append(piece)
+        if share.size + len(piece) > most or not share.take(len(piece)):
+            return b"".join(pieces), False
+    return b"".join(pieces), True
