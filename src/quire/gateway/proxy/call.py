@@ -114,25 +114,26 @@ class Call:
 
     async def _stream(self, answer: Connection, headers: list[tuple[bytes, bytes]], usage: Usage) -> None:
         await self._start(answer.status, headers)
+        events = WholeEvents()
         try:
-            rest = await self._relay(answer, usage)
+            await self._relay(answer, usage, events)
         except UpstreamError as error:
-            await self.send({"type": "http.response.body", "body": broken_stream(error, self.request.api)})
+            last = events.close() + broken_stream(error, self.request.api)
+            await self.send({"type": "http.response.body", "body": last})
             raise
         finally:
             usage.end()
-        await self.send({"type": "http.response.body", "body": rest})
+        await self.send({"type": "http.response.body", "body": events.rest()})
 
-    async def _relay(self, answer: Connection, usage: Usage) -> bytes:
-        """Pass on what comes as whole events; the rest, behind the last of them, is returned."""
-        events = WholeEvents()
+    async def _relay(self, answer: Connection, usage: Usage, events: WholeEvents) -> None:
+        """Pass on what comes as whole events; the rest, behind the last of them, stays there."""
         writer: BodyWriter | None = self.scope.get("extensions", {}).get(BODY_WRITER, {}).get("writer")
         if writer is None or not writer.usable:
             while piece := await answer.read():
                 usage.see(piece)
                 if whole := events.add(piece):
                     await self.send({"type": "http.response.body", "body": whole, "more_body": True})
-            return events.rest()
+            return
         write, see, add = writer.write, usage.see, events.add
 
         def pass_on(piece: bytes) -> bool:
@@ -142,7 +143,6 @@ class Call:
 
         while not await answer.relay(pass_on):
             await self.send({"type": "http.response.body", "body": b"", "more_body": True})  # waits for the client
-        return events.rest()
 
     async def _pass_on(
         self, answer: Connection, headers: list[tuple[bytes, bytes]], begun: bytes, usage: Usage
