@@ -226,6 +226,8 @@ class Gateway:
     guard: Guard
     settings: ProxySettings
     router: Router
+    refuse_waiting: Callable[[], None] = lambda: None
+    """Ends the requests that wait in flow control, with an error, when the time to drain is over."""
     _checks: Checks | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -252,6 +254,7 @@ class Gateway:
         """Refuse new requests, and wait for those that are open, `timeout` seconds at most. Those that are left then
         end with an error that says so."""
         await self.proxy.drain(timeout)
+        self.refuse_waiting()
         self.connections.close()
         await self.proxy.drain(LAST_WORDS)
 
