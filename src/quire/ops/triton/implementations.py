@@ -12,6 +12,9 @@ from quire.ops.target import Target
 # op, module here, class, its method ("" for the object itself), what `quire kernels` says
 _SERVED = (
     ("add_rms_norm", "rows", "TritonNorm", "add_rms_norm", "a row per program, in float32"),
+    ("linear", "linear", "TritonLinear", "", "summed in float32, in parts of k that the weight's shape decides"),
+    ("linear_fp8", "linear", "TritonLinear", "", "8-bit floats, widened on the way to the matrix unit"),
+    ("linear_int8", "linear", "TritonLinear", "", "8-bit rows by 8-bit weights, summed in whole numbers"),
     ("rms_norm", "rows", "TritonNorm", "rms_norm", "a row per program, in float32"),
 )
 
