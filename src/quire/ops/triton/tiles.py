@@ -33,8 +33,9 @@ class Tile:
 
 
 def step_of(values: Tensor) -> int:
-    """Features of k that are taken at once: 128 bytes of a weight's row, the unit of a GPU's memory."""
-    return 128 // values.element_size()
+    """Features of k that are taken at once: 128 bytes of a weight's row, the unit of a GPU's memory. Of 8-bit floats
+    half as many, since they are widened in registers."""
+    return 64 if values.dtype == torch.float8_e4m3fn else 128 // values.element_size()
 
 
 def parts_of(n: int, k: int, step: int) -> tuple[int, int]:
@@ -63,10 +64,12 @@ def tile_of(t: int, outputs: Sequence[int], x: Tensor, step: int, *, cut: bool) 
     def programs(features: int, rows: int) -> int:
         return sum(-(-n // features) for n in outputs) * -(-t // rows)
 
-    # Float32 is not for the matrix unit: its tiles are held in registers.
-    features, rows = 64, rows_tile(t, 64 if x.dtype == torch.float32 else FEW_ROWS)
+    # Tiles that pass through registers: float32 is not for the matrix unit, and copies to it are of 16 bytes.
+    odd = x.shape[1] % 16 != 0 or x.stride(0) % 16 != 0
+    small = odd or x.dtype == torch.float32
+    features, rows = 64, rows_tile(t, 16 if odd else 32 if small else FEW_ROWS)
     widest = 256 if step * x.element_size() <= 128 else 128
-    if t > FEW_ROWS and x.dtype != torch.float32:
+    if t > FEW_ROWS and not small:
         if not cut and programs(128, widest) >= PROGRAMS:
             features, rows = 128, widest
         elif programs(128, 128) >= PROGRAMS:

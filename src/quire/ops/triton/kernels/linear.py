@@ -80,7 +80,9 @@ def add_parts(partials, first, stride, parts, BLOCK_F: tl.constexpr, BLOCK_T: tl
     if BLOCK_T <= 32:  # All under way at once. A zero more changes nothing: no sum is a negative zero.
         for part in tl.static_range(MOST_PARTS):
             here = start + (part * stride).to(tl.int64) * (BLOCK_F * BLOCK_T)
-            total += tl.load(here, mask=(i >= 0) & (part < parts), other=0, cache_modifier=".cg")
+            total += tl.load(
+                here, mask=tl.full((BLOCK_F, BLOCK_T), part, tl.int32) < parts, other=0, cache_modifier=".cg"
+            )
     else:
         for part in range(parts):
             here = start + (part * stride).to(tl.int64) * (BLOCK_F * BLOCK_T)

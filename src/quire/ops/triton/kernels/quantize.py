@@ -30,7 +30,7 @@ def quantize_rows_kernel(
     inside = j < size
     wide = tl.load(x + row * x_stride + group * size + j, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(wide), axis=0)
-    inverse = tl.where(largest > 0, tl.div_rn(127.0, tl.where(largest > 0, largest, 1.0)), 0.0)
+    inverse = tl.where(largest > 0, tl.div_rn(1.0, tl.where(largest > 0, largest, 1.0)) * 127.0, 0.0)
     scaled = tl.minimum(tl.maximum(wide * inverse, -127.0), 127.0)
     # Adding 1.5 * 2^23 leaves no room for a fraction: it is rounded off, ties to even.
     rounded = (scaled + 12582912.0) - 12582912.0
