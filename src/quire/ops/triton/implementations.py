@@ -15,6 +15,7 @@ _SERVED = (
     ("linear", "linear", "TritonLinear", "", "summed in float32, in parts of k that the weight's shape decides"),
     ("linear_fp8", "linear", "TritonLinear", "", "8-bit floats, widened on the way to the matrix unit"),
     ("linear_int8", "linear", "TritonLinear", "", "8-bit rows by 8-bit weights, summed in whole numbers"),
+    ("moe", "moe", "TritonMoe", "", "experts' products in one launch; 4-bit experts one by one"),
     ("rms_norm", "rows", "TritonNorm", "rms_norm", "a row per program, in float32"),
 )
 

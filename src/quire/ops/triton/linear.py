@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -77,7 +78,9 @@ class TritonLinear:
             out = torch.empty(len(rows), sum(sizes), dtype=dtype, device=x_tk.device)
             if len(rows):
                 self._run(rows, scale_t, some, out)
-            results += out.view(*x_tk.shape[:-1], sum(sizes)).split(sizes, dim=-1)
+            side_by_side = out.view(*x_tk.shape[:-1], sum(sizes))
+            for last, size in zip(accumulate(sizes), sizes, strict=True):
+                results.append(side_by_side[..., last - size : last])
         return results
 
     def _run(self, x_tk: Tensor, scale_t: Tensor | None, jobs: Sequence[_Job], out_tn: Tensor) -> None:

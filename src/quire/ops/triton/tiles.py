@@ -80,7 +80,7 @@ def tile_of(t: int, outputs: Sequence[int], x: Tensor, step: int, *, cut: bool) 
     )
 
 
-def stages(features: int, rows: int, x: Tensor, step: int) -> int:
+def stages(features: int, rows: int, x: Tensor, step: int, weights: int = 1) -> int:
     """Steps that are under way at once: what fits into the multiprocessor's memory, which two small programs share."""
     room = _SHARED_BYTES if features > 64 else _SHARED_BYTES // 2
-    return max(2, min(_MOST_STAGES, room // (features * 128 + rows * step * x.element_size())))
+    return max(2, min(_MOST_STAGES, room // (weights * features * 128 + rows * step * x.element_size())))
