@@ -14,9 +14,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from quire.ops.moe import MoeWeights
-from quire.ops.reference.moe import ReferenceMoe
+from quire.ops.activation import gated_activation
+from quire.ops.moe import MoeWeights, add_experts, route
 from quire.ops.target import Target
+from quire.ops.triton.int4 import PackedInt4, TritonInt4Linear
 from quire.ops.triton.kernels.moe import (
     add_experts_kernel,
     arrange_kernel,
@@ -28,7 +29,7 @@ from quire.ops.triton.launch import Launch
 from quire.ops.triton.linear import TritonLinear
 from quire.ops.triton.quantize import quantize
 from quire.ops.triton.tiles import FEW_ROWS, rows_tile, stages, step_of
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, weight_shape
+from quire.ops.weight import Fp8Weight, Int8Weight, weight_shape
 
 _TYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -69,16 +70,17 @@ class _Places:
     num_tiles: Tensor
     most_tiles: int
     tile: int
+    pairs: int
 
 
 class TritonMoe:
-    """`MoeKernel`. Of experts in 4 bits, or in several formats or shapes, the reference's, one expert after the
-    other, which waits for the device."""
+    """`MoeKernel`. Experts in 4 bits, or in several formats or shapes, are computed one after the other, which waits
+    for the device: no graph can hold that."""
 
     def __init__(self, target: Target) -> None:
         self._launch: Launch = target.launch
         self._linear = TritonLinear(target)
-        self._one_by_one = ReferenceMoe()
+        self._int4 = TritonInt4Linear(target)
 
     def join(self, weights: MoeWeights) -> TritonMoeWeights | MoeWeights:
         lists = [_experts(each) for each in (weights.gate, weights.up, weights.down)]
@@ -98,9 +100,21 @@ class TritonMoe:
         probabilities_tk, experts_tk = self._route(x, weights.plain)
         tile = _pair_tile(experts_tk, weights)
         places = self._arrange(experts_tk, len(weights.gate.kept), tile)
-        inner = self._multiply(x, weights.gate, weights.up, places, experts_tk, experts_tk.shape[1])
-        shares = self._multiply(inner, weights.down, None, places, experts_tk, 1)
+        inner = self._multiply(x, weights.gate, weights.up, places, weights.plain.top_k)
+        shares = self._multiply(inner, weights.down, None, places, 1)
         return self._add(shares, probabilities_tk)
+
+    def _one_by_one(self, x_te: Tensor, weights: MoeWeights) -> Tensor:
+        def ffn(expert: int, x_me: Tensor) -> Tensor:
+            gate, up = (self._linear_for(each[expert])(x_me, each[expert]) for each in (weights.gate, weights.up))
+            inner = gated_activation(gate, up, "silu")
+            return self._linear_for(weights.down[expert])(inner, weights.down[expert])
+
+        probabilities_tk, experts_tk = route(self._linear(x_te, weights.router), weights)
+        return add_experts(x_te, probabilities_tk, experts_tk, ffn)
+
+    def _linear_for(self, weight: Any) -> TritonLinear | TritonInt4Linear:
+        return self._int4 if isinstance(weight, PackedInt4) else self._linear
 
     def _route(self, x_te: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
         """(probabilities, experts int32), both `[t, k]`, by rising number of the expert."""
@@ -145,14 +159,14 @@ class TritonMoe:
             BLOCK=_FEW_PAIRS,
             BLOCK_N=_power_above(n + 1),
         )
-        return _Places(places=places, tile_experts=tile_experts, num_tiles=num_tiles, most_tiles=most_tiles, tile=tile)
+        return _Places(
+            places=places, tile_experts=tile_experts, num_tiles=num_tiles, most_tiles=most_tiles, tile=tile, pairs=pairs
+        )
 
-    def _multiply(
-        self, x: Tensor, first: _Experts, second: _Experts | None, places: _Places, experts_tk: Tensor, top_k: int
-    ) -> Tensor:
+    def _multiply(self, x: Tensor, first: _Experts, second: _Experts | None, places: _Places, top_k: int) -> Tensor:
         """`[pairs, n]` of `[pairs / top_k, k]`: by one weight of each expert, or gated, by two."""
         (n, k), step = first.sample.shape, step_of(first.sample)
-        out = torch.empty(experts_tk.numel(), n, dtype=x.dtype, device=x.device)
+        out = torch.empty(places.pairs, n, dtype=x.dtype, device=x.device)
         scale = None
         if first.scales == 2:
             x, scale = quantize(self._launch, x, torch.int8)
@@ -199,7 +213,9 @@ class TritonMoe:
 
 def _experts(weights: Sequence[Any]) -> _Experts | None:
     """None where one kernel cannot serve them all."""
-    if len({(type(weight), weight_shape(weight)) for weight in weights}) > 1 or isinstance(weights[0], Int4Weight):
+    if any(isinstance(weight, PackedInt4) for weight in weights):
+        return None
+    if len({(type(weight), weight_shape(weight)) for weight in weights}) > 1:
         return None
     values = [weight if isinstance(weight, Tensor) else weight.values_nk for weight in weights]
     scales = [weight.scale_n for weight in weights if isinstance(weight, Int8Weight | Fp8Weight)]
