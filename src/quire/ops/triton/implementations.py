@@ -26,6 +26,11 @@ _SERVED = (
     ("layer_norm", "rows", "TritonNorm", "layer_norm", "whole rows per program, in float32"),
     ("rms_norm", "rows", "TritonNorm", "rms_norm", "whole rows per program, in float32"),
     ("rope", "rows", "TritonRope", "", "some heads of a row per program, in float32"),
+    ("linear", "linear", "TritonLinear", "", "summed in float32, in parts of k that the weight's shape decides"),
+    ("linear_fp8", "linear", "TritonLinear", "", "8-bit floats, widened on the way to the matrix unit"),
+    ("linear_int4", "int4", "TritonInt4Linear", "", "8-bit rows by 4-bit weights, exact within a group or span"),
+    ("linear_int8", "linear", "TritonLinear", "", "8-bit rows by 8-bit weights, summed in whole numbers"),
+    ("moe", "moe", "TritonMoe", "", "experts' products in one launch; 4-bit experts one by one"),
 )
 
 
