@@ -57,7 +57,7 @@ class Workspace:
             chunk_max_sc=full(chunks, dtype=torch.float32),
             chunk_id_sc=full(chunks, dtype=torch.int32),
             number_sc=full(chunks, dtype=torch.int32),
-            sums_sb=full(_ceil_div(vocab, block), dtype=torch.float64),
+            sums_sb=full(chunks * _CHUNK // block, dtype=torch.float64),
             hist_sk=full(buckets, dtype=torch.int64),
             shares_sk=full(buckets, dtype=torch.float64),
             inner_sb=full(block, dtype=torch.float64),
@@ -126,7 +126,16 @@ class Drawing:
                 )
             listed = (work.number_sc, work.ids_sv, out_s, chunks, blocks)
             self._launch(
-                kernels.finish_kernel, (rows,), *row, *params, *best, *memory, *listed, **widths, TILE=_TILE, num_warps=8
+                kernels.finish_kernel,
+                (rows,),
+                *row,
+                *params,
+                *best,
+                *memory,
+                *listed,
+                **widths,
+                TILE=_TILE,
+                num_warps=8,
             )
         return out_s
 

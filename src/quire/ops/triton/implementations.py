@@ -9,10 +9,14 @@ from typing import Any
 from quire.ops.op import Implementation
 from quire.ops.target import Target
 
+_NOTE_OF_SAMPLING = "on the device, without sorting the vocabulary"
 # op, module here, class, its method ("" for the object itself), what `quire kernels` says
 _SERVED = (
     ("add_rms_norm", "rows", "TritonNorm", "add_rms_norm", "a row per program, in float32"),
+    ("draw", "sampling", "TritonSampling", "draw", _NOTE_OF_SAMPLING),
     ("rms_norm", "rows", "TritonNorm", "rms_norm", "a row per program, in float32"),
+    ("sample", "sampling", "TritonSampling", "sample", _NOTE_OF_SAMPLING),
+    ("token_logprobs", "sampling", "TritonSampling", "token_logprobs", _NOTE_OF_SAMPLING),
 )
 
 

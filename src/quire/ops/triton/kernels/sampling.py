@@ -1,8 +1,8 @@
 """From a row of logits to one token, as `ops/choosing.py` defines it, bit for bit.
 
-Legend: s rows, v vocabulary, `most` a row's largest logit. A token's weight is e to the power of its depth below it; its
-rank is the number of float32 steps from its weight up to 1, so that the likeliest have rank 0. Tokens fall into buckets
-of 2^18 ranks, a thirty-second of a power of two each.
+Legend: s rows, v vocabulary, `most` a row's largest logit. A token's weight is e to the power of its depth below it;
+its rank is the number of float32 steps from its weight up to 1, so that the likeliest have rank 0. Tokens fall into
+buckets of 2^18 ranks, a thirty-second of a power of two each.
 
 What makes the definition's sums cheap here: in a bucket all weights are multiples of one unit, few enough of them that
 float64 holds any sum exactly, in any order. A bucket is therefore kept as one whole number, how many tokens it has
@@ -16,8 +16,11 @@ that rank there are yet. Programs of one row meet in memory, between launches or
 import triton
 import triton.language as tl
 
+from quire.ops.triton.kernels.common import INTERPRETED
+
 BLOCK = tl.constexpr(256)  # of a sum; `_SUM_BLOCK` in the definition
 LANES = tl.constexpr(16)
+GROUP = tl.constexpr(8)  # blocks of a chunk, or of a tile of a list
 BUCKETS = tl.constexpr(4096)
 NEAR = tl.constexpr(512)  # buckets of weights above 2^-16, all that most rows need
 FAR_DEPTH = tl.constexpr(-11.2)  # below -16 ln 2, by more than exp() may err
@@ -25,13 +28,13 @@ ONE = tl.constexpr(0x3F800000)  # bits of 1.0
 ALL = tl.constexpr(0x7FFFFFFF)  # a rank that no token is beyond
 COUNTED = tl.constexpr(1 << 40)  # one token in a bucket
 NOT_FINITE = tl.constexpr(-1)
-GREEDY_BELOW = tl.constexpr(1e-5)
 
 
 @triton.jit
-def exp(x):
-    """`choosing.exp`, operation by operation."""
-    clipped = tl.maximum(x, -88.0)
+def weigh(logits, most, temperature):
+    """`choosing.exp` of how far logits are below the largest, operation by operation."""
+    depth = tl.div_rn(logits - most, temperature)
+    clipped = tl.maximum(depth, -88.0)
     n = (clipped * 1.44269504088896341 + 12582912.0) - 12582912.0  # to the nearest, ties to even
     rest = n * -0.693359375 + clipped
     rest = rest + n * 2.12194440e-4
@@ -42,12 +45,7 @@ def exp(x):
     result = result * rest + 5.0000001201e-1
     result = result * (rest * rest) + (rest + 1.0)
     result = result * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x < -88.0, 0.0, result)
-
-
-@triton.jit
-def weigh(logits, most, temperature):
-    return exp(tl.div_rn(logits - most, tl.zeros_like(logits) + temperature))
+    return tl.where(depth < -88.0, 0.0, result)
 
 
 @triton.jit
@@ -95,17 +93,24 @@ def row_best(chunk_max, chunk_id, row, chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def sum_blocks(logits, ids, sums, first_block, n, most, temperature, LISTED: tl.constexpr, COUNT: tl.constexpr):
-    """What each of `COUNT` blocks weighs: 16 lanes added up row by row, then halved again and again."""
+    """What each of `COUNT` blocks weighs: 16 lanes added up line by line, then halved again and again."""
     block = first_block + tl.arange(0, COUNT)
     lane = tl.arange(0, LANES)
     lanes = tl.zeros([COUNT, LANES], tl.float64)
-    for line in tl.static_range(BLOCK // LANES):
-        place = block[:, None] * BLOCK + line * LANES + lane[None, :]
-        lanes += weights_at(logits, ids, place, place < n, most, temperature, LISTED).to(tl.float64)
+    if INTERPRETED:  # all at once: it takes its time for each operation, however large
+        line = tl.arange(0, BLOCK // LANES)[None, :, None]
+        place = block[:, None, None] * BLOCK + line * LANES + lane[None, None, :]
+        weights = weights_at(logits, ids, place, place < n, most, temperature, LISTED).to(tl.float64)
+        for number in tl.static_range(BLOCK // LANES):
+            lanes += tl.sum(tl.where(line == number, weights, 0.0), axis=1)
+    else:
+        for number in tl.static_range(BLOCK // LANES):
+            place = block[:, None] * BLOCK + number * LANES + lane[None, :]
+            lanes += weights_at(logits, ids, place, place < n, most, temperature, LISTED).to(tl.float64)
     lanes = tl.sum(tl.reshape(lanes, [COUNT, 2, 8]), axis=1)  # two of them: the order does not matter
     lanes = tl.sum(tl.reshape(lanes, [COUNT, 2, 4]), axis=1)
     lanes = tl.sum(tl.reshape(lanes, [COUNT, 2, 2]), axis=1)
-    tl.store(sums + block, tl.sum(lanes, axis=1), mask=block * BLOCK < n)
+    tl.store(sums + block, tl.sum(lanes, axis=1))
 
 
 @triton.jit
@@ -138,58 +143,77 @@ def weight_of(packed, first, step):
 
 
 @triton.jit
-def weigh_buckets(hist, out, COUNT: tl.constexpr):
-    i = tl.arange(0, COUNT)
-    first, step = unit_of(i)
-    tl.store(out + i, weight_of(tl.load(hist + i, cache_modifier=".cg"), first, step))
+def weigh_buckets(hist, out, end):
+    """What each bucket up to `end` weighs, to `out`."""
+    for start in range(0, end, NEAR):
+        i = start + tl.arange(0, NEAR)
+        first, step = unit_of(i)
+        tl.store(out + i, weight_of(tl.load(hist + i, cache_modifier=".cg"), first, step))
+    tl.debug_barrier()
+
+
+@triton.jit
+def find_bucket(hist, shares, end, top_k, goal):
+    """The bucket where top_k, or else the weight `goal`, is reached (`end` or more: it is not), and what is before."""
+    edge = tl.full([], 0, tl.int32)
+    before = tl.full([], 0.0, tl.float64)
+    if top_k > 0:
+        passed = tl.full([], 0, tl.int64)
+        upto = tl.full([], 0, tl.int64)
+        for start in range(0, end, NEAR):
+            number = tl.load(hist + start + tl.arange(0, NEAR), cache_modifier=".cg") >> 40
+            short = upto + tl.cumsum(number, axis=0) < top_k
+            edge += tl.sum(short.to(tl.int32), axis=0)
+            passed += tl.sum(tl.where(short, number, 0), axis=0)
+            upto += tl.sum(number, axis=0)
+        before = passed.to(tl.float64)
+    else:
+        weigh_buckets(hist, shares, end)
+        edge, before = pass_over(shares, end, 0.0, goal, goal, True)
+    return edge, before
 
 
 @triton.jit
 def total_of(values, n):
-    """Their sum, one by one."""
+    """Their sum, one by one. There are zeros up to a multiple of `GROUP`."""
     total = tl.full([], 0.0, tl.float64)
     i = tl.full([], 0, tl.int32)
     while i < n:
-        for j in tl.static_range(16):  # the loads do not wait for the sums
-            total += tl.load(values + i + j, mask=i + j < n, other=0.0)
-        i += 16
+        for j in tl.static_range(GROUP):  # the loads do not wait for the sums
+            total += tl.load(values + i + j)
+        i += GROUP
     return total
 
 
 @triton.jit
-def reach(values, n, goal):
-    """(how many come before the running sum reaches `goal`, the running sum before that one); n: it does not."""
+def pass_over(values, n, start, goal, last, STRICT: tl.constexpr):
+    """(how many running sums are `start` less than up to `goal`, or with `STRICT` not up to it, and below `last`;
+    the last of them, or 0). More than n: all of them. There are zeros up to a multiple of `GROUP`."""
     total = tl.full([], 0.0, tl.float64)
-    before = tl.full([], 0.0, tl.float64)
-    index = tl.full([], 0, tl.int32)
     i = tl.full([], 0, tl.int32)
-    while (i < n) & (total < goal):
-        for j in tl.static_range(16):
-            total += tl.load(values + i + j, mask=i + j < n, other=0.0)
-            under = total < goal
-            before = tl.where(under, total, before)
-            index += under.to(tl.int32)
-        i += 16
-    return tl.minimum(index, n), before
-
-
-@triton.jit
-def pass_over(values, n, start, goal, last):
-    """(how many running sums, `start` included, are at most `goal` and below `last`, the last of them or 0)."""
-    total = tl.full([], 0.0, tl.float64)
-    before = tl.full([], 0.0, tl.float64)
-    index = tl.full([], 0, tl.int32)
-    i = tl.full([], 0, tl.int32)
-    goes_on = i < n
-    while goes_on:
-        for j in tl.static_range(16):
-            total += tl.load(values + i + j, mask=i + j < n, other=0.0)
-            under = (start + total <= goal) & (total < last)
-            before = tl.where(under, total, before)
-            index += under.to(tl.int32)
-        i += 16
-        goes_on = (i < n) & (start + total <= goal) & (total < last)
-    return tl.minimum(index, n), before
+    more = i < n
+    while more:
+        upto = total
+        for j in tl.static_range(GROUP):
+            upto += tl.load(values + i + j)
+        if STRICT:
+            passes = start + upto < goal
+        else:
+            passes = (start + upto <= goal) & (upto < last)
+        total = tl.where(passes, upto, total)
+        i = tl.where(passes, i + GROUP, i)
+        more = passes & (i < n)
+    index = i
+    upto = total
+    for j in tl.static_range(GROUP):
+        upto += tl.load(values + i + j, mask=i < n, other=0.0)
+        if STRICT:
+            passes = start + upto < goal
+        else:
+            passes = (start + upto <= goal) & (upto < last)
+        total = tl.where(passes, upto, total)
+        index += passes.to(tl.int32)
+    return index, total
 
 
 @triton.jit
@@ -198,13 +222,13 @@ def invert(logits, ids, sums, inner, n, drawn, most, temperature, LISTED: tl.con
     blocks = (n + BLOCK - 1) // BLOCK
     whole = total_of(sums, blocks)
     goal = drawn * whole
-    block, before = pass_over(sums, blocks, 0.0, goal, whole)
+    block, before = pass_over(sums, blocks, 0.0, goal, whole, False)
     i = tl.arange(0, BLOCK)
     place = block * BLOCK + i
     weights = weights_at(logits, ids, place, place < n, most, temperature, LISTED)
     tl.store(inner + i, weights.to(tl.float64))
     tl.debug_barrier()
-    index, _ = pass_over(inner, BLOCK, before, goal, float("inf"))
+    index, _ = pass_over(inner, BLOCK, before, goal, float("inf"), False)
     # By rounding the goal may lie past the last token that has any weight; then it is that one.
     return block * BLOCK + tl.minimum(index, tl.max(tl.where(weights > 0, i, 0), axis=0))
 
@@ -304,7 +328,7 @@ def weigh_kernel(
     """(row, part): what each block weighs, and the near tokens into their buckets where truncation wants them."""
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_s + row)
-    if temperature.to(tl.float64) < GREEDY_BELOW:
+    if temperature <= 0.0:
         return
     most, _, finite = row_best(chunk_max, chunk_id, row, chunks, CHUNKS)
     if finite == 0:
@@ -326,52 +350,22 @@ def weigh_kernel(
 @triton.jit
 def bound_row(logits, v, hist, shares, sums, blocks, top_k, top_p, most, temperature, TILE: tl.constexpr):
     """The bucket where top_k, or else top_p, cuts the whole row: (bucket, what is before it, the goal)."""
-    edge = tl.full([], BUCKETS, tl.int32)
-    before = tl.full([], 0.0, tl.float64)
     goal = top_k.to(tl.float64)
     if top_k <= 0:
         goal = top_p * total_of(sums, blocks)
-    far = tl.full([], 1, tl.int1)
-    i = tl.arange(0, NEAR)
-    if top_k > 0:
-        number = tl.load(hist + i) >> 40
-        upto = tl.cumsum(number, axis=0)
-        short = tl.sum((upto < top_k).to(tl.int32), axis=0)
-        far = short >= NEAR
-        edge = short
-        before = tl.sum(tl.where(i < short, number, 0), axis=0).to(tl.float64)
-    else:
-        weigh_buckets(hist, shares, NEAR)
-        tl.debug_barrier()
-        edge, before = reach(shares, NEAR, goal)
-        far = edge >= NEAR
-    if far:
+    edge, before = find_bucket(hist, shares, NEAR, top_k, goal)
+    if edge >= NEAR:
         for first in range(NEAR, BUCKETS, NEAR):
             clear(hist, first, NEAR)
         tl.debug_barrier()
         for start in range(0, v, TILE):
             token = start + tl.arange(0, TILE)
-            tally(hist, weights_at(logits, logits, token, token < v, most, temperature, False), token < v, NEAR, BUCKETS)
+            tally(
+                hist, weights_at(logits, logits, token, token < v, most, temperature, False), token < v, NEAR, BUCKETS
+            )
         tl.debug_barrier()
-        edge, before = walk(hist, shares, top_k, goal)
+        edge, before = find_bucket(hist, shares, BUCKETS, top_k, goal)
     return edge, before, goal
-
-
-@triton.jit
-def walk(hist, shares, top_k, goal):
-    """The bucket where the goal is reached, and what is before it, if all buckets are filled."""
-    edge = tl.full([], BUCKETS, tl.int32)
-    before = tl.full([], 0.0, tl.float64)
-    if top_k > 0:
-        i = tl.arange(0, BUCKETS)
-        number = tl.load(hist + i, cache_modifier=".cg") >> 40
-        edge = tl.sum((tl.cumsum(number, axis=0) < top_k).to(tl.int32), axis=0)
-        before = tl.sum(tl.where(i < edge, number, 0), axis=0).to(tl.float64)
-    else:
-        weigh_buckets(hist, shares, BUCKETS)
-        tl.debug_barrier()
-        edge, before = reach(shares, BUCKETS, goal)
-    return edge, before
 
 
 @triton.jit
@@ -384,7 +378,7 @@ def start_kernel(
     most, best, finite = row_best(chunk_max, chunk_id, row, chunks, CHUNKS)
     temperature = tl.load(temperature_s + row)
     tl.store(limit_s + row, -1)
-    if (temperature.to(tl.float64) < GREEDY_BELOW) | (not finite):
+    if (temperature <= 0.0) | (not finite):
         tl.store(out_s + row, tl.where(finite, best, NOT_FINITE).to(tl.int64))
         return
     min_p = tl.load(min_p_s + row)
@@ -417,7 +411,7 @@ def list_kernel(
     logits, stride, v, temperature_s, chunk_max, chunk_id, limit_s, number, ids, chunks, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """(row, part): how many tokens of each chunk are within the row's limit; without `COUNTS` their ids, by rising id."""
+    """(row, part): how many tokens of each chunk are within the row's limit; without `COUNTS` their ids, rising."""
     row = tl.program_id(0).to(tl.int64)
     limit = tl.load(limit_s + row)
     if limit < 0:
@@ -485,9 +479,7 @@ def finish_kernel(
             place = start + tl.arange(0, TILE)
             tally(hist, weights_at(logits, ids, place, place < n, most, temperature, True), place < n, 0, BUCKETS)
         tl.debug_barrier()
-        weigh_buckets(hist, shares, BUCKETS)
-        tl.debug_barrier()
-        edge, before = reach(shares, BUCKETS, goal)
+        edge, before = find_bucket(hist, shares, BUCKETS, 0, goal)
         if edge < BUCKETS:
             last, ties = refine(logits, ids, hist, n, edge, before, goal, False, most, temperature, TILE)
             n = keep(logits, ids, n, last, ties, most, temperature, TILE)
