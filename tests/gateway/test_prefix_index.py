@@ -122,6 +122,23 @@ def test_what_was_sent_is_thought_to_be_there() -> None:
     assert tokens(plugin, pool, request(b"")) == {}
 
 
+def test_as_many_blocks_are_matched_as_may_be() -> None:
+    """Tokens where they are given, else blocks, else 131,072 tokens."""
+    pool = pool_of("a")
+    prompt = random.Random(1).randbytes(200_000 * 4)
+    for parameters, expected in (
+        ({}, 131_072),
+        ({"max_prefix_blocks_to_match": 3}, 192),
+        ({"max_prefix_tokens_to_match": 640}, 640),
+        ({"max_prefix_tokens_to_match": 640, "max_prefix_blocks_to_match": 3}, 640),
+        ({"max_prefix_tokens_to_match": 0, "max_prefix_blocks_to_match": 3}, 192),
+        ({"max_prefix_tokens_to_match": 0}, 200_000),
+    ):
+        plugin = producer(pool, lru_capacity_per_server=10_000, **parameters)
+        send(plugin, pool, request(prompt), "a")
+        assert tokens(plugin, pool, request(prompt)) == {"a": expected}
+
+
 def test_another_model_or_salt_shares_nothing() -> None:
     pool = pool_of("a")
     plugin = producer(pool)

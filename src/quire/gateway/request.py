@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+from quire.core.errors import QuireError
 
 
 class Api(Enum):
@@ -88,6 +90,8 @@ class InferenceRequest:
     """By producer's name: endpoint key → match. Endpoints that are not named hold nothing."""
     predictions: dict[str, Prediction] = field(default_factory=dict)
     """By endpoint key; by the latency producer."""
+    break_off: Callable[[QuireError], None] | None = None
+    """Ends it wherever it is, and tells its caller the error; by the door, where it can and as long as it can."""
     attributes: dict[str, object] = field(default_factory=dict)
     """What out-of-tree plugins tell each other, under the plugin's name."""
 

@@ -6,7 +6,8 @@ as idle for those that compare reports: it has just come.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.plugin import Parameters, Scorer
@@ -58,6 +59,7 @@ class LoadAwareScorer(Scorer):
 
 
 class ActiveRequestParameters(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {"requestTimeout": "open requests are counted until they are over"}
     idle_threshold: int = 0
     max_busy_score: float = 1.0
     in_flight_load_producer_name: str = ""

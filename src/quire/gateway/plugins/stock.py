@@ -39,7 +39,7 @@ class StockPlugin:
 
     def make(self, parameters: Mapping[str, Any], services: Services) -> Plugin:
         """Raises `ConfigError` that names the plugin and the parameter."""
-        plugin = self.build(read_parameters(self.parameters, parameters, self.type_name), services)
+        plugin = self.build(read_parameters(self.parameters, parameters, self.type_name, services.warn), services)
         plugin.name = self.type_name
         return plugin
 

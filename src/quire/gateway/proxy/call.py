@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope, Send
 
+from quire.core.errors import QuireError
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.errors import UpstreamError
 from quire.gateway.parse import with_model
@@ -35,6 +36,8 @@ class Call:
     """Something of an answer has gone to the client; from here on nothing can be tried again."""
     status: int = 0
     """Sent to the client."""
+    in_stream: bool = False
+    """The answer is a stream of events, and its last one has not been sent."""
     tried: frozenset[str] = frozenset()
     """Keys of the endpoints where it was, or is, attempted."""
     tap: Callable[[bytes], None] | None = None
@@ -110,14 +113,22 @@ class Call:
 
     async def _stream(self, answer: Connection, headers: list[tuple[bytes, bytes]], usage: Usage) -> None:
         await self._start(answer.status, headers)
+        self.in_stream = True
         try:
             rest = await self._relay(answer, usage)
         except UpstreamError as error:
-            await self.send({"type": "http.response.body", "body": broken_stream(error, self.request.api)})
+            await self.end_stream(error)
             raise
         finally:
             usage.end()
+        self.in_stream = False
         await self.send({"type": "http.response.body", "body": rest})
+
+    async def end_stream(self, error: QuireError) -> None:
+        """Tell the error as the last event of a stream that cannot go on; nothing where there is none."""
+        if self.in_stream:
+            self.in_stream = False
+            await self.send({"type": "http.response.body", "body": broken_stream(error, self.request.api)})
 
     async def _relay(self, answer: Connection, usage: Usage) -> bytes:
         """Pass on what comes as whole events; the rest, behind the last of them, is returned."""

@@ -57,7 +57,7 @@ class TritonSampling:
             found = torch.cat((found, self._describe(logits_sv[index_r], told_r, num_top).flatten()))
         on_host = found.cpu().numpy()
         drawn_s, first_s = on_host[: 2 * len(rows)].reshape(2, -1).astype(np.int64).tolist()
-        about = dict(zip(told, on_host[2 * len(rows) :].reshape(len(told), -1), strict=True))
+        about = dict(zip(told, on_host[2 * len(rows) :].reshape(len(told), _FIELDS + 2 * num_top), strict=True))
         tokens: list[TokenLogprobs | QuireError] = []
         for i, row in enumerate(rows):
             if first_s[i] == NOT_FINITE:

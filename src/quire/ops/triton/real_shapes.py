@@ -1,0 +1,188 @@
+"""Calls of ops at the shapes of real models, on memory that nobody has filled: for `compile_only`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.ops.attention import AttentionShape, DeviceLengths, PagedRequests
+from quire.ops.kernels import select
+from quire.ops.moe import MoeWeights
+from quire.ops.target import Target
+from quire.ops.triton.implementations import implementations
+
+ROWS = (1, 16, 64, 256, 2048)
+"""Decoding alone, among few and among many, and a prefill."""
+_BLOCK_SIZE = 16
+_CONTEXT = 2048
+_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """`experts` is 0 for a dense model; `intermediate` is then that of its one feed-forward block, else an expert's."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    head_dim: int = 128
+    experts: int = 0
+    experts_per_row: int = 0
+
+
+SHAPES = (
+    ModelShape(name="Qwen3-0.6B", hidden=1024, intermediate=3072, heads=16, kv_heads=8, vocab=151936),
+    ModelShape(name="Qwen3-8B", hidden=4096, intermediate=12288, heads=32, kv_heads=8, vocab=151936),
+    ModelShape(name="Llama-3.1-8B", hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocab=128256),
+    ModelShape(
+        name="Qwen3-30B-A3B",
+        hidden=2048,
+        intermediate=768,
+        heads=32,
+        kv_heads=4,
+        vocab=151936,
+        experts=128,
+        experts_per_row=8,
+    ),
+)
+
+
+def served_ops(target: Target) -> list[str]:
+    """Those of which this module knows a call."""
+    return [
+        implementation.op
+        for implementation in implementations()
+        if implementation.op in _CALLS and implementation.unfit(target) is None
+    ]
+
+
+def call(op: str, target: Target, shape: ModelShape, rows: int) -> None:
+    """Calls Triton's implementation of `op` as a model of this shape would, with `rows` tokens."""
+    build = next(one.build for one in implementations() if one.op == op)
+    _CALLS[op](build(target), target, shape, rows)
+
+
+def _empty(target: Target, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=target.dtype)
+
+
+def _heads(target: Target, shape: ModelShape, rows: int) -> Tensor:
+    """Queries, as a view of a product that has keys and values too."""
+    joint = _empty(target, rows, shape.heads + 2 * shape.kv_heads, shape.head_dim)
+    return joint[:, : shape.heads]
+
+
+def _rms_norm(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    kernel(_empty(target, rows, shape.hidden), _empty(target, shape.hidden), _EPS, 0.0)
+    kernel(_heads(target, shape, rows), _empty(target, shape.head_dim), _EPS, 0.0)
+
+
+def _add_rms_norm(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    x = _empty(target, rows, shape.hidden)
+    kernel(x, torch.empty_like(x), _empty(target, shape.hidden), _EPS, 0.0)
+
+
+def _layer_norm(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    kernel(_empty(target, rows, shape.hidden), _empty(target, shape.hidden), _empty(target, shape.hidden), _EPS)
+
+
+def _add_layer_norm(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    x = _empty(target, rows, shape.hidden)
+    kernel(x, torch.empty_like(x), _empty(target, shape.hidden), _empty(target, shape.hidden), _EPS)
+
+
+def _embedding(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    kernel(torch.zeros(rows, dtype=torch.int64), _empty(target, shape.vocab, shape.hidden))
+
+
+def _activation(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    kernel(_empty(target, rows, shape.intermediate), "gelu")
+
+
+def _gated_activation(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    gate, up = _empty(target, rows, 2 * shape.intermediate).chunk(2, dim=-1)
+    kernel(gate, up, "silu")
+
+
+def _rope(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    cos_tr, sin_tr = torch.empty(2, rows, shape.head_dim // 2)
+    kernel(_heads(target, shape, rows), cos_tr, sin_tr)
+
+
+def _linear(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    """All products of a layer, fused as an engine would have them, and the logits of the rows that are sampled."""
+    heads = shape.heads * shape.head_dim
+    products = [(shape.hidden, heads + 2 * shape.kv_heads * shape.head_dim), (heads, shape.hidden)]
+    if not shape.experts:
+        products += [(shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)]
+    for k, n in products:
+        kernel(_empty(target, rows, k), kernel.pack(_empty(target, n, k)), None)
+    vocabulary = kernel.pack(_empty(target, shape.vocab, shape.hidden))
+    kernel.wide(_empty(target, min(rows, 256), shape.hidden), vocabulary, None)
+
+
+def _attention(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    """Where `rows` decode, and where they are one request's prefill."""
+    attention = AttentionShape(
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        scale=shape.head_dim**-0.5,
+    )
+    blocks = -(-_CONTEXT // _BLOCK_SIZE)
+    block_bytes = kernel.block_bytes(_BLOCK_SIZE, shape.head_dim)
+    kv_layer = torch.empty(2, shape.kv_heads, blocks, block_bytes, dtype=torch.uint8)
+    k_tgd, v_tgd = _empty(target, 2, rows, shape.kv_heads, shape.head_dim)
+    kernel.write(kv_layer, k_tgd, v_tgd, torch.zeros(rows, dtype=torch.int64))
+    for query_lens in ([1] * rows, [rows]):
+        start = torch.tensor([0, *query_lens]).cumsum(0)
+        contexts = [_CONTEXT] * len(query_lens)
+        requests = PagedRequests(
+            query_start=start.tolist(),
+            context_lens=contexts,
+            block_table_rb=torch.zeros(len(query_lens), blocks, dtype=torch.int64),
+            block_size=_BLOCK_SIZE,
+            lengths=DeviceLengths(query_start=start.int(), context_lens=torch.tensor(contexts, dtype=torch.int32)),
+        )
+        kernel(_heads(target, shape, rows), kv_layer, kernel.plan(attention, requests))
+
+
+def _moe(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    if not shape.experts:
+        return
+    linear = select(target).linear
+
+    def experts(n: int, k: int) -> list[Any]:
+        return [linear.pack(weight) for weight in _empty(target, shape.experts, n, k)]
+
+    weights = MoeWeights(
+        router=linear.pack(_empty(target, shape.experts, shape.hidden)),
+        gate=experts(shape.intermediate, shape.hidden),
+        up=experts(shape.intermediate, shape.hidden),
+        down=experts(shape.hidden, shape.intermediate),
+        top_k=shape.experts_per_row,
+        renormalize=True,
+    )
+    kernel(_empty(target, rows, shape.hidden), kernel.join(weights))
+
+
+_CALLS = {
+    "activation": _activation,
+    "add_layer_norm": _add_layer_norm,
+    "add_rms_norm": _add_rms_norm,
+    "attention": _attention,
+    "embedding": _embedding,
+    "gated_activation": _gated_activation,
+    "layer_norm": _layer_norm,
+    "linear": _linear,
+    "moe": _moe,
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+}
+"""From (built kernel, target, shape, rows)."""
