@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 CPU = torch.device("cpu")
 TARGET = Target(CPU, torch.float32, isa=TRITON)
 FEW = settings(
-    max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate)
+    max_examples=5, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate)
 )  # no patience to shrink
 OPTIONS = st.fixed_dictionaries(
     {"temperature": st.sampled_from([0.0, 0.3, 1.0, 1.7, 50.0]), "seed": st.integers(-(2**63), 2**63 - 1)},
@@ -98,17 +98,15 @@ def test_it_draws_what_the_definition_draws(options, size, kind, seed):
     check_draw(logits_of(kind, len(options), size, seed), table)
 
 
-@pytest.mark.parametrize("kind", ["coarse", "near"])
-def test_all_ways_to_truncate(kind):
+def test_all_ways_to_truncate():
     """Among them those that need tokens far below the likeliest, and lists of more than one tile."""
     ways = [
         {"top_k": 2499},
-        {"top_p": 0.4},
         {"top_p": 1 - 1e-9},
         {"min_p": 1e-3, "top_k": 2100, "top_p": 0.97},
         {"min_p": 1e-30, "top_p": 0.9999},
     ]
-    check_draw(logits_of(kind, len(ways), 2500, 1), table_of([SamplingParams(seed=3, **way) for way in ways], CPU))
+    check_draw(logits_of("near", len(ways), 2500, 1), table_of([SamplingParams(seed=3, **way) for way in ways], CPU))
 
 
 def test_rows_that_are_broken_or_not_dense():

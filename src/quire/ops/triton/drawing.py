@@ -16,6 +16,7 @@ from torch import Tensor
 from quire.ops.draw import DrawTable
 from quire.ops.target import Target
 from quire.ops.triton.kernels import sampling as kernels
+from quire.ops.triton.kernels.weights import BLOCK, BUCKETS
 from quire.ops.triton.launch import Launch
 
 _CHUNK = 2048
@@ -52,7 +53,7 @@ class Workspace:
         def full(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(rows, *shape, dtype=dtype, device=device)
 
-        chunks, buckets, block = _ceil_div(vocab, _CHUNK), kernels.BUCKETS.value, kernels.BLOCK.value
+        chunks, buckets, block = _ceil_div(vocab, _CHUNK), BUCKETS.value, BLOCK.value
         return cls(
             chunk_max_sc=full(chunks, dtype=torch.float32),
             chunk_id_sc=full(chunks, dtype=torch.int32),
