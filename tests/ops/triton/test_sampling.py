@@ -109,6 +109,15 @@ def test_all_ways_to_truncate():
     check_draw(logits_of("near", len(ways), 2500, 1), table_of([SamplingParams(seed=3, **way) for way in ways], CPU))
 
 
+def test_a_row_in_one_part_or_in_several_and_in_other_company():
+    ways = [{"top_p": 0.8}, {"top_k": 40}, {}]
+    logits = logits_of("coarse", 3, 4500, 3)
+    table = table_of([SamplingParams(seed=9, **way) for way in ways], CPU)
+    tokens = Drawing(TARGET).draw(logits, table, torch.arange(3))
+    assert torch.equal(Drawing(TARGET, programs=1).draw(logits, table, torch.arange(3)), tokens)
+    assert torch.equal(Drawing(TARGET).draw(logits[1:], table[1:], torch.arange(1, 3)), tokens[1:])
+
+
 def test_rows_that_are_broken_or_not_dense():
     logits = torch.randn(4, 2500, generator=torch.Generator().manual_seed(0))[:, 3:2300]
     logits[0, 2100], logits[1, 5], logits[2] = math.nan, math.inf, -math.inf

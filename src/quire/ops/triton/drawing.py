@@ -21,7 +21,7 @@ from quire.ops.triton.launch import Launch
 
 _CHUNK = 2048
 """Logits that a program takes at once: four 16-byte loads for each thread of four warps."""
-_PROGRAMS = 1024
+PROGRAMS = 1024
 """About as many as a large GPU runs at once, of four warps: more only cost starting them."""
 _TILE = 2048
 _MOST_VOCAB = 1 << 22
@@ -78,8 +78,9 @@ class Drawing:
     with the largest.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, programs: int = PROGRAMS) -> None:
         self._launch: Launch = target.launch
+        self._programs = programs
         self._workspaces: dict[int, list[Workspace]] = {}
 
     def draw(self, logits_sv: Tensor, table: DrawTable, position_s: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class Drawing:
             for counts in (True, False):
                 self._launch(
                     kernels.list_kernel,
-                    (rows, _parts(rows, chunks)),
+                    (rows, self._parts(rows, chunks)),
                     *row,
                     table.temperature,
                     *best,
@@ -171,7 +172,7 @@ class Drawing:
         chunks = work.chunk_max_sc.shape[1]
         self._launch(
             kernels.best_kernel,
-            (rows, _parts(rows, chunks)),
+            (rows, self._parts(rows, chunks)),
             logits_sv,
             logits_sv.stride(0),
             vocab,
@@ -187,7 +188,7 @@ class Drawing:
         chunks, blocks = work.chunk_max_sc.shape[1], work.sums_sb.shape[1]
         self._launch(
             kernels.weigh_kernel,
-            (rows, _parts(rows, chunks)),
+            (rows, self._parts(rows, chunks)),
             logits_sv,
             logits_sv.stride(0),
             vocab,
@@ -204,6 +205,9 @@ class Drawing:
             CHUNKS=_power_of_two(chunks),
         )
 
+    def _parts(self, rows: int, chunks: int) -> int:
+        return min(chunks, max(1, self._programs // rows))
+
     def _workspace(self, rows: int, vocab: int, device: torch.device) -> Workspace:
         assert vocab < _MOST_VOCAB, vocab
         known = self._workspaces.setdefault(vocab, [])
@@ -218,10 +222,6 @@ def dense(logits_sv: Tensor) -> Tensor:
     """With a row's logits one after the other."""
     assert logits_sv.dtype == torch.float32, logits_sv.dtype
     return logits_sv if logits_sv.stride(-1) == 1 or logits_sv.shape[1] == 1 else logits_sv.contiguous()
-
-
-def _parts(rows: int, chunks: int) -> int:
-    return min(chunks, max(1, _PROGRAMS // rows))
 
 
 def _ceil_div(a: int, b: int) -> int:
