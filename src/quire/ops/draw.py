@@ -6,7 +6,7 @@ It draws as the op `sample` does, for parameters that need no look at the tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -20,21 +20,22 @@ from quire.ops.sampling import EXACT, best, random_params
 
 NOT_FINITE = -1
 """In the place of a token: the row's logits are not finite."""
+MAX_TOP_K = 2**31 - 1
+"""What an int32 holds; no vocabulary is larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawTable:
     """Sampling parameters on the device, one entry per row, in buffers that keep their addresses.
 
-    `temperature` (0: greedy) and `min_p` float32, `top_k` (0: all) int32, `top_p` and `typical_p` float64, `seed`
-    int64, as in `SamplingParams`.
+    `temperature` (0: greedy) and `min_p` float32, `top_k` (0: all) int32, `top_p` float64, `seed` int64, as in
+    `SamplingParams`.
     """
 
     temperature: Tensor
     min_p: Tensor
     top_k: Tensor
     top_p: Tensor
-    typical_p: Tensor
     seed: Tensor
 
     @classmethod
@@ -47,7 +48,6 @@ class DrawTable:
             min_p=full(0, torch.float32),
             top_k=full(0, torch.int32),
             top_p=full(1, torch.float64),
-            typical_p=full(1, torch.float64),
             seed=full(0, torch.int64),
         )
 
@@ -57,9 +57,14 @@ class DrawTable:
 
     def set(self, row: int, sampling: SamplingParams) -> None:
         """On a CPU."""
+        told = replace(
+            sampling,
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            top_k=min(max(0, sampling.top_k), MAX_TOP_K),
+            seed=sampling.seed or 0,
+        )
         for field in fields(self):
-            getattr(self, field.name)[row] = getattr(sampling, field.name) or 0
-        self.top_k[row] = max(0, sampling.top_k)
+            getattr(self, field.name)[row] = getattr(told, field.name)
 
     def put(self, rows_s: Tensor, other: DrawTable) -> None:
         """Copies the rows of `other` to `rows_s`, both on this device."""
@@ -86,6 +91,7 @@ def drawable(sampling: SamplingParams) -> bool:
         and not sampling.reads_tokens
         and sampling.allowed_token_ids is None
         and not sampling.logit_bias
+        and sampling.typical_p == 1.0
     )
 
 
@@ -103,13 +109,11 @@ def draw(logits_sv: Tensor, table: DrawTable, position_s: Tensor) -> Tensor:
     settings = zip(*(getattr(table, field.name).tolist() for field in fields(table)), strict=True)
     best_s, finite_s = best(logits_sv)
     drawn = []
-    for row, (temperature, min_p, top_k, top_p, typical_p, seed) in enumerate(settings):
-        sampling = SamplingParams(
-            temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p, typical_p=typical_p, seed=seed
-        )
+    for row, (temperature, min_p, top_k, top_p, seed) in enumerate(settings):
+        sampling = SamplingParams(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p, seed=seed)
         if not finite_s[row]:
             drawn.append(NOT_FINITE)
-        elif sampling.greedy:
+        elif temperature == 0.0:
             drawn.append(best_s[row])
         else:
             values_v = logits_sv[row].cpu().numpy()
