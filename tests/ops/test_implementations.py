@@ -20,6 +20,7 @@ from quire.ops.latent_attention import LatentAttentionKernel, LatentShape
 from quire.ops.linear import LINEARS
 from quire.ops.moe import MoeWeights
 from quire.ops.op import Implementation, Inputs
+from quire.ops.reference.attention import ReferenceAttention
 from quire.ops.registry import implementations, op_registry
 from quire.ops.target import Target
 from quire.ops.triton.library import TRITON
@@ -105,7 +106,9 @@ def compute(implementation: Implementation, target: Target, kernel: Any, inputs:
     inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     if implementation.op == "attention":
         plan = kernel.plan(inputs["shape"], inputs["requests"])
-        results = kernel(inputs["q_thd"], written(kernel, inputs["kv_2gnsd"]), plan)
+        # The back ends for any device share a layout; to write so much is slow where it is interpreted.
+        writer = ReferenceAttention(target) if target.isa == TRITON else kernel
+        results = kernel(inputs["q_thd"], written(writer, inputs["kv_2gnsd"]), plan)
     elif implementation.op == "latent_attention":
         plan = kernel.plan(inputs["shape"], inputs["requests"])
         cache = written_latents(kernel, inputs["rows_nsd"], inputs["shape"])
