@@ -15,6 +15,11 @@ def _loaded(at, i, present, width):
 
 
 @triton.jit
+def _of_all(at, i, width):
+    return tl.load(at + i, mask=i < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _turned(
     at,
     present,
@@ -44,10 +49,10 @@ def _turned(
     if NORMED:
         whole = _loaded(at, tl.arange(0, BLOCK)[None, :], present, d)
         scale = root_mean_square_scale(whole, d, eps, HEADS, BLOCK)[:, None]
-        first = scaled(first, scale, _loaded(weight, i, True, HALF), offset, TYPE, OFFSETS).to(tl.float32)
-        second = scaled(second, scale, _loaded(weight + HALF, i, True, HALF), offset, TYPE, OFFSETS).to(tl.float32)
-        rest = scaled(rest, scale, _loaded(weight + 2 * HALF, j, True, REST), offset, TYPE, OFFSETS).to(tl.float32)
-    first, second = rotated(first, second, _loaded(cos, i, True, HALF), _loaded(sin, i, True, HALF))
+        first = scaled(first, scale, _of_all(weight, i, HALF), offset, TYPE, OFFSETS).to(tl.float32)
+        second = scaled(second, scale, _of_all(weight + HALF, i, HALF), offset, TYPE, OFFSETS).to(tl.float32)
+        rest = scaled(rest, scale, _of_all(weight + 2 * HALF, j, REST), offset, TYPE, OFFSETS).to(tl.float32)
+    first, second = rotated(first, second, _of_all(cos, i, HALF), _of_all(sin, i, HALF))
     return rounded(first, TYPE), rounded(second, TYPE), rounded(rest, TYPE)
 
 
@@ -77,8 +82,9 @@ def _scales(largest, KV: tl.constexpr):
 def _stored(value, inverse, KV: tl.constexpr, TYPE: tl.constexpr):
     """As the cache has it, in TYPE, which is int8 for the bytes of e4m3 too."""
     wide = value.to(tl.float32)
-    # Rows that are not sound become zeros.
-    number = tl.where(inverse > 0.0, wide * inverse, 0.0)
+    # What is not finite times 0, the inverse of a row that is not sound, must be 0, of the same sign.
+    most: tl.constexpr = 3.4028234663852886e38
+    number = tl.where(wide == wide, tl.minimum(tl.maximum(wide, -most), most), 0.0) * inverse
     if KV == "wide":
         return rounded(wide, TYPE)
     elif KV == "int8":
@@ -156,6 +162,7 @@ def qkv_kernel(
     j = tl.arange(0, REST_BLOCK)[None, :]
     w = tl.arange(0, BLOCK)[None, :]
     n = tl.arange(0, HEADS)[:, None]
+    written = tl.where(slot >= 0, g, 0)
     TYPE: tl.constexpr = cache.dtype.element_ty
     if part < Q_PARTS:
         head = part * HEADS + n
@@ -171,7 +178,7 @@ def qkv_kernel(
         _store(out_at + 2 * HALF, j, rest, present, REST)
     elif part < Q_PARTS + KV_PARTS:
         head = (part - Q_PARTS) * HEADS + n
-        present = (head < g) & (slot >= 0)
+        present = head < written
         at = k + row * k_row_stride + head * k_head_stride
         first, second, rest = _turned(
             at, present, k_weight, cos, sin, d, eps, offset,
@@ -188,7 +195,7 @@ def qkv_kernel(
         _store(token_at + 2 * HALF, j, _stored(rest, inverse, KV, TYPE), present, REST)
     else:
         head = (part - Q_PARTS - KV_PARTS) * HEADS + n
-        present = (head < g) & (slot >= 0)
+        present = head < written
         at = v + row * v_row_stride + head * v_head_stride
         value = _finite(tl.load(at + w, mask=present & (w < d), other=0.0))
         scale, inverse = _scales(_magnitude(value), KV)
