@@ -37,7 +37,7 @@ class TritonBlocks:
         source, destination = source_lphnb.view(word), destination_lphnb.view(word)
         layers, parts, heads, source_n, words = source.shape
         block = min(_PIECE, next_power_of_2(words))
-        for pairs in pairs_m2.contiguous().split(_MOST_PAIRS):
+        for pairs in torch.split(pairs_m2.contiguous(), _MOST_PAIRS):
             if not len(pairs) or not source.numel():
                 continue
             self._launch(

@@ -111,7 +111,7 @@ class TritonFused:
                 rotary.cos_pr.stride(0),
                 *cache.stride()[:3],
                 HALF=half,
-                REST=d - 2 * half,
+                TURNS_ALL=2 * half == d,
                 NORMED=norms is not None,
                 OFFSETS=norms is not None and norms.weight_offset != 0.0,
                 KV=self._kv_dtype if quantized else "wide",
@@ -119,7 +119,5 @@ class TritonFused:
                 KV_PARTS=kv_parts,
                 HEADS=heads,
                 BLOCK=block,
-                HALF_BLOCK=next_power_of_2(half),
-                REST_BLOCK=next_power_of_2(d - 2 * half),
             )
         return out_thd

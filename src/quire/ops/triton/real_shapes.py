@@ -126,10 +126,10 @@ def _rope(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
 def _fused(target: Target, shape: ModelShape, rows: int) -> None:
     """What is no op of its own: with norms and without, into caches of 16 and of 8 bits."""
     joint = _empty(target, rows, shape.heads + 2 * shape.kv_heads, shape.head_dim)
-    q_thd, k_tgd, v_tgd = joint.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+    q_thd, k_tgd, v_tgd = torch.split(joint, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
     weight = _empty(target, shape.head_dim)
     cos_pr, sin_pr = torch.empty(2, _CONTEXT, shape.head_dim // 2)
-    for kv_dtype in ("auto", "int8", "fp8"):
+    for kv_dtype in ("auto", "fp8"):
         into = Target("cpu", target.dtype, isa=target.isa, launch=target.launch, kv_cache_dtype=kv_dtype)
         fused = TritonFused(into)
         block_bytes = kv_block_bytes(into.kv_dtype, block_size=_BLOCK_SIZE, head_dim=shape.head_dim)
