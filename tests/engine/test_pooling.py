@@ -183,7 +183,7 @@ def test_a_preempted_request_is_pooled_to_the_same_bits(embedders, swap_out, met
         state = engine._state
         victim = state.requests[task]
         assert victim.num_computed_tokens == 32
-        engine._runner.run(apply(state, Decision(0.0, preempted=[Preemption(victim, swap_out)]), 0.0))
+        engine._runner.launch(apply(state, Decision(0.0, preempted=[Preemption(victim, swap_out)]), 0.0))
         assert victim.num_computed_tokens == (32 if swap_out else 0)
         while engine.has_work:
             last.update({output.request_id: output for output in engine.step()})

@@ -38,13 +38,13 @@ def jobs(draw) -> Job:
         seed=draw(st.integers(0, 5)),
         max_tokens=draw(st.integers(1, 24)),
         ignore_eos=draw(st.booleans()),
-        logprobs=draw(st.sampled_from([0, 3])),
+        logprobs=draw(st.sampled_from([None, None, 0, 3])),
         prompt_logprobs=draw(st.sampled_from([None, None, None, 2])),
         temperature=draw(st.sampled_from([0.0, 0.0, 0.7, 1.3])),
         top_p=draw(st.sampled_from([1.0, 0.8])),
         top_k=draw(st.sampled_from([0, 20])),
-        presence_penalty=draw(st.sampled_from([0.0, 0.5])),
-        repetition_penalty=draw(st.sampled_from([1.0, 1.2])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.0, 0.0, 0.5])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.0, 1.2])),
     )
     return Job(
         prompt=tuple(stem[:cut] + tail),
@@ -69,6 +69,7 @@ def schedules(draw) -> dict[str, object]:
         "preemption": draw(st.sampled_from(["recompute", "swap"])),
         "scheduling_policy": draw(st.sampled_from([None, "fcfs", "priority", "fair"])),
         "threads": draw(st.sampled_from([1, 2])),
+        "async_scheduling": draw(st.booleans()),
     }
 
 

@@ -23,6 +23,8 @@ from quire.gateway.plugins.stock import stock_plugins
 from quire.gateway.request import Api, InferenceRequest
 from quire.gateway.schedule import Choice
 
+PROFILE = {"schedulingProfiles": [{"name": "default", "plugins": [{"pluginRef": "queue-scorer"}]}]}
+INF, NAN = float("inf"), float("nan")
 CONFIGS = sorted((Path(__file__).parent / "picker_configs").glob("*.yaml"))
 
 
@@ -73,6 +75,17 @@ def test_builds_and_schedules(path: Path) -> None:
     built = build(yaml.safe_load(path.read_text()), where)
     for _ in range(5):
         assert choose(built, where).endpoint in where.all
+
+
+ALWAYS = "always-disagg-pd-decider"
+
+
+def handled(handler: str, *profiles: str, **parameters: Any) -> dict[str, Any]:
+    """A handler for these profiles."""
+    return {
+        "plugins": [{"type": ALWAYS}, {"type": handler, "parameters": parameters}],
+        "schedulingProfiles": [{"name": name} for name in profiles],
+    }
 
 
 def scorers(built: BuildResult) -> list[tuple[str, float]]:
@@ -131,6 +144,17 @@ def test_older_scorers_are_split() -> None:
     assert max(second.traces[0].totals) > 0.9
 
 
+def weighted(weight: float) -> Mapping[str, Any]:
+    profile = {"name": "default", "plugins": [{"pluginRef": "queue-scorer", "weight": weight}]}
+    return {"plugins": [{"type": "queue-scorer"}], "schedulingProfiles": [profile]}
+
+
+def attribute_scorer(normalization: Mapping[str, Any]) -> Mapping[str, Any]:
+    algorithm = {"type": "linear_lower_is_better", "normalization": normalization}
+    parameters = {"attributeKey": "waiting-queue", "algorithm": algorithm}
+    return {"plugins": [{"type": "endpoint-attribute-scorer", "parameters": parameters}]}
+
+
 @pytest.mark.parametrize(
     ("document", "says"),
     [
@@ -148,6 +172,34 @@ def test_older_scorers_are_split() -> None:
         ),
         ({"plugins": [{"type": "single-profile-handler"}, {"type": "header-profile-handler"}]}, "several profile"),
         ({"plugins": [{"type": "utilization-filter", "parameters": {"conditions": []}}]}, "conditions"),
+        ({"parser": {"pluginRef": "nobody"}}, "'nobody'"),
+        ({"requestHandler": {"parsers": [{"pluginRef": "nobody"}]}}, "'nobody'"),
+        ({"dataLayer": {"sources": [{"pluginRef": "nobody"}]}}, "'nobody'"),
+        ({"dataLayer": {"discovery": {"endpoints": {"pluginRef": "nobody"}}}}, "'nobody'"),
+        (
+            {
+                "plugins": [{"type": "metrics-data-source"}],
+                "dataLayer": {"sources": [{"pluginRef": "metrics-data-source", "extractors": [{"pluginRef": "no"}]}]},
+            },
+            "'no'",
+        ),
+        ({"schedulingProfiles": [{"name": "a"}, {"name": "a"}]}, "two scheduling profiles are named 'a'"),
+        (handled("disagg-profile-handler", "decode", "p", deciders={"prefill": ALWAYS}), "'prefill'"),
+        (handled("disagg-profile-handler", "d", "prefill"), "'decode'"),
+        (handled("disagg-profile-handler", "decode", deciders={"encode": ALWAYS}), "'encode'"),
+        (handled("disagg-profile-handler", "decode", profiles={"fallback": "whole"}), "'whole'"),
+        (handled("disagg-profile-handler", "decode", stageOrder="prefill-first"), "'prefill'"),
+        (handled("pd-profile-handler", "d", "p", decodeProfile="d", deciderPluginName=ALWAYS), "'prefill'"),
+        (handled("header-profile-handler", "a", "b"), "'decode'"),
+        (handled("single-profile-handler", "a", "b"), "there are 2"),
+        (handled("data-parallel-profile-handler", "a", "b"), "there are 2"),
+        ({"plugins": [{"type": "active-request-scorer", "parameters": {"maxBusyScore": NAN}}]}, "maxBusyScore"),
+        ({"plugins": [{"type": "latency-scorer", "parameters": {"ttftWeight": INF}}]}, "weight"),
+        (attribute_scorer({"fixedRange": {"min": 0, "max": NAN}}), "algorithm"),
+        (attribute_scorer({"fixedRange": {"min": 0, "max": INF}}), "fixedRange"),
+        (weighted(NAN), "weight of 'queue-scorer' is nan"),
+        (weighted(-INF), "weight of 'queue-scorer' is -inf"),
+        (weighted(1e308), "weight of 'queue-scorer' is 1e+308"),
     ],
 )
 def test_errors_say_what(document: Mapping[str, Any], says: str) -> None:
@@ -172,10 +224,91 @@ def test_errors_say_what(document: Mapping[str, Any], says: str) -> None:
             },
             "token-load-scorer",
         ),
+        (handled("disagg-profile-handler", "decode", "prefill"), "profile prefill"),
+        (handled("disagg-profile-handler", "decode"), ALWAYS),
+        (handled("disagg-profile-handler", "decode", primaryPort=8000), "primaryPort"),
+        ({"plugins": [{"type": "utilization-detector"}, {"type": "queue-scorer"}], **PROFILE}, "utilization-detector"),
+        ({"plugins": [{"type": "round-robin-fairness-policy"}]}, "round-robin-fairness-policy"),
+        ({"plugins": [{"type": "file-discovery", "parameters": {"path": "x", "watchFile": True}}]}, "watchFile"),
+        ({"plugins": [{"type": "burst-prefix-cache-producer", "parameters": {"windowDurationMs": 5}}]}, "windowDur"),
+        (
+            {
+                "plugins": [
+                    {
+                        "type": "approx-prefix-cache-producer",
+                        "parameters": {"maxPrefixTokensToMatch": 5, "maxPrefixBlocksToMatch": 5},
+                    }
+                ]
+            },
+            "maxPrefixBlocksToMatch",
+        ),
+        ({"dataLayer": {"injectDefaults": False}}, "dataLayer.injectDefaults"),
+        ({"dataLayer": {"crossReplicaSyncInterval": "1s"}}, "dataLayer.crossReplicaSyncInterval"),
+        ({"dataLayer": {"crossReplica": {"syncInterval": "1s"}}}, "dataLayer.crossReplica"),
+        ({"parser": {"pluginRef": "openai-parser"}}, "parser has no"),
+        (
+            {
+                "plugins": [{"type": "openai-parser"}],
+                "requestHandler": {"parsers": [{"pluginRef": "openai-parser"}]},
+            },
+            "requestHandler.parsers",
+        ),
+        (
+            {
+                "plugins": [{"type": "metrics-data-source"}],
+                "dataLayer": {"sources": [{"pluginRef": "metrics-data-source"}]},
+            },
+            "dataLayer.sources",
+        ),
+        (
+            {
+                "plugins": [{"type": "k8s-notification-source", "name": "watch"}],
+                "dataLayer": {"discovery": {"pluginRef": "watch"}},
+            },
+            "dataLayer.discovery",
+        ),
     ],
 )
 def test_what_has_no_effect_is_told(document: Mapping[str, Any], says: str) -> None:
     assert any(says in warning for warning in build(document).warnings)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"featureGates": ["flowControl"], "flowControl": {"saturationDetector": {"pluginRef": "utilization-detector"}}},
+        {"featureGates": ["flowControl"]},  # llm-d's default is called so
+        {"saturationDetector": {"pluginRef": "utilization-detector"}},
+        {
+            "featureGates": ["flowControl"],
+            "flowControl": {"saturationDetector": {"pluginRef": "both"}},
+            "plugins": [
+                {
+                    "type": "max-saturation-detector",
+                    "name": "both",
+                    "parameters": {"detectors": ["concurrency-detector"]},
+                },
+                {"type": "concurrency-detector"},
+                {"type": "queue-scorer"},
+            ],
+        },
+        {
+            "featureGates": ["flowControl"],
+            "plugins": [{"type": "edf-ordering-policy"}, {"type": "queue-scorer"}],
+            "flowControl": {"priorityBands": [{"orderingPolicyRef": "edf-ordering-policy"}]},
+        },
+        {
+            "plugins": [
+                {"type": "file-discovery", "name": "file", "parameters": {"path": "x"}},
+                {"type": "queue-scorer"},
+            ],
+            "dataLayer": {"discovery": {"pluginRef": "file"}},
+        },
+    ],
+)
+def test_of_what_has_an_effect_nothing_is_told(extra: Mapping[str, Any]) -> None:
+    plugins = [{"type": "utilization-detector"}, {"type": "queue-scorer"}]
+    assert build({"plugins": plugins, **PROFILE, **extra}).warnings == []
 
 
 def test_the_latency_admitter_sees_predictions() -> None:

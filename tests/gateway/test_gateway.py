@@ -40,6 +40,8 @@ class ModelServer:
         self.bodies: list[dict[str, Any]] = []
         self.answered = asyncio.Event()
         self.hold: asyncio.Event | None = None
+        self.pause: asyncio.Event | None = None
+        """What a stream waits for after its first event."""
         self.address = ""
 
     async def start(self) -> Callable[[], Any]:
@@ -83,6 +85,8 @@ class ModelServer:
             choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
             event = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
             await response.write(b"data: " + json.dumps(event | {"choices": [choice]}).encode() + b"\n\n")
+            if self.pause is not None:
+                await self.pause.wait()
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -313,6 +317,38 @@ async def _is_queued(on: Running) -> bool:
     return await on.metric("llm_d_epp_flow_control_queue_size") == 1.0
 
 
+async def test_a_model_that_is_scaled_to_zero_is_waited_for_while_another_lives(
+    servers: dict[str, ModelServer], tmp_path: Path
+) -> None:
+    endpoints = tmp_path / "endpoints.yaml"
+    endpoints_file(endpoints, servers["a"], servers["c"])
+    async with gateway(endpoints_file=str(endpoints)) as on:
+        assert await on.say("chat-v2") == "c"
+        endpoints_file(endpoints, servers["a"])
+        await until(lambda: _count(on, 1))
+        held = asyncio.create_task(on.say("chat-v2"))
+        await until(lambda: _is_queued(on))
+        with pytest.raises(openai.NotFoundError):
+            await on.say("nobody")
+        endpoints_file(endpoints, servers["a"], servers["c"])
+        assert await asyncio.wait_for(held, 20) == "c"
+
+
+async def _count(on: Running, number: int) -> bool:
+    return len((await on.get("/endpoints"))["endpoints"]) == number
+
+
+async def test_a_header_says_which_endpoints_may_be_chosen_only_where_it_is_trusted(
+    servers: dict[str, ModelServer],
+) -> None:
+    urls = f"http://{servers['a'].address},http://{servers['b'].address}"
+    subset = "x-gateway-destination-endpoint-subset"
+    async with gateway(endpoints=urls, trust_subset_header=True) as on:
+        assert {await on.say("chat-v1", **{subset: servers["b"].address}) for _ in range(5)} == {"b"}
+    async with gateway(endpoints=urls) as on:
+        assert await on.say("chat-v1", **{subset: "192.0.2.1:80"}) in {"a", "b"}
+
+
 async def test_a_shadow_is_compared_and_never_waited_for(servers: dict[str, ModelServer], tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     shadow = {"target": {"model": "chat-v2"}, "percent": 100}
@@ -383,6 +419,63 @@ async def test_priorities_are_named_by_objectives_and_the_key_is_asked_for(
                 assert 'priority="-1"' in await answer.text()
             async with session.get(on.root + "/health") as answer:
                 assert answer.status == 200
+
+
+EVICTING = [
+    {
+        "apiVersion": "llm-d.ai/v1alpha1",
+        "kind": "EndpointPickerConfig",
+        "featureGates": ["flowControl"],
+        "plugins": [{"type": "concurrency-detector", "parameters": {"maxConcurrency": 1}}],
+        "flowControl": {"enableEviction": True, "saturationDetector": {"pluginRef": "concurrency-detector"}},
+    },
+    {
+        "apiVersion": "llm-d.ai/v1alpha2",
+        "kind": "InferenceObjective",
+        "metadata": {"name": "batch"},
+        "spec": {"priority": -1},
+    },
+]
+BATCH = {"x-llm-d-inference-objective": "batch"}
+
+
+async def test_a_batch_request_gives_way_before_its_answer_begins(
+    servers: dict[str, ModelServer], tmp_path: Path
+) -> None:
+    policy, c = tmp_path / "policy.yaml", servers["c"]
+    write(policy, EVICTING)
+    c.hold = hold = asyncio.Event()
+    async with gateway(endpoints=f"http://{c.address}", policy=str(policy)) as on:
+        batch = asyncio.create_task(on.say("chat-v2", **BATCH))
+        await c.answered.wait()
+        c.hold = None
+        assert await on.say("chat-v2") == "c"
+        with pytest.raises(openai.RateLimitError) as caught:
+            await asyncio.wait_for(batch, 20)
+        assert caught.value.code == "evicted"
+        assert caught.value.response.headers["x-llm-d-request-dropped-reason"] == "evicted-priority"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert await on.say("chat-v2", **BATCH) == "c"  # with nobody above it, it goes
+        hold.set()
+
+
+async def test_a_batch_stream_that_gives_way_ends_with_an_error(
+    servers: dict[str, ModelServer], tmp_path: Path
+) -> None:
+    policy, c = tmp_path / "policy.yaml", servers["c"]
+    write(policy, EVICTING)
+    c.pause = pause = asyncio.Event()
+    async with gateway(endpoints=f"http://{c.address}", policy=str(policy)) as on:
+        stream = await on.client.chat.completions.create(
+            model="chat-v2", messages=[{"role": "user", "content": "Hi"}], stream=True, extra_headers=BATCH
+        )
+        events = aiter(stream)
+        assert (await anext(events)).choices[0].delta.content == "c"
+        assert await on.say("chat-v2") == "c"
+        with pytest.raises(openai.APIError, match="priority above -1") as caught:
+            await asyncio.wait_for(anext(events), 20)
+        assert caught.value.code == "evicted"
+        pause.set()
 
 
 async def test_a_gateway_without_endpoints_or_with_a_wrong_policy_does_not_start(tmp_path: Path) -> None:

@@ -69,12 +69,17 @@ def test_headers_and_their_aliases(prefix: str) -> None:
     names = {"inference-objective": "fast", "inference-fairness-id": "t1", "model-name-rewrite": "n"}
     headers = {prefix + name: value for name, value in names.items()}
     headers |= {"x-slo-ttft-ms": "250", "x-llm-d-slo-tpot-ms": "12.5", "x-session-id": "s"}
-    headers["x-gateway-destination-endpoint-subset"] = "10.0.0.1:80, 10.0.0.2:80,"
     request = read(CHAT, {"model": "m", "messages": []}, **headers)
     assert (request.objective, request.fairness_id, request.session_id) == ("fast", "t1", "s")
     assert (request.model, request.target_model) == ("m", "n")
     assert (request.slo_ttft, request.slo_tpot) == (0.25, 0.0125)
-    assert request.subset == {"10.0.0.1:80", "10.0.0.2:80"}
+
+
+def test_only_a_trusted_header_says_which_endpoints_may_be_chosen() -> None:
+    headers = [(b"x-gateway-destination-endpoint-subset", b"10.0.0.1:80, 10.0.0.2:80,")]
+    assert parse("id", CHAT, headers, b'{"model": "m"}', 1.0).subset is None
+    trusted = parse("id", CHAT, headers, b'{"model": "m"}', 1.0, trust_subset=True)
+    assert trusted.subset == {"10.0.0.1:80", "10.0.0.2:80"}
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf"])

@@ -21,6 +21,12 @@ def write(path: Path, active: str) -> None:
     fresh.rename(path)
 
 
+def twice(followed: PolicyFile) -> None:
+    """A change is read when the next look finds it as it was."""
+    followed.look()
+    followed.look()
+
+
 def test_what_is_saved_holds_and_what_is_wrong_does_not(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     write(path, "blue")
@@ -28,19 +34,39 @@ def test_what_is_saved_holds_and_what_is_wrong_does_not(tmp_path: Path) -> None:
     followed = PolicyFile(path, changed=heard.append)
     assert followed.read()
     assert followed.policy.traffic["chat"].active == "blue"
-    followed.look()
+    twice(followed)
     assert heard == []
     write(path, "green")
-    followed.look()
+    twice(followed)
     assert [policy.traffic["chat"].active for policy in heard] == ["green"]
     write(path, "red")
-    followed.look()
+    twice(followed)
     path.unlink()
-    followed.look()
+    twice(followed)
     assert followed.policy.traffic["chat"].active == "green"
     write(path, "blue")
-    followed.look()
+    twice(followed)
     assert heard[-1].traffic["chat"].active == "blue"
+
+
+def test_a_file_that_is_being_written_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    write(path, "blue")
+    heard: list[Policy] = []
+    followed = PolicyFile(path, changed=heard.append)
+    followed.read()
+    twice(followed)
+    with path.open("w") as stream:  # empty, which is a policy of nothing
+        followed.look()
+        stream.write("# green")
+        stream.flush()
+        followed.look()
+    write(path, "green")
+    followed.look()
+    assert followed.policy.traffic["chat"].active == "blue"
+    assert heard == []
+    followed.look()
+    assert [policy.traffic["chat"].active for policy in heard] == ["green"]
 
 
 def test_at_the_start_a_wrong_file_is_an_error(tmp_path: Path) -> None:

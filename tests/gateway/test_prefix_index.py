@@ -122,6 +122,23 @@ def test_what_was_sent_is_thought_to_be_there() -> None:
     assert tokens(plugin, pool, request(b"")) == {}
 
 
+def test_as_many_blocks_are_matched_as_may_be() -> None:
+    """Tokens where they are given, else blocks, else 131,072 tokens."""
+    pool = pool_of("a")
+    prompt = random.Random(1).randbytes(200_000 * 4)
+    for parameters, expected in (
+        ({}, 131_072),
+        ({"max_prefix_blocks_to_match": 3}, 192),
+        ({"max_prefix_tokens_to_match": 640}, 640),
+        ({"max_prefix_tokens_to_match": 640, "max_prefix_blocks_to_match": 3}, 640),
+        ({"max_prefix_tokens_to_match": 0, "max_prefix_blocks_to_match": 3}, 192),
+        ({"max_prefix_tokens_to_match": 0}, 200_000),
+    ):
+        plugin = producer(pool, lru_capacity_per_server=10_000, **parameters)
+        send(plugin, pool, request(prompt), "a")
+        assert tokens(plugin, pool, request(prompt)) == {"a": expected}
+
+
 def test_another_model_or_salt_shares_nothing() -> None:
     pool = pool_of("a")
     plugin = producer(pool)
@@ -156,6 +173,26 @@ def test_blocks_and_room_come_from_what_endpoints_report() -> None:
     assert fixed.block_tokens() == 16
     send(fixed, pool, request(bytes(512)), "a")
     assert tokens(fixed, pool, request(bytes(512))) == {"a": 32}
+
+
+def test_one_endpoint_of_huge_blocks_does_not_blind_all() -> None:
+    pool = pool_of("a", "b")
+    pool.all[1].metrics = EndpointMetrics(time=0.0, block_size=2**53 - 1, num_blocks=2**53 - 1)
+    plugin = producer(pool)
+    send(plugin, pool, request(bytes(4096)), "a")
+    assert tokens(plugin, pool, request(bytes(4096))) == {"a": 1024}
+    assert producer(pool, block_size_tokens=512).block_tokens() == 512  # as the operator says
+
+
+def test_what_ends_at_an_endpoint_that_left_leaves_nothing_behind() -> None:
+    pool = pool_of("a")
+    plugin, one, left = producer(pool), request(bytes(4096)), pool.all[0]
+    send(plugin, pool, one, "a")
+    again = request(bytes(4096))
+    send(plugin, pool, again, "a")
+    pool.remove(left.key)
+    plugin.finished(again, left, Outcome(status=200, cached_tokens=0))
+    assert (plugin._room, len(plugin._index)) == ({}, 0)
 
 
 def test_no_more_is_matched_than_asked_for() -> None:

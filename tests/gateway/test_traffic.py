@@ -169,5 +169,27 @@ async def test_a_shadow_is_compared_counted_and_bounded() -> None:
     await asyncio.wait_for(asyncio.gather(*tasks), 5)
     counts = shadow.counts["v2"]
     assert (counts.same, counts.different, counts.uncompared, counts.failed, counts.skipped) == (1, 1, 1, 1, 1)
-    assert shadow._answers == {}
     await shadow.stop()
+
+
+async def test_shadows_of_requests_with_one_name_are_compared_each_with_its_own() -> None:
+    """The name is the client's, who may give it twice."""
+    release = asyncio.Event()
+    answers = iter([stream("one"), stream("two")])
+
+    async def send() -> AsyncIterator[bytes]:
+        answer = next(answers)
+        await release.wait()
+        yield answer
+
+    shadow = Shadow(lambda: 0.0)
+    mirrors = [shadow.begin(request(id="same"), Target(model="v2"), send, compare=True) for _ in range(2)]
+    for mirror, text in zip(mirrors, ("one", "two"), strict=True):
+        assert mirror is not None
+        mirror.feed(stream(text))
+        mirror.end(True)
+    tasks = list(shadow._tasks)
+    release.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), 5)
+    counts = shadow.counts["v2"]
+    assert (counts.same, counts.different, counts.failed) == (2, 0, 0)

@@ -40,6 +40,8 @@ class EngineConfig:
     """Which tokens an embedding is made of: the first, the last or all; as the checkpoint says otherwise."""
     classifier_tokens: str | None = None
     """Two tokens, such as no,yes: texts are judged by how much likelier the second is to come next than the first."""
+    device: str = "auto"
+    """What computes: cpu, cuda, cuda:1, xpu; auto takes the first GPU that torch can use, or else the CPU."""
     dtype: DType = "auto"
     """Of weights and activations; auto takes the checkpoint's (float16 becomes bfloat16 on a CPU)."""
     model_impl: ModelImpl = "auto"
@@ -61,8 +63,9 @@ class EngineConfig:
     """Bytes for the KV pool in GiB; otherwise a share of what memory is left, see memory_utilization."""
     num_kv_blocks: int | None = None
     """Blocks of the KV pool, instead of what memory holds; for experiments."""
-    memory_utilization: float = 0.5
-    """Share of the memory that is free after the weights that the KV pool may take, if kv_cache_memory is not set."""
+    memory_utilization: float | None = None
+    """Share of the memory that is free after the weights that the KV pool may take, if kv_cache_memory is not set; 0.5
+    if not set, on a GPU 0.9."""
     swap_space: float = 0.0
     """GiB of host memory for KV of preempted requests."""
     preemption: SwapMode = "auto"
@@ -71,10 +74,15 @@ class EngineConfig:
     """Reuse KV blocks of equal prefixes."""
     kv_events_config: str | None = None
     """JSON object with vLLM's keys: where to publish what is in the prefix cache, for routers; off if not set."""
-    max_num_seqs: int = 64
-    """Most requests that run at once."""
-    max_num_batched_tokens: int = 1024
-    """Most tokens in one step; a longer prompt is computed in chunks, or by an encoder whole, in a longer step."""
+    async_scheduling: bool | None = None
+    """Launch a step before the tokens of the one before have been read; unset: on GPUs."""
+    enforce_eager: bool = False
+    """No CUDA graphs: decode steps are launched kernel by kernel."""
+    max_num_seqs: int | None = None
+    """Most requests that run at once; 64 if not set, on a GPU 256."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step, 1024 if not set, on a GPU 8192; a longer prompt is computed in chunks, or by an encoder
+    whole, in a longer step."""
     scheduling_policy: Policy | None = None
     """fcfs, priority or fair; unset is fcfs until a request names a tenant, then fair."""
     max_num_queued_reqs: int = 1024

@@ -35,6 +35,9 @@ class GatewayConfig(ListenConfig):
     """Other endpoints that are tried when one fails before the first byte of its answer."""
     extproc_port: int | None = None
     """Port of Envoy's external processing door (gRPC); none: the door is closed."""
+    trust_subset_header: bool = False
+    """Let x-gateway-destination-endpoint-subset say which endpoints may be chosen: only where an outer gateway sets it
+    and removes the clients' own. Envoy says it as metadata, which is always heeded."""
     hedge_delay: float | None = None
     """Seconds after which a second endpoint is asked too when the first has not begun to answer; none: never."""
     explain_requests: int = 10_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,10 @@ _ENGINE: Mapping[str, Rule] = {
     "classifier_tokens": _NAME,
     "packed_weights_cache": _NAME,
     "packed_weights_cache_size": _above(0.0, 1_048_576.0),
+    "device": Rule(
+        lambda value: re.fullmatch(r"auto|cpu|(cuda|xpu)(:\d{1,3})?", value) is not None,
+        "auto, cpu, cuda, cuda:N or xpu",
+    ),
     "max_model_len": between(1, _MAX_TOKENS),
     "block_size": _power_of_two(8, 256),
     "kv_cache_memory": _above(0.0, 1_048_576.0),

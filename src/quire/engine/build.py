@@ -11,26 +11,31 @@ import torch
 
 from quire.cache.groups import token_capacity
 from quire.cache.journal import CacheJournal
-from quire.cache.ledger import GIB, KVLedger, available_memory
+from quire.cache.ledger import GIB, KVLedger
 from quire.cache.pool import BlockPool
 from quire.config.engine import EngineConfig
 from quire.config.kv_events import read_kv_events
+from quire.config.sizes import sizes_of
 from quire.core.errors import ConfigError
 from quire.core.model_info import KVEventsInfo, ModelInfo
+from quire.engine.device import memory_for, resolve_device
 from quire.engine.early import EarlyWeights, engine_threads, packed_early
+from quire.engine.graphs import CudaGraphs, Direct
 from quire.engine.kv_publisher import KVEventPublisher
 from quire.engine.loop import Engine
-from quire.engine.runner import Runner
+from quire.engine.runner import Ahead, Runner
 from quire.models.fit import build_ledger, step_tokens
 from quire.models.load import LoadedModel, load_model
 from quire.models.serving import read_serving
 from quire.models.shapes import shapes_of, sights_of
+from quire.nn.host_kv import HostKV
 from quire.ops.cpu.library import usable_isas
 from quire.sched.state import SchedulerLimits, SchedulerState
 from quire.text.defaults import eos_token_ids
 
 ASSUMED_FLOPS_PER_CORE = 50e9
 """What a core computes in a prefill, for weighing a swap against computing again. An order of magnitude suffices."""
+ASSUMED_FLOPS_PER_GPU = 100e12
 ASSUMED_COPY_BYTES_PER_SECOND = 8e9
 LONGEST_STEP_SECONDS = 20.0
 """A step that is estimated to take longer gets fewer tokens: the steps are the heartbeat, and silence means death."""
@@ -51,9 +56,12 @@ def build_engine(
     cache is to be told.
     """
     directory = Path(config.model)
+    device = resolve_device(config.device)
+    gpu = device.type != "cpu"
+    sizes = sizes_of(config, gpu=gpu)
     num_threads = engine_threads(config)
     torch.set_num_threads(num_threads)
-    packed = packed_early(config) if early is None else early.result()
+    packed = None if gpu else packed_early(config) if early is None else early.result()
     if config.packed_weights_cache is not None and packed is None:
         print(
             "quire: packed_weights_cache has no effect: the compiled kernels do not serve this model.", file=sys.stderr
@@ -62,6 +70,7 @@ def build_engine(
         directory,
         dtype=config.dtype,
         quantization=config.quantization,
+        device=str(device),
         max_model_len=config.max_model_len,
         threads=num_threads,
         isa=config.isa,
@@ -73,6 +82,8 @@ def build_engine(
     if any(choice.op == "linear" and choice.implementation == "cpu" for choice in model.decoder.kernels.choices):
         # The kernels have threads of their own; a second pool for what little is left to torch would be in their way.
         torch.set_num_threads(1)
+    elif gpu:
+        _tell_without_triton(model)
     elif model.dtype == torch.bfloat16 and not usable_isas():
         print("quire: there are no compiled kernels in this installation; computing with torch.", file=sys.stderr)
     if model.served_by != "quire":
@@ -88,13 +99,13 @@ def build_engine(
     # Small test models keep the EOS of the tokenizer they were cut from, which their vocabulary may not reach.
     eos = tuple(token_id for token_id in eos_token_ids(directory) if token_id < model.arch.vocab_size)
     flops_per_token = 2 * model.elements_per_row
-    seconds_per_token = flops_per_token / (num_threads * ASSUMED_FLOPS_PER_CORE)
-    step = _step_tokens(step_tokens(config, shapes_of(model.arch)), seconds_per_token)
+    seconds_per_token = flops_per_token / (ASSUMED_FLOPS_PER_GPU if gpu else num_threads * ASSUMED_FLOPS_PER_CORE)
+    step = _step_tokens(step_tokens(sizes, config, shapes_of(model.arch)), seconds_per_token)
     if not model.arch.causal:  # a prompt is computed in one step
         max_model_len = min(max_model_len, step)
     pooling = model.arch.pooling
     limits = SchedulerLimits(
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=step,
         max_model_len=max_model_len,
         eos_token_ids=eos,
@@ -119,11 +130,20 @@ def build_engine(
     runner = Runner(
         model=model,
         kv=kv,
-        host_kv=model.new_kv_cache(host_blocks + 1, config.block_size, places=places) if host_blocks else None,
+        host_kv=HostKV(kv, host_blocks + 1) if host_blocks else None,
         eos_token_ids=eos,
+        ahead=_ahead(config, model.device, limits),
     )
     info = _info(config, model, limits, num_blocks, None if kv_events is None else kv_events.info)
     return Engine(info=info, state=state, runner=runner, clock=clock, kv_events=kv_events)
+
+
+def _ahead(config: EngineConfig, device: torch.device, limits: SchedulerLimits) -> Ahead | None:
+    on_gpu = device.type != "cpu"
+    if not (on_gpu if config.async_scheduling is None else config.async_scheduling):
+        return None
+    graphs = CudaGraphs() if device.type == "cuda" and not config.enforce_eager else Direct()
+    return Ahead(steps=1, seats=limits.max_running, longest=limits.max_model_len, graphs=graphs)
 
 
 def _info(
@@ -175,7 +195,8 @@ def size_cache(config: EngineConfig, model: LoadedModel) -> KVLedger:
         shapes_of(model.arch),
         weight_bytes=model.weight_bytes,
         dtype=_dtype_name(model),
-        available=available_memory() + model.converted_bytes + model.decoder.table_bytes,
+        available=memory_for(model.device) + model.converted_bytes + model.decoder.table_bytes,
+        gpu=model.device.type != "cpu",
     )
     if config.num_kv_blocks is None:
         ledger.check()
@@ -184,6 +205,13 @@ def size_cache(config: EngineConfig, model: LoadedModel) -> KVLedger:
 
 def _dtype_name(model: LoadedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
+
+
+def _tell_without_triton(model: LoadedModel) -> None:
+    kernels = model.decoder.kernels
+    if kernels.served_by("linear") != "triton":
+        reason = next(choice.reason for choice in kernels.choices if choice.op == "linear")
+        print(f"quire: computing with torch's own operations, slowly: {reason}.", file=sys.stderr)
 
 
 def _tell_no_events(config: EngineConfig, kv_events: KVEventPublisher | None, caches: bool) -> None:

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 from quire.config.engine import EngineConfig
+from quire.core.machine import has_gpu_driver
 from quire.models.packed_weights import GIB, CacheSettings, EarlyPacked, pack_early
 from quire.models.serving import read_serving
 from quire.ops.cpu.library import kernels_module
@@ -30,6 +31,9 @@ class EarlyWeights:
         return self._packed
 
     def _pack(self) -> None:
+        device = self._config.device
+        if device not in ("auto", "cpu") or (device == "auto" and has_gpu_driver()):
+            return
         try:
             self._packed = packed_early(self._config)
         except Exception as error:  # raised where it is waited for

@@ -26,7 +26,8 @@ class BatchBuilder:
         self._later_groups = range(1, num_groups)
 
     def build(self, chunks: Sequence[ScheduledChunk]) -> ForwardBatch:
-        """Lay the chunks' tokens end to end. Hidden states are asked for of `wanted_rows`."""
+        """Lay the chunks' tokens end to end. Hidden states are asked for of `wanted_rows`. A last token that is not
+        known yet is 0, see `pending_rows`."""
         block_size = self._block_size
         token_ids: list[int] = []
         positions: list[int] = []
@@ -39,7 +40,8 @@ class BatchBuilder:
         for chunk in chunks:
             state, start, first = chunk.state, chunk.start, query_start[-1]
             end = chunk.start + chunk.num_tokens
-            token_ids += state.token_ids[start:end]
+            known = state.token_ids[start:end]
+            token_ids += known if len(known) == chunk.num_tokens else [*known, 0]
             positions += range(start, end)
             if told:
                 token_types += _token_types(chunk)
@@ -153,6 +155,16 @@ def wanted_rows(chunk: ScheduledChunk) -> range:
             return last
         case "all":
             return range(chunk.num_tokens)
+
+
+def pending_rows(chunks: Sequence[ScheduledChunk]) -> list[tuple[int, ScheduledChunk]]:
+    """(row of the batch, chunk) of those whose last token an earlier step, which is not settled yet, has drawn."""
+    found, row = [], -1
+    for chunk in chunks:
+        row += chunk.num_tokens
+        if chunk.start + chunk.num_tokens > len(chunk.state.token_ids):
+            found.append((row, chunk))
+    return found
 
 
 def needs_prompt_logprobs(chunk: ScheduledChunk) -> bool:

@@ -11,7 +11,7 @@ from quire.core.pooling import check_pooling
 from quire.core.request import EngineOutput, EngineRequest, FinishReason
 from quire.engine.kv_publisher import KVEventPublisher
 from quire.engine.pace import Pace
-from quire.engine.runner import Runner
+from quire.engine.runner import Launched, Runner
 from quire.sched.admit import admit, cancel, queue_refusal
 from quire.sched.apply import apply
 from quire.sched.decide import decide
@@ -44,6 +44,8 @@ class Engine:
         self._clock = clock
         self._kv_events = kv_events
         self._pace = Pace()
+        self._in_flight: deque[tuple[Step, Launched]] = deque()
+        self._last_settled = 0.0
         self._num_steps = 0
         self._iteration_tokens: deque[int] = deque(maxlen=MAX_ITERATIONS_KEPT)
         self.stalled = False
@@ -51,7 +53,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._state.has_work
+        return self._state.has_work or bool(self._in_flight)
 
     def has_room_for(self, request: EngineRequest) -> bool:
         """Whether `submit` would queue this request rather than refuse it because too many wait."""
@@ -73,25 +75,34 @@ class Engine:
         return EngineOutput(request_id=request_id, finish_reason=FinishReason.ABORT)
 
     def step(self) -> list[EngineOutput]:
-        """Decide, apply, run, settle.
+        """Decide, apply, launch; settle what has been computed: of this step, or of an earlier one where the runner may
+        be steps ahead.
 
         An exception is a fault of ours or of the machine. The pool stays whole, but what was to be copied may not have
         been: whoever goes on must cancel every live request first.
         """
         now = self._clock()
-        decision = decide(self._state, now)
-        step = apply(self._state, decision, now)
-        run = self._runner.run(step)
+        step = apply(self._state, decide(self._state, now), now)
+        self.stalled = not step.scheduled and not self._in_flight
+        self._in_flight.append((step, self._runner.launch(step)))
+        outputs: list[EngineOutput] = []
+        # With nothing to compute, what is in flight is all that can bring news.
+        while len(self._in_flight) > (self._runner.steps_ahead if step.scheduled else 0):
+            outputs.extend(self._settle(*self._in_flight.popleft()))
+        return outputs
+
+    def _settle(self, step: Step, launched: Launched) -> list[EngineOutput]:
+        run = launched.wait()
         failed = [fail(self._state, request_id, error) for request_id, error in run.failures.items()]
         outputs = [output for output in failed if output is not None]
         done = self._clock()
         outputs.extend(settle(self._state, step, run.results, done))
         self._tell_cache()
         self._num_steps += 1
-        self.stalled = not step.scheduled
         if step.scheduled:
             self._iteration_tokens.append(step.num_tokens)
-            self._note_pace(step, done - now)
+            self._note_pace(step, done - max(step.started, self._last_settled))
+        self._last_settled = done
         return outputs
 
     def _tell_cache(self) -> None:

@@ -1,21 +1,29 @@
-"""Runs one step on the device: swaps, forward pass, sampling or pooling."""
+"""Gives the device one step after the other: swaps, forward pass, sampling or pooling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from quire.cache.ledger import HEAD_ROWS
 from quire.core.errors import EngineError, QuireError
 from quire.core.pooling import PoolingParams
 from quire.core.request import TokenLogprobs
-from quire.engine.inputs import BatchBuilder, needs_prompt_logprobs, wanted_rows
+from quire.engine.decode_loop import DecodeLoop, runs_alone
+from quire.engine.graphs import Graphs
+from quire.engine.inputs import BatchBuilder, needs_prompt_logprobs, pending_rows, wanted_rows
+from quire.engine.readback import Readback, Reading
+from quire.engine.seats import Seats
 from quire.models.load import LoadedModel
+from quire.nn.host_kv import HostKV
 from quire.nn.kv import KVCache
 from quire.nn.pooling import PooledSoFar
-from quire.ops.sampling import SamplingRow
+from quire.ops.draw import NOT_FINITE, drawable, table_of
+from quire.ops.sampling import SamplingRow, not_finite
 from quire.sched.settle import StepResult
 from quire.sched.state import ScheduledChunk, Step
 
@@ -28,11 +36,62 @@ class RunOutput:
     failures: dict[str, QuireError] = field(default_factory=dict)
 
 
+class Launched(Protocol):
+    """A step that the device has been given."""
+
+    def wait(self) -> RunOutput: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One whose results are here already."""
+
+    output: RunOutput
+
+    def wait(self) -> RunOutput:
+        return self.output
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """One whose tokens are on their way: number `places[i]` of those read is `sampled[i]`'s."""
+
+    sampled: Sequence[ScheduledChunk]
+    places: Sequence[int]
+    reading: Reading
+
+    def wait(self) -> RunOutput:
+        output, tokens = RunOutput(), self.reading.wait()
+        for chunk, place in zip(self.sampled, self.places, strict=True):
+            if tokens[place] == NOT_FINITE:
+                output.failures[chunk.state.request_id] = not_finite(chunk.start + chunk.num_tokens)
+            else:
+                output.results[chunk.state.request_id] = StepResult(token_ids=[tokens[place]])
+        return output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """How a runner goes ahead of what it has told. `steps`: how many may be launched before an earlier one is waited
+    for. `seats`: requests that run at once at most; `longest`: their tokens."""
+
+    steps: int
+    seats: int
+    longest: int
+    graphs: Graphs
+
+
 class Runner:
-    """Owns the model's device state: weights, KV cache, host KV for swapping."""
+    """Owns the model's device state: weights, KV cache, host KV for swapping and, if it goes `ahead`, the seats."""
 
     def __init__(
-        self, *, model: LoadedModel, kv: KVCache, host_kv: KVCache | None, eos_token_ids: tuple[int, ...]
+        self,
+        *,
+        model: LoadedModel,
+        kv: KVCache,
+        host_kv: HostKV | None,
+        eos_token_ids: tuple[int, ...],
+        ahead: Ahead | None = None,
     ) -> None:
         self._decoder = model.decoder
         self._kernels = model.decoder.kernels
@@ -40,20 +99,66 @@ class Runner:
         self._kv = kv
         self._host_kv = host_kv
         self._eos_token_ids = eos_token_ids
-        self._batches = BatchBuilder(kv.block_size, kv.data.device, kv.num_groups)
+        self._device = kv.data.device
+        self._batches = BatchBuilder(kv.block_size, self._device, kv.num_groups)
+        self._seats: Seats | None = None
+        self._decode: DecodeLoop | None = None
+        self.steps_ahead = 0
+        """How many steps may be launched before the oldest one's results are taken in."""
+        if ahead is not None and self._pooler is None:
+            self.steps_ahead = ahead.steps
+            blocks = -(-ahead.longest // kv.block_size)
+            self._seats = Seats(ahead.seats, blocks, kv.num_groups, self._device)
+            self._readback = Readback(ahead.seats, self._device, ahead.steps + 1)
+            if runs_alone(model.decoder):
+                self._decode = DecodeLoop(model.decoder, kv, self._seats, ahead.graphs, ahead.longest)
 
-    def run(self, step: Step) -> RunOutput:
-        """Compute `step`. The KV of every scheduled row is in the cache afterwards."""
+    def launch(self, step: Step) -> Launched:
+        """Begin to compute `step`. The KV of every scheduled row will be in the cache before a later step begins."""
         if self._host_kv is not None:
-            self._kv.swap_out(step.swap_out, self._host_kv)
-            self._kv.swap_in(step.swap_in, self._host_kv)
-        if not step.scheduled:
-            return RunOutput()
-        batch = self._batches.build(step.scheduled)
+            self._host_kv.swap_out(step.swap_out)
+            self._host_kv.swap_in(step.swap_in)
+        chunks = step.scheduled
+        if not chunks:
+            return Done(RunOutput())
+        if self._decode is not None and self._decode.takes(chunks):
+            places, tokens_s = self._decode.step(chunks)
+            return Drawing(chunks, places, self._readback.start(tokens_s))
+        batch = self._batches.build(chunks)
+        if self._seats is not None:
+            self._seats.fill(batch.token_ids_t, pending_rows(chunks))
         hidden_sh = self._decoder.forward(batch, self._kv)
         if self._pooler is not None:
-            return self._pool(step.scheduled, hidden_sh)
-        return self._sample(step.scheduled, hidden_sh)
+            return Done(self._pool(chunks, hidden_sh))
+        if self._seats is None:
+            return Done(self._sample(chunks, hidden_sh))
+        return self._sample_ahead(self._seats, chunks, hidden_sh)
+
+    @torch.inference_mode()
+    def _sample_ahead(self, seats: Seats, chunks: Sequence[ScheduledChunk], hidden_sh: Tensor) -> Launched:
+        """On the device, where that does for all who sample; the tokens stay there for the next step, either way."""
+        sampled = [chunk for chunk in chunks if chunk.samples]
+        if len(sampled) == len(hidden_sh) and all(drawable(chunk.state.request.sampling) for chunk in sampled):
+            if not sampled:
+                return Done(RunOutput())
+            tokens_r = torch.cat(
+                [
+                    self._draw(sampled[first : first + HEAD_ROWS], hidden_sh[first : first + HEAD_ROWS])
+                    for first in range(0, len(sampled), HEAD_ROWS)
+                ]
+            )
+            seats.keep(sampled, tokens_r)
+            return Drawing(sampled, range(len(sampled)), self._readback.start(tokens_r))
+        output = self._sample(chunks, hidden_sh)
+        if sampled:  # those that failed included: until this step is settled, they run on
+            tokens = [_token_of(chunk, output) for chunk in sampled]
+            seats.keep(sampled, torch.tensor(tokens, dtype=torch.int64).to(self._device))
+        return Done(output)
+
+    def _draw(self, sampled: Sequence[ScheduledChunk], hidden_sh: Tensor) -> Tensor:
+        positions = torch.tensor([chunk.start + chunk.num_tokens for chunk in sampled]).to(self._device)
+        table = table_of([chunk.state.request.sampling for chunk in sampled], self._device)
+        return self._kernels.draw(self._decoder.logits(hidden_sh), table, positions)
 
     def _pool(self, chunks: Sequence[ScheduledChunk], hidden_sh: Tensor) -> RunOutput:
         """Of an engine whose every request is for pooling."""
@@ -128,7 +233,7 @@ class Runner:
         state = chunk.state
         return SamplingRow(
             sampling=state.request.sampling,
-            position=len(state.token_ids),
+            position=chunk.start + chunk.num_tokens,
             token_ids=state.token_ids,
             num_prompt_tokens=state.num_prompt_tokens,
             eos_token_ids=self._eos_token_ids,
@@ -150,3 +255,8 @@ class Runner:
             output.failures[state.request_id] = error
         else:
             output.results[state.request_id] = StepResult(prompt_logprobs=entries)
+
+
+def _token_of(chunk: ScheduledChunk, output: RunOutput) -> int:
+    result = output.results.get(chunk.state.request_id)
+    return 0 if result is None or not result.token_ids else result.token_ids[0]

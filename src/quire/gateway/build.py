@@ -13,32 +13,41 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from quire.core.errors import ConfigError
 from quire.core.registry import Registry
 from quire.gateway.endpoint import Clock, Pool
+from quire.gateway.flow.limits import UsageLimitPolicy
+from quire.gateway.flow.policies import FairnessPolicy, OrderingPolicy
+from quire.gateway.flow.saturation import SaturationDetector
+from quire.gateway.flow.settings import plugins_in_use
 from quire.gateway.legacy import modernise
 from quire.gateway.picker_config import EndpointPickerConfig, PluginSpec, SchedulingPlugin, SchedulingProfile
 from quire.gateway.plugin import (
     Admitter,
+    Decider,
     Factory,
     Filter,
     Observer,
+    Parameters,
     Picker,
     Plugin,
     Producer,
     ProfileHandler,
     Scorer,
     Services,
+    read_parameters,
 )
 from quire.gateway.plugins.stock import ALIASES, MEANINGLESS
 from quire.gateway.producers.tokens import EXACT
 from quire.gateway.schedule import Profile, Scheduler, WeightedScorer
+from quire.gateway.unheeded import FILE_DISCOVERY, check_references, sections_without_effect
 
+MAX_WEIGHT: Final = 1e9
+"""Of a scorer: sums of what is larger lose what is small."""
 DEFAULT_PICKER: Final = "max-score-picker"
 DEFAULT_HANDLER: Final = "single-profile-handler"
-FILE_DISCOVERY: Final = "file-discovery"
 _LLM_D_DEFAULT: Final = (("queue-scorer", 2.0), ("kv-cache-utilization-scorer", 2.0), ("prefix-cache-scorer", 3.0))
 _OWN_DEFAULT: Final = ("token-producer", "approx-prefix-cache-producer", "expected-cost-scorer", DEFAULT_PICKER)
 _NEEDS: Final[Mapping[str, str]] = {
@@ -56,7 +65,16 @@ _NEEDS: Final[Mapping[str, str]] = {
 }
 """Which producer is added for a plugin, if none of its kind is there."""
 _PREFIX_PRODUCERS: Final = frozenset({"approx-prefix-cache-producer", "precise-prefix-cache-producer"})
-_KNOWN_GATES: Final = frozenset({"flowControl"})
+_REFERRED_TO: Final = (
+    *(Filter, Scorer, Picker, Decider),
+    *(SaturationDetector, FairnessPolicy, OrderingPolicy, UsageLimitPolicy),
+)
+"""What does nothing by itself: a profile, a handler, flow control or another plugin names it."""
+
+
+class FileDiscoveryParameters(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {"watchFile": "the file is always followed"}
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +103,8 @@ class _Builder:
     """By name: the type, by its present name."""
     made: dict[str, Plugin] = field(default_factory=dict)
     making: list[str] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
+    """Names of those that other plugins work with."""
     files: list[Path] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -116,8 +136,8 @@ class _Builder:
         self.types[spec.label] = type_name
 
     def _take_file(self, spec: PluginSpec) -> None:
-        path = (spec.parameters or {}).get("path")
-        if not isinstance(path, str) or not path:
+        path = read_parameters(FileDiscoveryParameters, spec.parameters or {}, spec.label, self.warnings.append).path
+        if not path:
             raise ConfigError(f"{FILE_DISCOVERY} lacks its path.", param="plugins", remedy="Name the endpoints' file.")
         self.files.append(Path(path))
 
@@ -136,12 +156,16 @@ class _Builder:
         self.making.append(name)
         factory = self.registry.get(self.types[name])
         assert factory is not None
-        services = Services(self.pool, self.clock, self.rng, self.plugin, self.shared)
+        services = Services(self.pool, self.clock, self.rng, self._ask, self.shared, self.warnings.append)
         plugin = factory(self.specs[name].parameters or {}, services)
         plugin.name = name
         self.made[name] = plugin
         self.making.pop()
         return plugin
+
+    def _ask(self, name: str) -> Plugin:
+        self.asked.add(name)
+        return self.plugin(name)
 
     def add_named_producers(self) -> None:
         """Those that parameters name, which may be stock ones that the file does not list."""
@@ -184,7 +208,7 @@ class _Builder:
             if isinstance(plugin, Filter):
                 filters.append(plugin)
             if isinstance(plugin, Scorer):
-                scorers.append(WeightedScorer(plugin, 1.0 if entry.weight is None else entry.weight))
+                scorers.append(WeightedScorer(plugin, _weight(entry)))
             elif entry.weight is not None:
                 self.warnings.append(f"the weight of {entry.plugin_ref} has no effect: it is no scorer")
             if isinstance(plugin, Picker):
@@ -208,7 +232,27 @@ class _Builder:
         assert isinstance(plugin, kind)
         return plugin
 
-    def handler(self, num_profiles: int) -> ProfileHandler:
+    def handler(self, profiles: Sequence[str]) -> ProfileHandler:
+        handler = self._handler(len(profiles))
+        missing = [name for name in handler.required_profiles(profiles) if name not in profiles]
+        if missing:
+            raise ConfigError(
+                f"{handler.name} needs a scheduling profile named {' and one named '.join(map(repr, missing))}.",
+                param="schedulingProfiles",
+                remedy=f"There are: {', '.join(profiles)}. Add it, or name another one in the handler's parameters.",
+            )
+        if handler.max_profiles is not None and len(profiles) > handler.max_profiles:
+            raise ConfigError(
+                f"{handler.name} works with {handler.max_profiles} scheduling profile, and there are {len(profiles)}.",
+                param="schedulingProfiles",
+                remedy="Keep one, or take a handler for several, such as disagg-profile-handler.",
+            )
+        for name in profiles:
+            if name not in handler.used_profiles(profiles):
+                self.warnings.append(f"profile {name} has no effect: {handler.name} never runs it")
+        return handler
+
+    def _handler(self, num_profiles: int) -> ProfileHandler:
         found = self.of_kind(ProfileHandler)
         if len(found) > 1:
             raise ConfigError(f"There are several profile handlers: {', '.join(found)}.", remedy="Keep one.")
@@ -224,6 +268,18 @@ class _Builder:
             )
         handler: ProfileHandler = self._default(DEFAULT_HANDLER, ProfileHandler)
         return handler
+
+
+def _weight(entry: SchedulingPlugin) -> float:
+    """Raises `ConfigError`: with a weight that is no number no total can be compared with another."""
+    weight = 1.0 if entry.weight is None else entry.weight
+    if not abs(weight) <= MAX_WEIGHT:
+        raise ConfigError(
+            f"The weight of {entry.plugin_ref!r} is {weight}.",
+            param="schedulingProfiles",
+            remedy=f"It is a number from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}.",
+        )
+    return weight
 
 
 def build_picker(
@@ -244,17 +300,19 @@ def build_picker(
     else:
         for spec in config.plugins:
             builder.declare(spec)
-        _warn_of_gates(config, builder)
+        check_references(config, MEANINGLESS)
+        builder.warnings += sections_without_effect(config)
     profiles = _profiles(config, builder)
     builder.add_producers()
     made = {profile.name: builder.profile(profile) for profile in profiles}
-    handler = builder.handler(len(made))
-    used = {entry.plugin_ref for profile in profiles for entry in profile.plugins}
+    handler = builder.handler(tuple(made))
     plugins = {name: builder.plugin(name) for name in builder.types}
+    used = {entry.plugin_ref for profile in profiles for entry in profile.plugins} | builder.asked
+    used |= {profile.picker.name for profile in made.values()}
+    used |= plugins_in_use(config) if config is not None else set()
     for name, plugin in plugins.items():
-        scheduling = isinstance(plugin, (Filter, Scorer, Picker)) and not isinstance(plugin, Producer)
-        if scheduling and name not in used and plugin not in [profile.picker for profile in made.values()]:
-            builder.warnings.append(f"plugin {name} has no effect: no profile refers to it")
+        if isinstance(plugin, _REFERRED_TO) and not isinstance(plugin, Producer) and name not in used:
+            builder.warnings.append(f"plugin {name} has no effect: nothing refers to it")
     return BuildResult(
         scheduler=Scheduler(made, handler),
         producers=_in_order([plugin for plugin in plugins.values() if isinstance(plugin, Producer)], builder.types),
@@ -282,14 +340,3 @@ def _in_order(producers: Sequence[Producer], types: Mapping[str, str]) -> Sequen
     """As configured, but tokens first and predictions last: the others build on the former, and the latter on them."""
     place = {"token-producer": 0, "predicted-latency-producer": 2}
     return sorted(producers, key=lambda producer: place.get(types[producer.name], 1))
-
-
-def _warn_of_gates(config: EndpointPickerConfig, builder: _Builder) -> None:
-    for gate in config.feature_gates:
-        if gate.partition("=")[0] not in _KNOWN_GATES:
-            builder.warnings.append(f"feature gate {gate} has no effect: quire has no such switch")
-    layer = config.data_layer
-    if layer is not None and (layer.peer_discovery is not None or layer.cross_replica is not None):
-        builder.warnings.append("dataLayer.peerDiscovery and crossReplica have no effect: gateways share no state")
-    if layer is not None and layer.cross_replica_syncer_plugin_ref:
-        builder.warnings.append("dataLayer.crossReplicaSyncerPluginRef has no effect: gateways share no state")

@@ -6,7 +6,7 @@ gone since.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from quire.gateway.picker_config import PluginSpec
@@ -17,19 +17,10 @@ APPROXIMATE: Final = "approx-prefix-cache-producer"
 PRECISE: Final = "precise-prefix-cache-producer"
 SCORER: Final = "prefix-cache-scorer"
 _PRODUCER_NAME: Final = "prefixMatchInfoProducerName"
-_INDEX_FIELDS: Final = frozenset(PrefixParameters.__struct_encode_fields__) | {"hashBlockSize"}
-_PRECISE_FIELDS: Final = frozenset(PreciseParameters.__struct_encode_fields__)
-_SESSION: Final = dict.fromkeys(
-    ("profileName", "evictionSweepSeconds", "missThreshold"), "a session is bound to who served it last, until its time"
+_INDEX_FIELDS: Final = frozenset(
+    ("hashBlockSize", *PrefixParameters.__struct_encode_fields__, *PrefixParameters.WITHOUT_EFFECT)
 )
-_WITHOUT_EFFECT: Final[Mapping[str, Mapping[str, str]]] = {
-    APPROXIMATE: {"prefixHashSource": "prefixes are always hashed from the request"},
-    "active-request-scorer": {"requestTimeout": "open requests are counted until they are over"},
-    "no-hit-lru-scorer": dict.fromkeys(("prefixPluginType", "prefixPluginName"), "llm-d never used it either"),
-    "session-affinity-scorer": _SESSION,
-    "session-affinity-filter": _SESSION,
-    "token-producer": {"backend": "vllm, where it is given, says by itself who tokenises"},
-}
+_PRECISE_FIELDS: Final = frozenset((*PreciseParameters.__struct_encode_fields__, *PreciseParameters.WITHOUT_EFFECT))
 
 
 def modernise(spec: PluginSpec) -> tuple[Sequence[PluginSpec], Sequence[str]]:
@@ -41,15 +32,9 @@ def modernise(spec: PluginSpec) -> tuple[Sequence[PluginSpec], Sequence[str]]:
         return _split(spec, APPROXIMATE, {name: parameters[name] for name in _INDEX_FIELDS & set(parameters)})
     if spec.type == "burst-prefix-cache-producer":
         note = f"plugin {spec.label} is an {APPROXIMATE} here, which sees a burst's first request before its second"
+        note += f"; without effect are: {', '.join(parameters)}" if parameters else ""
         return [PluginSpec(type=APPROXIMATE, name=spec.label)], [note]
-    gone = _WITHOUT_EFFECT.get(spec.type, {})
-    notes = [
-        f"parameter {name} of plugin {spec.label} has no effect: {gone[name]}" for name in gone if name in parameters
-    ]
-    if not notes:
-        return [spec], []
-    kept = {name: value for name, value in parameters.items() if name not in gone}
-    return [PluginSpec(type=spec.type, name=spec.name, parameters=kept)], notes
+    return [spec], []
 
 
 def _split(spec: PluginSpec, producer: str, given: dict[str, Any]) -> tuple[Sequence[PluginSpec], Sequence[str]]:
@@ -66,7 +51,3 @@ def _split(spec: PluginSpec, producer: str, given: dict[str, Any]) -> tuple[Sequ
         left = {}
     scorer = PluginSpec(type=SCORER, name=spec.label, parameters={**left, _PRODUCER_NAME: name})
     return [PluginSpec(type=producer, name=name, parameters=given), scorer], notes
-
-
-def _no_effect(parameter: str, spec: PluginSpec, why: str) -> str:
-    return f"parameter {parameter} of plugin {spec.label} has no effect: {why}"

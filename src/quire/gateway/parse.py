@@ -80,14 +80,23 @@ def api_of(path: str) -> Api:
 
 
 def parse(
-    request_id: str, path: str, headers: Iterable[tuple[bytes, bytes]], body: bytes, arrived: float
+    request_id: str,
+    path: str,
+    headers: Iterable[tuple[bytes, bytes]],
+    body: bytes,
+    arrived: float,
+    *,
+    trust_subset: bool = False,
 ) -> InferenceRequest:
-    """`headers` as ASGI has them, names in lower case. Raises `RequestError` for a body that is no JSON object, and
+    """`headers` as ASGI has them, names in lower case. The header that says which endpoints may be chosen is an outer
+    gateway's: it is read only with `trust_subset`. Raises `RequestError` for a body that is no JSON object, and
     `InvalidParameter` that names the field or header."""
     api = api_of(path)
     named = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
     request = InferenceRequest(id=request_id, path=path, api=api, model="", body=body, headers=named, arrived=arrived)
     _read_headers(request, named)
+    if trust_subset and (subset := named.get(_SUBSET)):
+        request.subset = _addresses(subset)
     if api is not Api.OTHER or (path in _WITH_MODEL and body[:1] == b"{"):
         _read_body(request, _decode(body))
         request.target_model = _header(named, _REWRITE) or request.model
@@ -179,8 +188,6 @@ def _read_headers(request: InferenceRequest, headers: Mapping[str, str]) -> None
     request.session_id = _header(headers, _SESSION)
     request.slo_ttft = _seconds(_header(headers, _SLO_TTFT), _SLO_TTFT[0])
     request.slo_tpot = _seconds(_header(headers, _SLO_TPOT), _SLO_TPOT[0])
-    if subset := headers.get(_SUBSET):
-        request.subset = _addresses(subset)
 
 
 def _header(headers: Mapping[str, str], names: Iterable[str]) -> str:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import structlog
 import zmq.asyncio
 
 from quire.config.gateway import GatewayConfig
 from quire.core.errors import ConfigError
+from quire.gateway.awaited import AwaitedModels
 from quire.gateway.build import BuildResult, build_picker
 from quire.gateway.cost.policy import expected_cached
 from quire.gateway.director import Director, OpenGate
@@ -26,7 +26,8 @@ from quire.gateway.flow.settings import flow_settings
 from quire.gateway.kv.index import KVIndex
 from quire.gateway.kv.subscriptions import KVSubscriptions, PortsOf
 from quire.gateway.metrics import GatewayMetrics
-from quire.gateway.plugin import Observer, Services
+from quire.gateway.plugin import Observer, Services, log_warning
+from quire.gateway.plugins.reports import STALENESS, staleness_for
 from quire.gateway.plugins.stock import stock_plugins
 from quire.gateway.policy_file import PolicyFile
 from quire.gateway.producers.precise import KV_INDEX, PrecisePrefix
@@ -115,9 +116,13 @@ def make_parts(
     policy = PolicyFile(None if config.policy is None else Path(config.policy))
     policy.read()
     shared: dict[str, Any] = {KV_INDEX: index, HTTP: session, EXACT: config.exact_tokens}
+    shared[STALENESS] = staleness_for(config.scrape_interval)
     picker = build_picker(policy.policy.picker, stock_plugins(), pool=pool, clock=clock, rng=rng, shared=shared)
     for warning in picker.warnings:
-        structlog.get_logger().warning("picker_config", note=warning)
+        log_warning(warning)
+    section = None if policy.policy.picker is None else policy.policy.picker.flow_control
+    if config.extproc_port is not None and section is not None and section.enable_eviction:
+        log_warning("flowControl.enableEviction has no effect on what comes through Envoy's door: it is never ended")
     metrics, explainer = GatewayMetrics(pool, clock), Explainer(config.explain_requests, clock)
     director = Director(
         pool=pool,
@@ -129,7 +134,8 @@ def make_parts(
         chosen=_on_choice(explainer, metrics),
         expected_cached=expected_cached,
     )
-    flow = _flow(policy.policy, picker, director, Services(pool, clock, rng, picker.plugins.__getitem__, shared))
+    services = Services(pool, clock, rng, picker.plugins.__getitem__, shared)
+    flow = _flow(policy.policy, picker, director, services, AwaitedModels(pool, lambda: policy.policy))
     director.gate = flow if flow is not None else OpenGate()
     watching: list[Observer] = [*picker.observers, metrics, explainer]
     director.observers = [*watching, flow] if flow is not None else watching
@@ -154,16 +160,24 @@ def make_parts(
     )
 
 
-def _flow(policy: Policy, picker: BuildResult, director: Director, services: Services) -> FlowController | None:
+def _flow(
+    policy: Policy,
+    picker: BuildResult,
+    director: Director,
+    services: Services,
+    awaited: Callable[[InferenceRequest], bool],
+) -> FlowController | None:
     settings = flow_settings(policy.picker, picker.plugins, services)
     if settings is None:
         return None
-    if settings.enable_eviction:
-        structlog.get_logger().warning(
-            "picker_config", note="flowControl.enableEviction has no effect: what runs is never broken off"
-        )
     return FlowController(
-        settings.queue, director.candidates, director.clock, detector=settings.detector, awaited=_awaited(director.pool)
+        settings.queue,
+        director.candidates,
+        director.clock,
+        detector=settings.detector,
+        awaited=awaited,
+        evict=settings.enable_eviction,
+        cpu=time.thread_time,
     )
 
 
@@ -182,17 +196,6 @@ def _shadow_counts(shadow: Shadow) -> Callable[[], Mapping[str, float]]:
         }
 
     return counts
-
-
-def _awaited(pool: Pool) -> Callable[[InferenceRequest], bool]:
-    """Whether a request for which there is no endpoint now is held: not if all that there are serve other models."""
-
-    def awaited(request: InferenceRequest) -> bool:
-        model = request.target_model
-        everyone = pool.all
-        return not everyone or any(one.models is None or model in one.models for one in everyone)
-
-    return awaited
 
 
 def _on_choice(explainer: Explainer, metrics: GatewayMetrics) -> Callable[[InferenceRequest, Choice], None]:
@@ -237,5 +240,6 @@ def proxy_settings(config: GatewayConfig) -> ProxySettings:
         idle_timeout=config.idle_timeout,
         max_retries=config.max_retries,
         max_body=config.max_body_bytes,
+        trust_subset=config.trust_subset_header,
         resilience=ResilienceSettings(health_interval=config.health_interval, hedge_delay=config.hedge_delay),
     )

@@ -15,6 +15,8 @@ from quire.core.errors import ConfigError
 
 API_VERSIONS: Final = ("llm-d.ai/v1", "llm-d.ai/v1alpha1", "inference.networking.x-k8s.io/v1alpha1")
 KIND: Final = "EndpointPickerConfig"
+_TRUE: Final = frozenset(("1", "t", "true"))
+_FALSE: Final = frozenset(("0", "f", "false"))
 
 
 class _Strict(msgspec.Struct, forbid_unknown_fields=True, frozen=True, rename="camel", kw_only=True):
@@ -115,12 +117,24 @@ class EndpointPickerConfig(_Strict, frozen=True):
     """Deprecated by llm-d for `requestHandler.parsers`."""
 
     def gate(self, name: str) -> bool | None:
-        """Whether the feature gate is set; None where the file does not say."""
-        for gate in self.feature_gates:
-            key, _, value = gate.partition("=")
-            if key == name:
-                return value in ("", "true")
-        return None
+        """Whether the feature gate is set, by the last word on it; None where the file does not say."""
+        return dict(map(read_gate, self.feature_gates)).get(name)
+
+
+def read_gate(gate: str) -> tuple[str, bool]:
+    """The name and the value of `name` or `name=value`, where the value is one that Go's ParseBool takes, in any case.
+    Raises `ConfigError`."""
+    name, separator, value = gate.partition("=")
+    if not separator:
+        return gate.strip(), True
+    value = value.strip().lower()
+    if value not in _TRUE | _FALSE:
+        raise ConfigError(
+            f"featureGates: {gate!r} is neither true nor false.",
+            param="featureGates",
+            remedy=f"Write {name} or {name}=false.",
+        )
+    return name.strip(), value in _TRUE
 
 
 def read_picker_config(document: Mapping[str, Any]) -> EndpointPickerConfig:
@@ -138,6 +152,16 @@ def read_picker_config(document: Mapping[str, Any]) -> EndpointPickerConfig:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{KIND}: two plugins are named {name!r}.", param="plugins", remedy="Name each of them.")
+    profiles = [profile.name for profile in config.scheduling_profiles]
+    for name in profiles:
+        if profiles.count(name) > 1:
+            raise ConfigError(
+                f"{KIND}: two scheduling profiles are named {name!r}.",
+                param="schedulingProfiles",
+                remedy="Name each of them.",
+            )
+    for gate in config.feature_gates:
+        read_gate(gate)
     for profile in config.scheduling_profiles:
         for entry in profile.plugins:
             if entry.plugin_ref not in names:

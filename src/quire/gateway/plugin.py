@@ -7,13 +7,16 @@ entry of the type's name that loads a `Factory`.
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import msgspec
+import structlog
 
 from quire.core.errors import ConfigError
 from quire.core.registry import Registry
@@ -58,7 +61,8 @@ class Scorer(Plugin):
         """One number in [0, 1] for each candidate; 1 is best."""
 
     def details(self) -> Sequence[object] | None:
-        """What lay behind the scores just given, one JSON-like value for each candidate, for explaining."""
+        """What lay behind the scores just given, one JSON-like value for each candidate, for explaining. Asked for with
+        each request and kept for a while, looked at rarely: best a sequence that makes its values when they are."""
         return None
 
 
@@ -72,6 +76,17 @@ class Picker(Plugin):
 
 class ProfileHandler(Plugin):
     """Chooses which profiles run for a request, and makes one choice of their results."""
+
+    max_profiles: ClassVar[int | None] = None
+    """How many profiles it can work with; None: any number."""
+
+    def required_profiles(self, profiles: Sequence[str]) -> Sequence[str]:
+        """Those without which it would serve nobody, or not as it is told to; `profiles` are those there are."""
+        return ()
+
+    def used_profiles(self, profiles: Sequence[str]) -> Sequence[str]:
+        """Those that it may run."""
+        return profiles
 
     @abstractmethod
     def next_profiles(
@@ -93,7 +108,8 @@ class Decider(Plugin):
 
 
 class Observer(Plugin):
-    """Is told what becomes of requests. Anything else a plugin is, it may be this too."""
+    """Is told what becomes of requests. Anything else a plugin is, it may be this too. A failure is logged, and changes
+    nothing else."""
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
         """Chosen, and about to go out. May add to `choice.headers`."""
@@ -116,6 +132,10 @@ class Conclusion:
     """Added to the client's answer: a session's token and the like."""
 
 
+def log_warning(note: str) -> None:
+    structlog.get_logger().warning("picker_config", note=note)
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """What plugins get from the gateway. `plugin(name)` is another one of the configuration."""
@@ -126,6 +146,8 @@ class Services:
     plugin: Callable[[str], Plugin]
     shared: dict[str, Any] = field(default_factory=dict)
     """Things of which there is one per gateway: `kv_index` (KVIndex), `http` (the client session) …"""
+    warn: Callable[[str], None] = log_warning
+    """Takes a sentence about what the configuration says and has no effect."""
 
 
 Factory = Callable[[Mapping[str, Any], Services], Plugin]
@@ -133,7 +155,10 @@ Factory = Callable[[Mapping[str, Any], Services], Plugin]
 
 
 class Parameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True, rename="camel", kw_only=True):
-    """The base of plugins' parameters, in llm-d's spelling."""
+    """The base of plugins' parameters, in llm-d's spelling. A field is something that is heeded."""
+
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {}
+    """What llm-d knows and is not heeded here: accepted, with a warning that says why. `*`: whatever is no field."""
 
 
 class NoParameters(Parameters, frozen=True):
@@ -143,14 +168,61 @@ class NoParameters(Parameters, frozen=True):
 P = TypeVar("P", bound=msgspec.Struct)
 
 
-def read_parameters(kind: type[P], parameters: Mapping[str, Any], plugin: str) -> P:
+def read_parameters(
+    kind: type[P], parameters: Mapping[str, Any], plugin: str, warn: Callable[[str], None] = log_warning
+) -> P:
     """`kind` should forbid unknown fields. Raises `ConfigError` that names the plugin and the field."""
+    for name, value in parameters.items():
+        if _holds_nan(value):
+            raise ConfigError(
+                f"Plugin {plugin!r}: {name} is not a number.",
+                param="plugins",
+                remedy="Write one, not .nan.",
+            )
+    heeded = _heeded(kind, parameters, "", lambda what: warn(f"plugin {plugin}: {what}"))
     try:
-        return msgspec.convert(dict(parameters), kind)
+        return msgspec.convert(heeded, kind)
     except msgspec.ValidationError as error:
         raise ConfigError(
             f"Plugin {plugin!r}: {error}.", param="plugins", remedy="See docs/gateway-plugins.md for its parameters."
         ) from error
+
+
+def _heeded(
+    kind: type[msgspec.Struct], given: Mapping[str, Any], path: str, warn: Callable[[str], None]
+) -> Mapping[str, Any]:
+    """What is left without that which has no effect, which is told."""
+    without_effect: Mapping[str, str] = getattr(kind, "WITHOUT_EFFECT", {})
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    left: dict[str, Any] = {}
+    for name, value in given.items():
+        field = fields.get(name)
+        why = without_effect.get(name, without_effect.get("*")) if field is None else None
+        if why is not None:
+            warn(f"parameter {path}{name} has no effect: {why}")
+            continue
+        inner = None if field is None else struct_in(field.type)
+        nested = inner is not None and isinstance(value, Mapping)
+        left[name] = _heeded(inner, value, f"{path}{name}.", warn) if nested and inner else value
+    return left
+
+
+def struct_in(annotation: Any) -> type[msgspec.Struct] | None:
+    """The struct that a field holds, be it optional, or several of them."""
+    held = get_args(annotation) if get_origin(annotation) in (Union, UnionType, tuple) else (annotation,)
+    for one in held:
+        if isinstance(one, type) and issubclass(one, msgspec.Struct):
+            return one
+    return None
+
+
+def _holds_nan(value: object) -> bool:
+    """It passes every check of a range that is not made with it in mind, and spoils what it is compared with."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_nan, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_nan, value))
+    return isinstance(value, float) and math.isnan(value)
 
 
 def plugin_registry() -> Registry[Factory]:

@@ -1,5 +1,7 @@
 """The policy file, followed while the gateway runs: what it says of traffic and priorities holds from the moment it is
 saved, which is how blue turns green and back. A file that became wrong is told and passed over; what was right stands.
+A file that is being written is read when it has stood still from one look to the next: its beginning, or the nothing
+that it is at first, may be a policy too.
 The plugins of EndpointPickerConfig are made once: a change there needs a restart, and is told too.
 """
 
@@ -20,20 +22,18 @@ from quire.gateway.traffic.policy import Policy, read_policy
 @dataclass(slots=True)
 class PolicyFile:
     path: Path | None
-    interval: float = 0.2
+    interval: float = 0.1
     changed: Callable[[Policy], None] = lambda _policy: None
     policy: Policy = field(default_factory=Policy)
     _seen: tuple[int, int, int] | None = None
+    """Of the file that was read last: when it was changed, its size, its inode."""
+    _looked_at: tuple[int, int, int] | None = None
 
     def read(self) -> bool:
         """Whether there was something new. Raises `ConfigError`."""
         if self.path is None:
             return False
-        try:
-            status = self.path.stat()
-        except OSError as error:
-            raise ConfigError(f"{self.path}: {error.strerror}.", param="policy", remedy="Name a file.") from error
-        seen = (status.st_mtime_ns, status.st_size, status.st_ino)
+        seen = self._state(self.path)
         if seen == self._seen:
             return False
         self._seen = seen
@@ -43,6 +43,14 @@ class PolicyFile:
         self.policy = policy
         return True
 
+    @staticmethod
+    def _state(path: Path) -> tuple[int, int, int]:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}.", param="policy", remedy="Name a file.") from error
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
     async def follow(self) -> None:
         """Until cancelled."""
         while True:
@@ -50,8 +58,11 @@ class PolicyFile:
             self.look()
 
     def look(self) -> None:
+        """Read the file if it has changed, and has not since the look before."""
         try:
-            if self.read():
+            state = None if self.path is None else self._state(self.path)
+            stands, self._looked_at = state == self._looked_at, state
+            if stands and self.read():
                 structlog.get_logger().info("policy_read_again", models=sorted(self.policy.traffic))
                 self.changed(self.policy)
         except ConfigError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+from quire.core.errors import QuireError
 
 
 class Api(Enum):
@@ -88,6 +90,8 @@ class InferenceRequest:
     """By producer's name: endpoint key → match. Endpoints that are not named hold nothing."""
     predictions: dict[str, Prediction] = field(default_factory=dict)
     """By endpoint key; by the latency producer."""
+    break_off: Callable[[QuireError], None] | None = None
+    """Ends it wherever it is, and tells its caller the error; by the door, where it can and as long as it can."""
     attributes: dict[str, object] = field(default_factory=dict)
     """What out-of-tree plugins tell each other, under the plugin's name."""
 
@@ -118,3 +122,10 @@ class Outcome:
     @property
     def ok(self) -> bool:
         return not self.error and self.status is not None and self.status < 500
+
+
+def plausible_prompt_tokens(request: InferenceRequest, reported: int) -> float:
+    """What an engine says that a prompt had, within what its bytes allow: one token in 64 bytes at least, two for each
+    byte and a template's thousand at most. So one engine's wrong number does not spoil an estimate."""
+    size = len(request.prompt)
+    return min(max(float(reported), size / 64), 2.0 * size + 1024.0)

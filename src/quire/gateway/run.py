@@ -103,6 +103,8 @@ def build_gateway(parts: Parts) -> Gateway:
     )
     mirrors = Mirrors(forwarder=gateway.proxy.forwarder, shadow=parts.shadow, shadowed=shadow_of)
     gateway.proxy.forwarder.mirror = mirrors.begin
+    if parts.flow is not None:
+        gateway.refuse_waiting = parts.flow.close
     parts.policy.changed = parts.policy_changed
     return gateway
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from quire.cache.groups import group_layers
 from quire.cache.ledger import GIB, KVLedger, activation_bytes
 from quire.config.engine import EngineConfig
+from quire.config.sizes import Sizes, sizes_of
 from quire.core.errors import NotEnoughMemory
 from quire.core.kv_format import resolve_kv_dtype
 from quire.models.shapes import Shapes
@@ -24,9 +25,12 @@ class Fit:
     suggestions: tuple[str, ...] = ()
 
 
-def build_ledger(config: EngineConfig, shapes: Shapes, *, weight_bytes: int, dtype: str, available: int) -> KVLedger:
+def build_ledger(
+    config: EngineConfig, shapes: Shapes, *, weight_bytes: int, dtype: str, available: int, gpu: bool = False
+) -> KVLedger:
     """The ledger of an engine with these settings and a model of these sizes. `plan` asks before the model is loaded,
-    the engine afterwards; `available` is without its weights and tables either way."""
+    the engine afterwards; `available` is without its weights and tables either way, on the `gpu` if there is one."""
+    sizes = sizes_of(config, gpu=gpu)
     groups = group_layers(shapes.layers, config.max_model_len or shapes.longest)
     kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype)
     bytes_per_block = shapes.kv_bytes_per_block(kv_dtype, config.block_size, groups.layers_per_group)
@@ -34,10 +38,10 @@ def build_ledger(config: EngineConfig, shapes: Shapes, *, weight_bytes: int, dty
     if config.num_kv_blocks is not None:
         kv_cache_memory = config.num_kv_blocks * bytes_per_block
     return KVLedger(
-        memory_available=available - int(config.swap_space * GIB),
+        memory_available=available - (0 if gpu else int(config.swap_space * GIB)),
         weight_bytes=weight_bytes,
         activation_bytes=activation_bytes(
-            max_num_batched_tokens=step_tokens(config, shapes),
+            max_num_batched_tokens=step_tokens(sizes, config, shapes),
             hidden_size=shapes.hidden_size,
             intermediate_size=shapes.intermediate_size,
             attention_size=shapes.attention_size,
@@ -47,30 +51,30 @@ def build_ledger(config: EngineConfig, shapes: Shapes, *, weight_bytes: int, dty
         ),
         kv_bytes_per_block=bytes_per_block,
         groups=groups,
-        step_tokens=step_tokens(config, shapes),
+        step_tokens=step_tokens(sizes, config, shapes),
         block_size=config.block_size,
         longest=shapes.longest,
-        max_num_seqs=config.max_num_seqs,
-        memory_utilization=config.memory_utilization,
+        max_num_seqs=sizes.max_num_seqs,
+        memory_utilization=sizes.memory_utilization,
         kv_cache_memory=kv_cache_memory,
         required_len=config.max_model_len,
         table_bytes=shapes.table_bytes(config.max_model_len or shapes.longest),
     )
 
 
-def step_tokens(config: EngineConfig, shapes: Shapes) -> int:
+def step_tokens(sizes: Sizes, config: EngineConfig, shapes: Shapes) -> int:
     """Of the largest step: as asked for, or more if a prompt must be computed whole."""
     if not shapes.whole_prompts:
-        return config.max_num_batched_tokens
-    return max(config.max_num_batched_tokens, config.max_model_len or shapes.longest)
+        return sizes.max_num_batched_tokens
+    return max(sizes.max_num_batched_tokens, config.max_model_len or shapes.longest)
 
 
-def judge(config: EngineConfig, ledger: KVLedger, *, dtype: str, runnable: bool) -> Fit:
+def judge(ledger: KVLedger, *, dtype: str, runnable: bool) -> Fit:
     """What the ledger says of the model, in words, and what to try. `runnable`: whether the engine has its family."""
     try:
         ledger.check()
     except NotEnoughMemory as error:
-        return Fit(False, f"Does not fit: {error.message.splitlines()[0]}", _remedies(config, ledger, dtype))
+        return Fit(False, f"Does not fit: {error.message.splitlines()[0]}", _remedies(ledger, dtype))
     verb = "Fits" if runnable else "Would fit, if it could be run"
     wanted = ledger.required_len or ledger.longest
     if ledger.max_model_len >= wanted:
@@ -79,7 +83,7 @@ def judge(config: EngineConfig, ledger: KVLedger, *, dtype: str, runnable: bool)
     return Fit(True, shorter, _for_length(ledger, ledger.longest))
 
 
-def _remedies(config: EngineConfig, ledger: KVLedger, dtype: str) -> tuple[str, ...]:
+def _remedies(ledger: KVLedger, dtype: str) -> tuple[str, ...]:
     found: list[str] = []
     if ledger.kv_cache_memory is not None and ledger.kv_cache_memory > ledger.memory_left:
         room = _floor(ledger.memory_left / GIB)
@@ -92,7 +96,7 @@ def _remedies(config: EngineConfig, ledger: KVLedger, dtype: str) -> tuple[str, 
             found.append(f"--max-model-len {length}")
     if dtype == "float32":
         found.append("--dtype bfloat16")
-    if config.max_num_batched_tokens > 256 and ledger.activation_bytes > ledger.memory_available // 10:
+    if ledger.step_tokens > 256 and ledger.activation_bytes > ledger.memory_available // 10:
         found.append("--max-num-batched-tokens 256")
     missing = _bytes_for(ledger, ledger.smallest_len) - ledger.memory_left
     if missing > 0:

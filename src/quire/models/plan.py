@@ -15,6 +15,7 @@ from pathlib import Path
 from quire.cache.groups import ALL_OF_THE_PAST, token_capacity
 from quire.cache.ledger import KVLedger, available_memory
 from quire.config.engine import EngineConfig
+from quire.config.sizes import sizes_of
 from quire.core.errors import CheckpointError, UnknownArchitecture
 from quire.core.json_file import shorten
 from quire.models.arch import Arch
@@ -156,7 +157,7 @@ def plan_model(
     else:
         ledger = build_ledger(config, model.shapes, weight_bytes=weights.run_bytes, dtype=dtype, available=available)
         token_bytes, read_bytes = _kv_bytes(ledger, model.shapes)
-        fit = judge(config, ledger, dtype=dtype, runnable=model.served_by is not None)
+        fit = judge(ledger, dtype=dtype, runnable=model.served_by is not None)
     cache = _cache(config, ledger if fit.fits else None)
     return Plan(
         model=str(directory),
@@ -367,7 +368,8 @@ def _decode_rates(config: EngineConfig, weights: _Weights, read_bytes: int, band
     `read_bytes`: of KV, per request."""
     if not weights.step_bytes:
         return {}
-    batches = sorted(batch for batch in {*RATE_BATCHES, config.max_num_seqs} if batch <= config.max_num_seqs)
+    most = sizes_of(config, gpu=False).max_num_seqs
+    batches = sorted(batch for batch in {*RATE_BATCHES, most} if batch <= most)
     return {batch: batch * bandwidth / (weights.step_bytes + batch * read_bytes) for batch in batches}
 
 

@@ -146,13 +146,14 @@ class InputEmbedding:
         self.per_layer = per_layer
         self._table = table
         self.multiplier = multiplier
+        # Rounded to the dtype before the product, as `transformers` does.
+        self._factor = torch.tensor(multiplier, dtype=table.weight.dtype).item()
 
     def __call__(self, ids_t: Tensor, positions_t: Tensor, types_t: Tensor | None = None) -> Tensor:
         """`types_t` None: all are of the first type."""
         x_te = self._table(ids_t)
         if self.multiplier != 1.0:
-            # Rounded to the dtype before the product, as `transformers` does.
-            x_te = x_te * x_te.new_tensor(self.multiplier)
+            x_te = x_te * self._factor
         if self.token_projection is not None:
             x_te = self.token_projection(x_te)
         if self.token_types is not None:

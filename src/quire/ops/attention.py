@@ -85,6 +85,11 @@ class AttentionKernel(Protocol):
         """Tokens per KV block that it can work with."""
         ...
 
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether `plan` goes by `PagedRequests.lengths` where there are any."""
+        ...
+
     def block_bytes(self, block_size: int, head_dim: int) -> int:
         """What one head's keys, or its values, take in one block. A layer's cache is `[2, g, n, block_bytes]` bytes,
         zeros at first."""

@@ -13,6 +13,7 @@ from quire.core.errors import QuireError
 from quire.core.request import TokenLogprobs
 from quire.ops.attention import AttentionKernel
 from quire.ops.cpu.stack import build_stack
+from quire.ops.draw import Draw
 from quire.ops.latent_attention import LatentAttentionKernel
 from quire.ops.latent_index import LatentIndexKernel
 from quire.ops.linear import LinearKernel
@@ -24,7 +25,7 @@ from quire.ops.stack import BuildStack
 from quire.ops.target import Target
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, PackedWeight, Weight
 
-BESIDE_STACK = ("activation", "latent_attention", "latent_index")
+BESIDE_STACK = ("activation", "draw", "latent_attention", "latent_index")
 """Ops that a stack's layers have none of."""
 
 
@@ -45,6 +46,7 @@ class Kernels:
     add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
     attention: AttentionKernel
+    draw: Draw
     embedding: Callable[[Tensor, Tensor], Tensor]
     gated_activation: Callable[[Tensor, Tensor, str], Tensor]
     latent_attention: LatentAttentionKernel
@@ -77,6 +79,10 @@ class Kernels:
                 return self.linear_fp8
             case _:
                 return self.linear
+
+    def served_by(self, op: str) -> str:
+        """The name of the back end that serves an op."""
+        return next(choice.implementation for choice in self.choices if choice.op == op)
 
     def report(self) -> list[tuple[str, str, str]]:
         """(op, implementation, reason) for each op."""

@@ -6,6 +6,7 @@ from quire.core.registry import Registry
 from quire.ops.activation import ACTIVATION, GATED_ACTIVATION
 from quire.ops.attention import ATTENTION
 from quire.ops.cpu import attention, latent_attention, linear, moe, rows, sampling
+from quire.ops.draw import DRAW
 from quire.ops.embedding import EMBEDDING
 from quire.ops.latent_attention import LATENT_ATTENTION
 from quire.ops.latent_index import LATENT_INDEX
@@ -28,6 +29,7 @@ AS_DEFINED = (
     ACTIVATION,
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
+    DRAW,
     EMBEDDING,
     GATED_ACTIVATION,
     LAYER_NORM,

@@ -51,7 +51,7 @@ def sample(logits_sv: Tensor, rows: Sequence[SamplingRow]) -> list[TokenLogprobs
     assert logits_sv.shape[0] == len(rows), (logits_sv.shape, len(rows))
     if not rows:
         return []
-    best_s, finite_s = _best(logits_sv)
+    best_s, finite_s = best(logits_sv)
     return [
         _sample_row(logits_v, row, best) if finite else not_finite(row.position)
         for logits_v, row, best, finite in zip(logits_sv, rows, best_s, finite_s, strict=True)
@@ -66,7 +66,7 @@ def token_logprobs(logits_sv: Tensor, token_ids: Sequence[int], num_top: int) ->
     assert logits_sv.shape[0] == len(token_ids), (logits_sv.shape, len(token_ids))
     if not token_ids:
         return []
-    _, finite_s = _best(logits_sv)
+    _, finite_s = best(logits_sv)
     if not all(finite_s):
         raise not_finite(finite_s.index(False))
     # One row at a time: a long prompt's log-probabilities together would be as large as its logits.
@@ -90,7 +90,7 @@ def nothing_left(row: SamplingRow) -> InvalidParameter:
     )
 
 
-def _best(logits_sv: Tensor) -> tuple[list[int], list[bool]]:
+def best(logits_sv: Tensor) -> tuple[list[int], list[bool]]:
     """Per row the id of its maximum (the lowest of equal ones), and whether that is a finite number.
 
     NaN counts as the maximum, so this finds it as well.
@@ -136,7 +136,7 @@ def _on_host(values_v: Tensor) -> Floats:
     return array
 
 
-def _random_params(vocab: int, generator: torch.Generator) -> SamplingParams:
+def random_params(vocab: int, generator: torch.Generator) -> SamplingParams:
     """Greedy, plain and all kinds of truncation and change, each now and then."""
 
     def now_and_then(value: float, otherwise: float) -> float:
@@ -170,7 +170,7 @@ def _sample_inputs(rows: int, _dtype: torch.dtype, generator: torch.Generator) -
     def row() -> SamplingRow:
         num_tokens = random_int(1, 30, generator)
         return SamplingRow(
-            sampling=_random_params(vocab, generator),
+            sampling=random_params(vocab, generator),
             position=num_tokens,
             token_ids=torch.randint(0, vocab, (num_tokens,), generator=generator).tolist(),
             num_prompt_tokens=random_int(0, num_tokens, generator),
@@ -194,18 +194,18 @@ def _random_logits(rows: int, vocab: int, generator: torch.Generator) -> Tensor:
     return logits.round() if random_int(0, 1, generator) else logits  # many ties
 
 
-_EXACT = {dtype: Tolerance(relative=0.0, absolute=0.0) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+EXACT = {dtype: Tolerance(relative=0.0, absolute=0.0) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 SAMPLE = Op(
     name="sample",
     definition=sample,
     inputs=_sample_inputs,
     row_arguments=("logits_sv", "rows"),
-    tolerances=_EXACT,
+    tolerances=EXACT,
 )
 TOKEN_LOGPROBS = Op(
     name="token_logprobs",
     definition=token_logprobs,
     inputs=_token_logprobs_inputs,
     row_arguments=("logits_sv", "token_ids"),
-    tolerances=_EXACT,
+    tolerances=EXACT,
 )

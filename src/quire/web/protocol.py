@@ -5,6 +5,8 @@
 * What is not body (request line, headers, chunk sizes, trailers) is bounded in bytes and in number of headers: 431.
 * An answer that is not read for `write_timeout` seconds ends its connection.
 * Over `max_connections` a new connection gets a 503 and is closed.
+* At most `max_pipelined` requests wait behind the one that is answered; when a connection ends, all of them are told.
+* Trailers are no headers, and an upgrade that is offered is not taken (RFC 9110, 6.5.1 and 7.8).
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import httptools
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from quire.core.errors import QuireError, Refusal, RequestError
@@ -57,6 +61,7 @@ class ConnectionLimits:
     max_connections: int
     max_head_bytes: int = 64 * 1024
     max_headers: int = 128
+    max_pipelined: int = 128
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -71,8 +76,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._num_bytes = 0
         self._num_body_bytes = 0
+        self._num_fields = 0
         self._fault: QuireError = RequestError("This is not a valid HTTP request.")
         self._refused = False
+        self._answering: RequestResponseCycle | None = None
+        """`cycle` is the newest one: with pipelining another may still be answered."""
 
     # --- connection ---------------------------------------------------------------------------------------------
 
@@ -85,18 +93,54 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm_read_timer()
         self.resume_writing()
+        for cycle in (self._answering, *(waiting for waiting, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
         self._num_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self._refuse(self._fault)
+            return
         framing = self._num_bytes - (1 + FRAMING_PER_BODY_BYTE) * self._num_body_bytes
         if self._in_message and framing > self._limits.max_head_bytes:
             self._refuse(self._head_too_large())
         if not self._in_message and self._is_idle():
             self._arm_read_timer()  # bytes that begin no request do not keep a connection alive
+
+    def _parse(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+
+    def _without_upgrade(self) -> bytes:
+        """The head as it would be without the offer. The parser takes what follows one that has it for the other
+        protocol, also where it is the request's body, as clients send it that offer h2c with a POST."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"".join(lines) + b"\r\n"
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]  # uvicorn's types for the same
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.pipeline:
+            self.flow.pause_reading()  # uvicorn reads on after each answer, however many wait
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -106,18 +150,26 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_message = self._in_head = True
-        self._num_bytes = self._num_body_bytes = 0
+        self._num_bytes = self._num_body_bytes = self._num_fields = 0
         self._disarm_read_timer()
         self._arm_read_timer()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        if len(self.headers) > self._limits.max_headers:
+        if self._in_head:
+            super().on_header(name, value)
+        self._num_fields += 1
+        if self._num_fields > self._limits.max_headers:
             self._fault = self._head_too_large()
             raise self._fault
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise self._fault
+            return  # comes again, without
+        if len(self.pipeline) >= self._limits.max_pipelined:
+            raise self._fault
         super().on_headers_complete()
         self.scope["extensions"] = {BODY_WRITER: {"writer": BodyWriter(self.cycle)}}
 
@@ -126,6 +178,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_message = False
         self._disarm_read_timer()
         super().on_message_complete()
@@ -172,9 +226,6 @@ class GuardedProtocol(HttpToolsProtocol):
             remedy="Send fewer or shorter headers.",
         )
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words are plain text, ours JSON
-        self._refuse(self._fault)
-
     def _refuse(self, error: QuireError) -> None:
         """Answer below ASGI, and close."""
         if self._refused or self.transport.is_closing():
@@ -182,7 +233,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refused = True
         self._disarm_read_timer()
         if self.cycle is not None and not self.cycle.response_complete:
-            if self.cycle.response_started:
+            if self.cycle.response_started or self.cycle is not self._answering:
                 self.transport.abort()
                 return
             self.cycle.disconnected = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,7 +12,7 @@ import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.core.errors import ModelNotFound
+from quire.core.errors import ModelNotFound, QuireError
 from quire.gateway.director import Attempt, Director
 from quire.gateway.endpoint import Endpoint, EndpointMetrics, Pool
 from quire.gateway.errors import Dropped, Evicted, Expired, NoEndpoint, QueueCapacity, Saturated, ShuttingDown
@@ -75,7 +75,7 @@ class Time:
             timer.off = True
             self.now = max(self.now, timer.at)
             timer.call()
-        self.now = end
+        self.now = max(self.now, end)
 
 
 class Service:
@@ -229,6 +229,91 @@ async def test_nobody_who_waits_is_overtaken_through_a_ceiling_that_goes_up_and_
     service.control.poke()
     await settle()
     assert service.order == ["0", "1", "2", "first"]
+
+
+class Dear(Service):
+    """To look for a request's endpoints takes a millisecond; models a… are behind the endpoint a, others behind b."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        super().__init__()
+        self.endpoints.append(Endpoint("b", "127.0.0.1", 8001))
+
+    def candidates(self, request: InferenceRequest) -> Sequence[Endpoint]:
+        self.looks += 1
+        self.time.now += 0.001
+        return [one for one in self.endpoints if one.name == request.model[0]]
+
+    async def fill(self, lanes: int) -> InferenceRequest:
+        """So many models wait for the endpoint a, and all of them have just been looked at. Returns who has it."""
+        first = request("first", model="a")
+        await self.come(first)
+        for number in range(lanes):
+            await self.come(request(f"{number}", model=f"a{number}"))
+        self.time.advance(1.0)
+        self.control.poke()
+        await settle()
+        self.looks = 0
+        return first
+
+
+async def test_however_many_models_wait_looking_at_them_takes_a_tenth_of_the_time() -> None:
+    service = Dear()
+    await service.fill(30)
+    began = service.time.now
+    for _ in range(400):
+        service.control.poke()
+        service.time.advance(0.01)
+        await settle()
+    assert 0.05 < 0.001 * service.looks / (service.time.now - began) < 0.11
+
+
+async def test_an_arrival_looks_at_its_own_endpoints_alone() -> None:
+    service = Dear()
+    await service.fill(30)
+    await service.come(request("elsewhere", model="b"))
+    assert service.order == ["first", "elsewhere"]
+    assert service.looks == 1
+    for number in range(30):
+        await service.come(request(f"again {number}", model=f"a{number}"))
+    assert service.looks <= 31 + 30  # and one look at all at most, where the time for it has come
+
+
+async def test_nobody_is_overtaken_while_the_next_look_is_put_off() -> None:
+    service = Dear()
+    first = await service.fill(30)
+    await service.leave(first)
+    await service.come(request("late", model="a-late"))
+    assert service.order == ["first"]
+    service.time.advance(0.5)
+    await settle()
+    assert service.order == ["first", "0"]
+
+
+async def test_a_process_that_stood_still_looks_again_soon() -> None:
+    service = Dear()
+    first = await service.fill(2)
+    service.time.now += 1.0
+    service.endpoints = Stopped(service.endpoints, service.time)
+    service.control.poke()
+    await settle()
+    await service.leave(first)
+    service.time.advance(1.1)
+    await settle()
+    assert service.order == ["first", "0"]
+
+
+class Stopped(list[Endpoint]):
+    """While it is looked through the first time, half a minute passes."""
+
+    def __init__(self, endpoints: Sequence[Endpoint], time: Time) -> None:
+        super().__init__(endpoints)
+        self._time, self._passes = time, 30.0
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        self._time.now += self._passes
+        self._passes = 0.0
+        return super().__iter__()
 
 
 async def test_models_take_turns_for_places_that_become_free_at_once() -> None:
@@ -514,11 +599,18 @@ class Evicting(Service):
             self.candidates,
             self.time,
             detector=Concurrency(places),
-            evict=lambda one: self.ended.append(one.id),
+            evict=True,
             call_later=self.time.call_later,
         )
 
     async def send(self, request: InferenceRequest) -> None:
+        def ended(error: QuireError) -> None:
+            assert isinstance(error, Evicted)
+            assert 1 <= (error.retry_after or 0) <= 60
+            self.ended.append(request.id)
+
+        if request.id != "cannot be broken off":
+            request.break_off = ended
         await self.come(request)
         self.endpoints[0].load.requests += 1
         self.control.sent(request, self.endpoints[0], Conclusion(self.endpoints))
@@ -568,6 +660,16 @@ async def test_nobody_is_ended_for_its_own_priority_nor_anybody_of_none_below_ze
         service.time.advance(6.0)
         service.control.poke()
         await settle()
+    assert service.ended == ["shed"]
+
+
+async def test_what_cannot_be_broken_off_is_not_ended() -> None:
+    service = Evicting(places=2)
+    await service.send(request("shed", -1))
+    await service.send(request("cannot be broken off", -9))
+    await service.come(request("urgent"))
+    service.control.poke()
+    await settle()
     assert service.ended == ["shed"]
 
 

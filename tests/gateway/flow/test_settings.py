@@ -35,6 +35,7 @@ from quire.gateway.flow.units import LARGEST, parse_duration, parse_quantity
 from quire.gateway.picker_config import EndpointPickerConfig, read_picker_config
 from quire.gateway.plugin import Plugin, Services
 from quire.gateway.traffic.policy import read_policy
+from quire.gateway.unheeded import sections_without_effect
 
 HEAD = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
 
@@ -80,15 +81,40 @@ def test_the_gate_decides() -> None:
 
 
 def test_a_section_without_the_gate_is_said_to_be_ignored() -> None:
-    with structlog.testing.capture_logs() as logs:
-        given = settings(
-            "plugins: [{type: concurrency-detector}]\n"
-            "flowControl: {maxRequests: 3, saturationDetector: {pluginRef: concurrency-detector}}"
-        )
-    assert [line["event"] for line in logs] == ["flow_control_section_ignored"]
+    text = (
+        "plugins: [{type: concurrency-detector}]\n"
+        "flowControl: {maxRequests: 3, saturationDetector: {pluginRef: concurrency-detector}}"
+    )
+    given, told = settings(text), list(sections_without_effect(read(text)))
+    assert told == ["flowControl.maxRequests has no effect: flowControl is not among the featureGates"]
     assert given is not None
     assert given.queue.max_requests > 3
     assert isinstance(given.detector, Concurrency)
+
+
+@pytest.mark.parametrize("value", ["1", "t", "T", "TRUE", "true", "True", " true"])
+def test_gates_are_read_as_go_reads_them(value: str) -> None:
+    on = settings(f"featureGates: ['flowControl={value}']")
+    assert on is not None
+    assert isinstance(on.detector, Utilization)
+    off = {"1": "0", "t": "f", "T": "F"}.get(value, value.lower().replace("true", "False"))
+    assert settings(f"featureGates: ['flowControl={off}']") is None
+    assert settings(f"featureGates: [flowControl, 'flowControl={off}']") is None  # the last word
+
+
+@pytest.mark.parametrize("value", ["yes", "", "on", "2", "true=1"])
+def test_gates_that_are_neither_true_nor_false_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="featureGates"):
+        read(f"featureGates: ['other={value}']")
+
+
+def test_a_section_behind_a_gate_that_is_off_is_said_to_be_ignored() -> None:
+    text = "featureGates: [flowControl=false]\nflowControl: {}\nsaturationDetector: {pluginRef: x}"
+    assert [line.partition(" ")[0] for line in sections_without_effect(read(text))] == [
+        "flowControl",
+        "saturationDetector",
+    ]
+    assert not list(sections_without_effect(read("featureGates: [flowControl]\nflowControl: {maxRequests: 3}")))
 
 
 def test_a_whole_section() -> None:

@@ -75,3 +75,11 @@ def test_usage_never_fails(pieces: list[bytes]) -> None:
         seen.see(piece)
     seen.end()
     seen.whole(b"".join(pieces) + b'"usage":' + b"[" * 2000)
+
+
+@pytest.mark.parametrize(("behind", "read"), [(200, 5), (300, None)])
+def test_a_body_of_nothing_but_usage_is_not_searched_for_ever(behind: int, read: int | None) -> None:
+    """A file that a client uploaded may be one; each such field costs microseconds of everybody's."""
+    usage = Usage()
+    usage.whole(b'{"usage":{"completion_tokens":5}' + b',"usage":null' * behind + b"}")
+    assert usage.output_tokens == read

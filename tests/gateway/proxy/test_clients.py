@@ -11,7 +11,10 @@ import uvloop
 
 from quire.config.server import ListenConfig
 from quire.core.errors import Unauthorized
+from quire.gateway.director import Gate
+from quire.gateway.errors import ShuttingDown, UpstreamError
 from quire.gateway.proxy.settings import ProxySettings
+from quire.gateway.request import InferenceRequest
 from quire.gateway.resilience.settings import ResilienceSettings
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -229,6 +232,50 @@ async def test_what_does_not_end_in_time_is_told_so(rig, fake) -> None:
     assert gateway.open_load == 0
     assert gateway.pool.all[0].available
     assert [(one.status, one.error, one.tries) for one in counted] == [(200, "upstream_error", 1)]
+
+
+async def test_what_waits_for_a_place_is_told_so_too(rig, fake) -> None:
+    class Full(Gate):
+        def __init__(self) -> None:
+            self.waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def enter(self, request: InferenceRequest) -> None:
+            await self.waiting
+
+        def leave(self, request: InferenceRequest) -> None: ...
+
+        def close(self) -> None:
+            self.waiting.set_exception(ShuttingDown("The gateway is shutting down."))
+
+    async with rig([fake.answer]) as gateway, aiohttp.ClientSession() as http:
+        gateway.director.gate = full = Full()
+        gateway.app.refuse_waiting = full.close
+        asking = asyncio.ensure_future(http.post(f"{gateway.url}/v1/chat/completions", json=CHAT))
+        await until(lambda: gateway.app.proxy.num_open)
+        await gateway.app.drain(0.05)
+        async with await asking as refused:
+            assert (refused.status, (await refused.json())["error"]["code"]) == (503, "shutting_down")
+        with pytest.raises(UpstreamError, match="stopping"):
+            await gateway.app.connections.acquire(gateway.pool.all[0])
+
+
+async def test_a_large_answer_counts_as_held_until_its_client_has_it(rig, fake) -> None:
+    size = 24 * 1024 * 1024
+    settings = ProxySettings(max_buffered_answer=2 * size)
+    async with rig([fake.body("x" * size)], settings=settings) as gateway:
+        holding = gateway.app.proxy.holding
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024)
+        writer.write(request_bytes())
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"content-length: %d\r\n" % (size + 2) in head
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert holding.now > size
+        left = size + 2
+        while left:
+            left -= len(await reader.read(1024 * 1024))
+        await until(lambda: holding.now == 0)
+        writer.close()
 
 
 async def test_a_draining_endpoint_ends_what_it_has_and_gets_nothing_new(rig, fake) -> None:

@@ -171,6 +171,14 @@ def test_a_stream_that_breaks_off_ends_with_an_error_on_uvloop(rig, fake, how) -
     uvloop.run(broken_stream(rig, fake, how))
 
 
+async def test_a_stream_that_breaks_off_within_a_long_event_ends_with_an_error_too(rig, fake) -> None:
+    part = b"data: " + b"x" * 100_000
+    async with rig([breaks_off(fake, "close", part)]) as gateway:
+        _, told, _ = await ask(gateway, stream=True)
+    *_, last = told.strip().split(b"\n\n")
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "upstream_error"
+
+
 async def test_anthropics_streams_end_with_their_error_event(rig, fake) -> None:
     begun = b'event: message_start\ndata: {"type":"message_start"}\n\n'
     async with rig([breaks_off(fake, "reset", begun)]) as gateway:

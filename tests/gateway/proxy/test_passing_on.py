@@ -135,6 +135,16 @@ async def test_other_methods_and_empty_answers(rig, fake) -> None:
     assert [received.method for received in gateway.servers[0].received] == ["POST", "HEAD", "GET"]
 
 
+async def test_the_length_of_what_was_not_sent_is_said_where_it_is_known(rig, fake) -> None:
+    heads = [fake.raw(fake.head(200, **said)) for said in ({"content_length": "77"}, {"transfer_encoding": "chunked"})]
+    async with rig(heads) as gateway, aiohttp.ClientSession() as http:
+        lengths = []
+        for _ in heads:
+            async with http.head(f"{gateway.url}/v1/files/x") as answer:
+                lengths.append(answer.headers.get("content-length"))
+    assert lengths == ["77", None]
+
+
 async def test_an_interim_answer_is_not_the_answer(rig, fake) -> None:
     async def hinting(received, wire) -> None:
         await wire.write(b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n")

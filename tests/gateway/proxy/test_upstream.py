@@ -27,6 +27,9 @@ class Transport:
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def is_closing(self) -> bool:
         return self.closed
 

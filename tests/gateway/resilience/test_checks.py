@@ -42,6 +42,8 @@ class Server:
         return web.Response(status=self.health, headers={"location": "/elsewhere"})
 
     async def _models(self, _: web.Request) -> web.Response:
+        if isinstance(self.models, bytes):
+            return web.Response(body=self.models)
         return web.json_response(self.models)
 
 
@@ -69,7 +71,13 @@ async def test_models_are_learnt_and_follow(looked_at) -> None:
     await until(lambda: endpoint.models == {"m", "adapter"})
     server.models = {"data": [{"id": "n"}]}
     await until(lambda: endpoint.models == {"n"})
-    for nonsense in ({"data": 5}, [], {"data": [{"id": 3}]}, {"data": [{"id": "x" * 2_000_000}]}):
+    for nonsense in (
+        {"data": 5},
+        [],
+        {"data": [{"id": 3}]},
+        {"data": [{"id": "x" * 2_000_000}]},
+        b'{"data":[{"id":"\xff"}]}',
+    ):
         server.models = nonsense
         looks = server.looks
         await until(lambda looks=looks: server.looks > looks + 6)

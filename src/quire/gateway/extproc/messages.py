@@ -15,7 +15,9 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 
 from quire.core.errors import QuireError
 from quire.gateway.errors import DROPPED_HEADER, Dropped
-from quire.web.answers import encode_json, error_body, error_headers
+from quire.gateway.proxy.answers import error_json
+from quire.gateway.request import Api
+from quire.web.answers import error_headers
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
 SUBSET: Final = "x-gateway-destination-endpoint-subset"
@@ -118,11 +120,11 @@ def trailers(*, response: bool) -> Response:
     return ext_proc.ProcessingResponse(request_trailers=ext_proc.TrailersResponse())
 
 
-def refused(error: QuireError) -> Response:
-    """An answer of the gateway's own, in OpenAI's shape."""
+def refused(error: QuireError, api: Api) -> Response:
+    """An answer of the gateway's own, in the shape of the API that was called."""
     pairs = {"content-type": "application/json", **error_headers(error)}
     if isinstance(error, Dropped):
         pairs[DROPPED_HEADER] = error.reason
-    immediate = ext_proc.ImmediateResponse(headers=_set(pairs), body=encode_json(error_body(error)), details=error.code)
+    immediate = ext_proc.ImmediateResponse(headers=_set(pairs), body=error_json(error, api), details=error.code)
     immediate.status.code = error.status
     return ext_proc.ProcessingResponse(immediate_response=immediate)

@@ -1,7 +1,8 @@
 """One request of Envoy's: a stream of messages, each answered in turn.
 
 The body is needed before an endpoint can be chosen. Envoy holds it back (BUFFERED) or sends it in pieces and waits for
-them to come back (FULL_DUPLEX_STREAMED); it says which in its first message.
+them to come back (FULL_DUPLEX_STREAMED); it says which in its first message. Where trailers follow a body, its last
+message does not say that it is the last.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from dataclasses import dataclass, field
 
 from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 
-from quire.core.errors import QuireError, RequestTooLarge
+from quire.core.errors import QuireError, RequestError, RequestTooLarge
 from quire.gateway.director import Attempt, Director
+from quire.gateway.errors import Saturated
 from quire.gateway.extproc import messages
 from quire.gateway.extproc.messages import Message, Response
+from quire.gateway.parse import api_of
+from quire.gateway.proxy.holding import Holding, Share
 from quire.gateway.request import InferenceRequest, Outcome
 
 DUPLEX = processing_mode_pb2.ProcessingMode.FULL_DUPLEX_STREAMED
+BUFFERED = processing_mode_pb2.ProcessingMode.BUFFERED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +37,8 @@ class Door:
     usage: Callable[[bytes], tuple[int | None, int | None]]
     """Output and cached tokens, of the end of an answer's body."""
     max_body_bytes: int
+    holding: Holding
+    """For the bodies of all streams."""
 
 
 @dataclass(slots=True)
@@ -42,6 +49,8 @@ class ExchangeStream:
     headers: dict[str, str] = field(default_factory=dict)
     subset: frozenset[str] | None = None
     body: bytearray = field(default_factory=bytearray)
+    request_whole: bool = False
+    """The request's body comes in one message."""
     request_duplex: bool = False
     response_duplex: bool = False
     request: InferenceRequest | None = None
@@ -50,11 +59,16 @@ class ExchangeStream:
     tail: bytes = b""
     """The last bytes of the answer, where usage stands."""
     ended: bool = False
+    share: Share = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.share = Share(self.door.holding)
 
     async def answer(self, message: Message) -> AsyncIterator[Response]:
         """What one message of Envoy's is answered with."""
         if message.HasField("protocol_config"):
             self.request_duplex = message.protocol_config.request_body_mode == DUPLEX
+            self.request_whole = message.protocol_config.request_body_mode == BUFFERED
             self.response_duplex = message.protocol_config.response_body_mode == DUPLEX
         kind = message.WhichOneof("request")
         if kind == "request_headers":
@@ -65,35 +79,50 @@ class ExchangeStream:
             elif not self.request_duplex:
                 yield messages.request_headers()  # the choice goes out with the body's answer
         elif kind == "request_body":
-            async for response in self._take_body(message.request_body.body, message.request_body.end_of_stream):
+            end = message.request_body.end_of_stream or self.request_whole
+            async for response in self._take_body(message.request_body.body, end):
                 yield response
         elif kind == "response_headers":
             yield self._begin(message)
         elif kind == "response_body":
             for response in self._pass_on(message.response_body.body, message.response_body.end_of_stream):
                 yield response
-        elif kind in ("request_trailers", "response_trailers"):
-            self.ended = kind == "response_trailers"
-            yield messages.trailers(response=kind == "response_trailers")
+        elif kind == "request_trailers":
+            if self.request is None and self.request_duplex:
+                async for response in self._choose_and_return(end=False):
+                    yield response
+            yield messages.trailers(response=False)
+        elif kind == "response_trailers":
+            self.ended = True
+            yield messages.trailers(response=True)
 
     async def _take_body(self, piece: bytes, end: bool) -> AsyncIterator[Response]:
-        self.body += piece
-        if len(self.body) > self.door.max_body_bytes:
+        if len(self.body) + len(piece) > self.door.max_body_bytes:
             raise RequestTooLarge(
                 f"The body is larger than {self.door.max_body_bytes} bytes.", remedy="Send less, or raise the bound."
             )
-        if not end:
-            if not self.request_duplex:
-                yield messages.request_body(None, None)
-            return
-        yield await self._choose(buffered=not self.request_duplex)
-        if self.request_duplex:
-            assert self.request is not None
-            body = self.door.rewritten(self.request)
-            for response in messages.streamed(bytes(self.body) if body is None else body, end=True, response=False):
+        if not self.share.take(len(piece)):
+            raise Saturated("The gateway holds as much as it may.", remedy="Try again later.", retry_after=1.0)
+        self.body += piece
+        if end and self.request_duplex:
+            async for response in self._choose_and_return(end=True):
                 yield response
+        elif end:
+            yield await self._choose(buffered=True)
+        elif not self.request_duplex:
+            yield messages.request_body(None, None)
+
+    async def _choose_and_return(self, *, end: bool) -> AsyncIterator[Response]:
+        """For a duplex stream: the choice, then the body."""
+        yield await self._choose(buffered=False)
+        assert self.request is not None
+        body = self.door.rewritten(self.request)
+        for response in messages.streamed(bytes(self.body) if body is None else body, end=end, response=False):
+            yield response
 
     async def _choose(self, *, buffered: bool) -> Response:
+        if self.request is not None:
+            raise RequestError("The request's body goes on behind its end.", remedy="Send one body.")
         path = self.headers.get(":path", "/")
         request = self.door.read(path, self.headers, bytes(self.body))
         request.subset = self.subset if self.subset is not None else request.subset
@@ -117,29 +146,34 @@ class ExchangeStream:
         return messages.response_headers(served)
 
     def _pass_on(self, piece: bytes, end: bool) -> list[Response]:
-        if self.request is not None and self.attempt is not None and piece:
+        if self.request is not None and self.attempt is not None and piece and (self.status or 200) < 400:
             self.door.director.first_byte(self.request, self.attempt)
         self.tail = (self.tail + piece)[-4096:]
         self.ended = self.ended or end
         return messages.streamed(piece, end=end, response=True) if self.response_duplex else [messages.response_body()]
 
     def refuse(self, error: QuireError) -> Response:
-        return messages.refused(error)
+        return messages.refused(error, api_of(self.headers.get(":path", "/").partition("?")[0]))
 
     def close(self) -> None:
-        """The stream is over, however it went."""
-        if self.request is None or self.attempt is None:
+        """The stream is over, however it went. What was chosen is given back, once."""
+        self.share.release()
+        request, self.request = self.request, None
+        if request is None:
             return
-        director = self.door.director
+        try:
+            if self.attempt is not None:
+                self.door.director.finished(request, self.attempt, self._outcome(self.attempt))
+        finally:
+            self.door.director.abandon(request)
+
+    def _outcome(self, attempt: Attempt) -> Outcome:
         output, cached = self.door.usage(self.tail)
-        outcome = Outcome(
+        return Outcome(
             status=self.status,
             error="" if self.ended else "cancelled" if self.status is not None else "no answer",
-            first_byte=self.attempt.first_byte,
-            finished=director.clock(),
+            first_byte=attempt.first_byte,
+            finished=self.door.director.clock(),
             output_tokens=output,
             cached_tokens=cached,
         )
-        director.finished(self.request, self.attempt, outcome)
-        director.abandon(self.request)
-        self.attempt = None

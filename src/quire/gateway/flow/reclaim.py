@@ -34,16 +34,16 @@ class _Lease:
 
 class Reclaimer:
     def __init__(self, end: Callable[[InferenceRequest], None]) -> None:
-        """`end` breaks a request in flight off: its caller gets `Evicted`, or the end of its stream."""
+        """`end` breaks a request in flight off, and does not raise."""
         self._end = end
         self._leases: dict[int, _Lease] = {}
-        """Of negative priority, by identity of the request."""
+        """Of negative priority and such as can be broken off, by identity of the request."""
         self._ending: dict[int, float] = {}
         """When they were told to end."""
         self._not_before = -math.inf
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, now: float) -> None:
-        if request.priority < 0:
+        if request.priority < 0 and request.break_off is not None:
             self._leases[id(request)] = _Lease(request, endpoint, now)
 
     def left(self, request: InferenceRequest, now: float) -> None:

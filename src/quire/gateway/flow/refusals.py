@@ -31,3 +31,12 @@ def refusal(
             return Expired(f"The endpoints of {model!r} had no room for {waited:.1f} s.", retry_after=retry_after)
         case Rejection.NO_ENDPOINT:
             return NoEndpoint(f"For {waited:.1f} s no endpoint served the model {model!r}.", retry_after=retry_after)
+
+
+def given_way(request: InferenceRequest, *, retry_after: float) -> Dropped:
+    """It was in flight."""
+    return Evicted(
+        f"The endpoints of {request.target_model or request.model!r} are full, and a request of priority above "
+        f"{request.priority} took the place of this one.",
+        retry_after=retry_after,
+    )

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Final, TypeVar
 
-import structlog
-
 from quire.core.errors import ConfigError
 from quire.gateway.flow.limits import StaticLimit, UsageLimitPolicy
 from quire.gateway.flow.policies import FairnessPolicy, OrderingPolicy
@@ -18,8 +16,8 @@ from quire.gateway.flow.stock import flow_plugins
 from quire.gateway.flow.units import LARGEST, parse_duration, parse_quantity
 from quire.gateway.picker_config import EndpointPickerConfig, FlowControlConfig, PriorityBand
 from quire.gateway.plugin import Plugin, Services
+from quire.gateway.unheeded import FLOW_GATE
 
-GATE: Final = "flowControl"
 DEFAULT_DETECTOR: Final = "utilization-detector"
 """llm-d's, where its gate is on and nothing else is named."""
 PATIENT_TTL: Final = 600.0
@@ -46,7 +44,7 @@ def flow_settings(
     says that requests wait there already (`EngineQueues`), and as long as they would there; one of negative priority is
     then turned away.
     """
-    gate = None if config is None else config.gate(GATE)
+    gate = None if config is None else config.gate(FLOW_GATE)
     if gate is False:
         return None
     usual = FlowSettings(queue=QueueSettings(ttl=PATIENT_TTL))
@@ -57,8 +55,6 @@ def flow_settings(
     ref = section.saturation_detector or config.saturation_detector
     named = "" if ref is None else ref.plugin_ref
     if gate is None:
-        if config.flow_control is not None:
-            structlog.get_logger().warning("flow_control_section_ignored", remedy=f"add {GATE} to featureGates")
         detector = find(named, SaturationDetector) if named else EngineQueues()  # type: ignore[type-abstract]
         return replace(usual, detector=detector)
     return FlowSettings(
@@ -66,6 +62,20 @@ def flow_settings(
         detector=find(named or DEFAULT_DETECTOR, SaturationDetector),  # type: ignore[type-abstract]
         enable_eviction=section.enable_eviction,
     )
+
+
+def plugins_in_use(config: EndpointPickerConfig) -> frozenset[str]:
+    """Names of the plugins that flow control goes by."""
+    gate, section = config.gate(FLOW_GATE), config.flow_control or FlowControlConfig()
+    if gate is False:
+        return frozenset()
+    ref = section.saturation_detector or config.saturation_detector
+    if gate is None:
+        return frozenset(() if ref is None else (ref.plugin_ref,))
+    bands = (section.default_priority_band, section.default_negative_priority_band, *section.priority_bands)
+    refs = [one for band in bands if band for one in (band.fairness_policy_ref, band.ordering_policy_ref)]
+    detector = "" if ref is None else ref.plugin_ref
+    return frozenset((*refs, section.usage_limit_policy_plugin_ref, detector or DEFAULT_DETECTOR))
 
 
 class _Finder:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
-import msgspec
 import structlog
 
 from quire.core.errors import ConfigError
@@ -21,27 +20,19 @@ from quire.gateway.flow.policies import (
 )
 from quire.gateway.flow.saturation import Concurrency, EngineQueues, Highest, SaturationDetector, Utilization
 from quire.gateway.flow.units import parse_duration
-from quire.gateway.plugin import Factory, Plugin, Services, read_parameters
+from quire.gateway.plugin import Factory, NoParameters, Parameters, Plugin, Services, read_parameters
 
 SHORTEST_STALENESS: Final = 1.0
 """Seconds. The gateway reads metrics five times a second, and less often where that fails: with less, one failed
 reading would make an endpoint full."""
 
 
-class _Parameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True, rename="camel", kw_only=True):
-    pass
-
-
-class _None(_Parameters, frozen=True):
-    pass
-
-
-class _EngineQueues(_Parameters, frozen=True):
+class _EngineQueues(Parameters, frozen=True):
     queue_depth_threshold: int = 5
     metrics_staleness_threshold: str = "2s"
 
 
-class _Utilization(_Parameters, frozen=True):
+class _Utilization(Parameters, frozen=True):
     queue_depth_threshold: int = 5
     kv_cache_util_threshold: float = 0.8
     metrics_staleness_threshold: str = "2s"
@@ -51,23 +42,23 @@ class _Utilization(_Parameters, frozen=True):
     """Taken and not needed: what is in flight is always counted."""
 
 
-class _Concurrency(_Parameters, frozen=True):
+class _Concurrency(Parameters, frozen=True):
     concurrency_mode: Literal["requests", "tokens", "hybrid"] = "requests"
     max_concurrency: int = 100
     max_token_concurrency: int = 1_000_000
     headroom: float = 0.0
 
 
-class _Highest(_Parameters, frozen=True):
+class _Highest(Parameters, frozen=True):
     detectors: tuple[str, ...] = ()
     stages: Mapping[str, Sequence[str]] = {}
 
 
-class _Static(_Parameters, frozen=True):
+class _Static(Parameters, frozen=True):
     threshold: float = 1.0
 
 
-class _Holdback(_Parameters, frozen=True):
+class _Holdback(Parameters, frozen=True):
     shape: Literal["linear"] | None = None
     domain: Literal["rank", "value", "explicit"] = "rank"
     min_ceiling: float | None = None
@@ -75,14 +66,14 @@ class _Holdback(_Parameters, frozen=True):
     ceilings: Mapping[str | int, float] | None = None
 
 
-class _ProgramAware(_Parameters, frozen=True):
+class _ProgramAware(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("lasWeightService", "lasWeightHeadWait"), "flows are ranked by what they were given alone"),
+        **dict.fromkeys(("evictionTtlSeconds", "evictionSweepSeconds"), "accounts go by decay, and by their number"),
+    }
     strategy: Literal["las"] = "las"
-    las_weight_service: float = 0.8
-    las_weight_head_wait: float = 0.2
     las_decay_factor: float = 0.99997
     las_half_life_seconds: float = 60.0
-    eviction_ttl_seconds: float = 3600.0
-    eviction_sweep_seconds: float = 300.0
 
 
 def flow_plugins() -> Mapping[str, Factory]:
@@ -105,8 +96,8 @@ def flow_plugins() -> Mapping[str, Factory]:
 
 
 def _plain(kind: type[Plugin], plugin: str) -> Factory:
-    def make(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
-        read_parameters(_None, parameters, plugin)
+    def make(parameters: Mapping[str, Any], services: Services) -> Plugin:
+        read_parameters(NoParameters, parameters, plugin, services.warn)
         return kind()
 
     return make
@@ -117,9 +108,9 @@ def _check(holds: bool, plugin: str, what: str) -> None:
         raise ConfigError(f"Plugin {plugin!r}: {what}.", param="plugins", remedy="Change its parameters.")
 
 
-def _engine_queues(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
+def _engine_queues(parameters: Mapping[str, Any], services: Services) -> Plugin:
     name = "engine-queue-detector"
-    given = read_parameters(_EngineQueues, parameters, name)
+    given = read_parameters(_EngineQueues, parameters, name, services.warn)
     _check(given.queue_depth_threshold > 0, name, "queueDepthThreshold must be above 0")
     return EngineQueues(given.queue_depth_threshold, _staleness(given.metrics_staleness_threshold, name))
 
@@ -136,7 +127,7 @@ def _staleness(asked: str, plugin: str) -> float:
 
 def _utilization(parameters: Mapping[str, Any], services: Services) -> Plugin:
     name = "utilization-detector"
-    given = read_parameters(_Utilization, parameters, name)
+    given = read_parameters(_Utilization, parameters, name, services.warn)
     staleness = _staleness(given.metrics_staleness_threshold, name)
     _check(given.queue_depth_threshold > 0, name, "queueDepthThreshold must be above 0")
     _check(0.0 < given.kv_cache_util_threshold <= 1.0, name, "kvCacheUtilThreshold must be above 0, up to 1")
@@ -151,9 +142,9 @@ def _utilization(parameters: Mapping[str, Any], services: Services) -> Plugin:
     )
 
 
-def _concurrency(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
+def _concurrency(parameters: Mapping[str, Any], services: Services) -> Plugin:
     name = "concurrency-detector"
-    given = read_parameters(_Concurrency, parameters, name)
+    given = read_parameters(_Concurrency, parameters, name, services.warn)
     _check(given.max_concurrency > 0, name, "maxConcurrency must be above 0")
     _check(given.max_token_concurrency > 0, name, "maxTokenConcurrency must be above 0")
     _check(given.headroom >= 0.0 and isfinite(given.headroom), name, "headroom must not be negative")
@@ -167,7 +158,7 @@ def _concurrency(parameters: Mapping[str, Any], services: Services) -> Plugin:  
 
 def _highest(parameters: Mapping[str, Any], services: Services) -> Plugin:
     name = "max-saturation-detector"
-    given = read_parameters(_Highest, parameters, name)
+    given = read_parameters(_Highest, parameters, name, services.warn)
     _check(bool(given.detectors), name, "detectors must name at least one")
     _check(len(set(given.detectors)) == len(given.detectors), name, "detectors names one twice")
     _check(not given.stages, name, "stages are not supported: all of a model's endpoints are judged together")
@@ -177,15 +168,15 @@ def _highest(parameters: Mapping[str, Any], services: Services) -> Plugin:
     return Highest([detector for detector in detectors if isinstance(detector, SaturationDetector)])
 
 
-def _static(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
-    given = read_parameters(_Static, parameters, "static-usage-limit-policy")
+def _static(parameters: Mapping[str, Any], services: Services) -> Plugin:
+    given = read_parameters(_Static, parameters, "static-usage-limit-policy", services.warn)
     _check(given.threshold > 0, "static-usage-limit-policy", "threshold must be above 0")
     return StaticLimit(given.threshold)
 
 
-def _holdback(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
+def _holdback(parameters: Mapping[str, Any], services: Services) -> Plugin:
     name = "priority-holdback-policy"
-    given = read_parameters(_Holdback, parameters, name)
+    given = read_parameters(_Holdback, parameters, name, services.warn)
     if given.domain == "explicit":
         interpolated = (given.shape, given.min_ceiling, given.max_ceiling)
         _check(interpolated == (None, None, None), name, "domain explicit takes ceilings alone")
@@ -212,17 +203,14 @@ def _ceilings(given: Mapping[str | int, float], name: str) -> Mapping[int, float
     return ceilings
 
 
-def _program_aware(parameters: Mapping[str, Any], services: Services) -> Plugin:  # noqa: ARG001
+def _program_aware(parameters: Mapping[str, Any], services: Services) -> Plugin:
     """Flows are ranked by attained service alone; the age of a flow's first request, which llm-d mixes in by weight,
-    would reorder all flows at every moment. Accounts go by decay and number, not by the eviction times."""
+    would reorder all flows at every moment."""
     name = "program-aware-fairness"
-    given = read_parameters(_ProgramAware, parameters, name)
+    given = read_parameters(_ProgramAware, parameters, name, services.warn)
     half_life = given.las_half_life_seconds
     _check(0.0 < given.las_decay_factor <= 1.0, name, "lasDecayFactor must be above 0, up to 1")
     _check(half_life >= 0 and isfinite(half_life), name, "lasHalfLifeSeconds must not be negative")
-    ignored = {"lasWeightService", "lasWeightHeadWait", "evictionTtlSeconds", "evictionSweepSeconds"} & set(parameters)
-    if ignored:
-        structlog.get_logger().warning("parameters_without_effect", plugin=name, parameters=sorted(ignored))
     if half_life:
         return LeastAttainedService(half_life)
     _check(given.las_decay_factor < 1.0, name, "lasDecayFactor must be below 1 where there is no half-life")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from quire.core.errors import ConfigError
 from quire.gateway.endpoint import Endpoint
@@ -64,6 +65,9 @@ class PrefixCacheScorer(Scorer):
 
 
 class NoHitLruParameters(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("prefixPluginType", "prefixPluginName"), "llm-d never used it either"
+    )
     prefix_match_info_producer_name: str = ""
     lru_size: int = 1024
 

@@ -7,7 +7,7 @@ endpoint (or its sidecar) acts upon.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from quire.core.errors import ConfigError
 from quire.gateway.endpoint import Endpoint
@@ -18,10 +18,13 @@ from quire.gateway.request import InferenceRequest
 PREFILLER: Final = "x-prefiller-host-port"
 ENCODERS: Final = "x-encoder-hosts-ports"
 DATA_PARALLEL: Final = "x-data-parallel-host-port"
+_PORT: Final = {"primaryPort": "a request goes to the port of the endpoint that was chosen"}
 
 
 class SingleProfile(ProfileHandler):
     """`single-profile-handler`: the one profile."""
+
+    max_profiles = 1
 
     def next_profiles(
         self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
@@ -45,14 +48,14 @@ class StageDeciders(Parameters, frozen=True):
 
 
 class DisaggParameters(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = _PORT
     stage_order: Literal["decode-first", "prefill-first"] = "decode-first"
     profiles: StageNames = StageNames()
     deciders: StageDeciders = StageDeciders()
     decode_profile: str = ""
     prefill_profile: str = ""
     decider_plugin_name: str = ""
-    primary_port: int = 0
-    """These four are of the older `pd-profile-handler`; the port has no effect."""
+    """These three are of the older `pd-profile-handler`."""
 
 
 class Disaggregated(ProfileHandler):
@@ -63,6 +66,13 @@ class Disaggregated(ProfileHandler):
     def __init__(self, names: StageNames, prefill: Decider | None, encode: Decider | None) -> None:
         self._names = names
         self._stages = [(names.encode, encode), (names.prefill, prefill)]
+
+    def required_profiles(self, profiles: Sequence[str]) -> Sequence[str]:
+        decided = [name for name, decider in self._stages if decider is not None]
+        return [self._names.decode, *decided, *filter(None, (self._names.fallback,))]
+
+    def used_profiles(self, profiles: Sequence[str]) -> Sequence[str]:
+        return self.required_profiles(profiles)
 
     def next_profiles(
         self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
@@ -99,6 +109,13 @@ class PrefillFirst(ProfileHandler):
         self._names = names
         self._encode = encode
 
+    def required_profiles(self, profiles: Sequence[str]) -> Sequence[str]:
+        encode = () if self._encode is None else (self._names.encode,)
+        return [self._names.prefill, *encode, self._names.decode]
+
+    def used_profiles(self, profiles: Sequence[str]) -> Sequence[str]:
+        return self.required_profiles(profiles)
+
     def next_profiles(
         self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
     ) -> Sequence[str]:
@@ -129,6 +146,8 @@ def staged(names: StageNames, results: Mapping[str, Sequence[Endpoint]]) -> Conc
 class DataParallel(ProfileHandler):
     """`data-parallel-profile-handler`: the chosen rank's address goes into a header as well."""
 
+    max_profiles = 1
+
     def next_profiles(
         self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
     ) -> Sequence[str]:
@@ -153,6 +172,9 @@ class ByHeader(ProfileHandler):
     def __init__(self, header: str, default: str) -> None:
         self._header = header.strip().lower()
         self._default = default.strip()
+
+    def required_profiles(self, profiles: Sequence[str]) -> Sequence[str]:
+        return () if len(profiles) == 1 else (self._default,)
 
     def next_profiles(
         self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, Sequence[Endpoint]]
@@ -216,8 +238,7 @@ def _decider(name: str, services: Services, handler: str) -> Decider | None:
 
 
 class DataParallelParameters(Parameters, frozen=True):
-    primary_port: int = 8000
-    """Accepted, and without effect: the request goes to the port of the chosen endpoint."""
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = _PORT
 
 
 def make_disaggregated(parameters: DisaggParameters, services: Services) -> ProfileHandler:

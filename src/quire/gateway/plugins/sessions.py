@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.plugin import Conclusion, Filter, Observer, Parameters, Scorer, Services
@@ -16,6 +16,10 @@ MAX_SESSIONS = 100_000
 
 
 class SessionParameters(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("profileName", "evictionSweepSeconds", "missThreshold"),
+        "a session is bound to who served it last, until its time",
+    )
     algorithm: Literal["encoded_endpoint_header", "session_id_header"] = "encoded_endpoint_header"
     header_name: str = "x-session-token"
     eviction_ttl_seconds: float = 600.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.plugin import Parameters, Producer
@@ -11,8 +11,10 @@ from quire.gateway.request import InferenceRequest
 
 
 class InflightLoadParameters(Parameters, frozen=True):
-    include_output_tokens: bool = False
-    token_estimator: Mapping[str, Any] = {}
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {
+        "includeOutputTokens": "prompts and the output that is expected are always counted",
+        "tokenEstimator": "tokens are counted by the token-producer",
+    }
 
 
 class InflightLoad(Producer):

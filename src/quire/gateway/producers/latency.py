@@ -7,7 +7,7 @@ no sidecars, and each endpoint has its own line: hardware may differ.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 from quire.gateway.cost.model import CostModel
 from quire.gateway.endpoint import Endpoint
@@ -16,13 +16,14 @@ from quire.gateway.request import InferenceRequest, Outcome
 
 
 class LatencyParameters(Parameters, frozen=True):
-    """llm-d's predictor has settings of its sidecars; they are accepted, and mean nothing here."""
+    """llm-d's predictor has settings of its sidecars."""
 
-    sampling_mean: float = 0.0
-    max_sampled_tokens: int = 0
-    slo_buffer_factor: float = 1.0
-    streaming_mode: bool = False
-    predictor: Mapping[str, Any] = {}
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("samplingMean", "maxSampledTokens"), "every answer is learnt from"),
+        "sloBufferFactor": "objectives are compared with what is predicted as they are",
+        "streamingMode": "the time to the first byte is what is learnt, of streams and others",
+        "predictor": "there are no sidecars: what is expected is learnt here",
+    }
 
 
 class PredictedLatency(Producer, Observer):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
-
-import msgspec
-import structlog
+from typing import Any, ClassVar, Final
 
 from quire.core.errors import ConfigError
 from quire.gateway.endpoint import Endpoint
@@ -20,17 +17,37 @@ TYPE: Final = "precise-prefix-cache-producer"
 DEFAULT_PORT: Final = 5557
 
 
-class PreciseParameters(Parameters, frozen=True):
-    """llm-d's. Ports are where engines tell their events that do not say so themselves; `kvCacheBackendConfigs` of the
-    indexer are the tiers' credits. Block sizes are learnt from the events, hashes are our own, and the index has one
-    form: what else the three sections say is for llm-d's."""
+class PodDiscovery(Parameters, frozen=True):
+    """Where engines tell their events that do not say so themselves."""
 
-    token_processor_config: Mapping[str, Any] = {}
-    kv_events_config: Mapping[str, Any] = {}
-    indexer_config: Mapping[str, Any] = {}
-    speculative_indexing: bool = False
-    speculative_ttl: str = msgspec.field(default="", name="speculativeTTL")
-    session_manager: str = ""
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {"*": "the endpoints are those that the gateway has"}
+    socket_port: Any = None
+    replay_socket_port: Any = None
+
+
+class KVEventsConfig(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {
+        "zmqEndpoint": "the gateway connects to each engine, rather than the engines to it",
+        "topicFilter": "all that an engine tells is heard",
+        "*": "each endpoint's events are heard as they come",
+    }
+    pod_discovery_config: PodDiscovery | None = None
+
+
+class IndexerConfig(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {"*": "the index has one form"}
+    kv_cache_backend_configs: Any = None
+    """The tiers' credits."""
+
+
+class PreciseParameters(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {
+        "tokenProcessorConfig": "block sizes are learnt from the events, and hashes are quire's own",
+        **dict.fromkeys(("speculativeIndexing", "speculativeTTL"), "engines' own words are awaited"),
+        "sessionManager": "there are no session managers here",
+    }
+    kv_events_config: KVEventsConfig = KVEventsConfig()
+    indexer_config: IndexerConfig = IndexerConfig()
 
 
 class PrecisePrefix(Producer):
@@ -38,8 +55,6 @@ class PrecisePrefix(Producer):
         self._index: KVIndex = services.shared[KV_INDEX]
         self.ports = _ports(parameters.kv_events_config)
         self._index.use_credits(_credits(parameters.indexer_config))
-        for name, why in _without_effect(parameters):
-            structlog.get_logger().warning("picker_config", note=f"{name} of {TYPE} has no effect: {why}")
 
     def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
         if request.token_ids is not None:
@@ -48,20 +63,17 @@ class PrecisePrefix(Producer):
             )
 
 
-def _ports(config: Mapping[str, Any]) -> PortsOf:
-    discovery = config.get("podDiscoveryConfig") or {}
-    if not isinstance(discovery, Mapping):
-        raise _wrong("podDiscoveryConfig", discovery, "an object")
-    events = discovery.get("socketPort") or DEFAULT_PORT
-    replay = discovery.get("replaySocketPort") or None
+def _ports(config: KVEventsConfig) -> PortsOf:
+    discovery = config.pod_discovery_config or PodDiscovery()
+    events, replay = discovery.socket_port or DEFAULT_PORT, discovery.replay_socket_port or None
     for name, port in (("socketPort", events), ("replaySocketPort", replay)):
         if port is not None and (type(port) is not int or port > 65_535):
             raise _wrong(name, port, "a port")
     return PortsOf(events=events, replay=replay if replay is None or replay > 0 else None)
 
 
-def _credits(config: Mapping[str, Any]) -> Mapping[str, float]:
-    backends = config.get("kvCacheBackendConfigs") or []
+def _credits(config: IndexerConfig) -> Mapping[str, float]:
+    backends = config.kv_cache_backend_configs or []
     found = dict(TIER_CREDITS)
     for backend in backends if isinstance(backends, list) else [backends]:
         try:
@@ -71,17 +83,6 @@ def _credits(config: Mapping[str, Any]) -> Mapping[str, float]:
         if not 0.0 <= weight <= 1.0:
             raise _wrong("weight", weight, "from 0 to 1")
         found[name.lower()] = weight
-    return found
-
-
-def _without_effect(parameters: PreciseParameters) -> list[tuple[str, str]]:
-    found = []
-    if parameters.speculative_indexing:
-        found.append(("speculativeIndexing", "engines' own words are awaited"))
-    if parameters.session_manager:
-        found.append(("sessionManager", "there are no session managers here"))
-    if parameters.kv_events_config.get("zmqEndpoint"):
-        found.append(("zmqEndpoint", "the gateway connects to each engine, rather than the engines to it"))
     return found
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import ClassVar, Final
 
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.plugin import Conclusion, Observer, Parameters, Producer, Services
@@ -21,6 +21,9 @@ from quire.gateway.request import InferenceRequest, Outcome, PrefixMatch
 
 BYTES_PER_TOKEN: Final = 4
 MIN_BLOCK_TOKENS: Final = 64
+MAX_TOKENS: Final = 131_072
+MAX_BLOCK_TOKENS: Final = 256
+"""However large the blocks that an endpoint reports: what is shared within one block counts for nothing."""
 DEFAULT_CAPACITY: Final = 31_250
 MIN_CAPACITY: Final = 64
 CORRECTION: Final = 0.03
@@ -28,10 +31,12 @@ CORRECTION: Final = 0.03
 
 
 class PrefixParameters(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {"prefixHashSource": "prefixes are always hashed from the request"}
     auto_tune: bool = True
     block_size_tokens: int = 0
     max_prefix_blocks_to_match: int = 0
-    max_prefix_tokens_to_match: int = 131_072
+    max_prefix_tokens_to_match: int | None = None
+    """Goes before the number of blocks, unless it is 0. None: as many as are given in blocks, else `MAX_TOKENS`."""
     lru_capacity_per_server: int = 0
     block_size: int = 0
     """Deprecated by llm-d: in bytes."""
@@ -64,6 +69,10 @@ class ApproxPrefix(Producer, Observer):
         self.name = "approx-prefix-cache-producer"
         self._parameters = parameters
         self._index = PrefixIndex()
+        if parameters.max_prefix_tokens_to_match and parameters.max_prefix_blocks_to_match:
+            services.warn(
+                f"plugin {self.name}: maxPrefixBlocksToMatch has no effect: maxPrefixTokensToMatch goes before it"
+            )
         wanted = parameters.block_size_tokens or parameters.block_size // BYTES_PER_TOKEN
         self._block_tokens = max(wanted, 1) if wanted else 0
         self._pool = services.pool
@@ -79,14 +88,19 @@ class ApproxPrefix(Producer, Observer):
         if self._block_tokens and not self._parameters.auto_tune:
             return self._block_tokens
         reported = [one.metrics.block_size for one in self._pool if one.metrics and one.metrics.block_size]
-        return max(*reported, self._block_tokens or MIN_BLOCK_TOKENS, 1)
+        return max(min(max(reported, default=0), MAX_BLOCK_TOKENS), self._block_tokens or MIN_BLOCK_TOKENS)
 
     def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
         size = self.block_tokens()
-        most = self._parameters.max_prefix_tokens_to_match // size or self._parameters.max_prefix_blocks_to_match
-        keys = block_keys(request, size, most or 2**31 // size)
+        keys = block_keys(request, size, self._max_blocks(size))
         request.attributes[self.name] = keys
         request.prefix[self.name] = self._matches(request, keys, size)
+
+    def _max_blocks(self, size: int) -> int:
+        tokens, blocks = self._parameters.max_prefix_tokens_to_match, self._parameters.max_prefix_blocks_to_match
+        if tokens is None:
+            tokens = 0 if blocks else MAX_TOKENS
+        return tokens // size or blocks or 2**31 // size
 
     def _matches(self, request: InferenceRequest, keys: Sequence[int], size: int) -> Mapping[str, PrefixMatch]:
         """Blocks may be of bytes: what counts is their share of the prompt."""
@@ -121,6 +135,7 @@ class ApproxPrefix(Producer, Observer):
             or outcome.cached_tokens is None
             or not self._parameters.auto_tune
             or self._reported(endpoint)
+            or self._pool.get(endpoint.key) is not endpoint
         ):
             return
         match = request.prefix.get(self.name, {}).get(endpoint.key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, ClassVar, Final
 
 import aiohttp
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.flow.units import parse_duration
 from quire.gateway.plugin import Observer, Parameters, Producer, Services
-from quire.gateway.request import Api, InferenceRequest, Outcome
+from quire.gateway.request import Api, InferenceRequest, Outcome, plausible_prompt_tokens
 
 BYTES_PER_TOKEN: Final = 4.0
 MAX_MODELS: Final = 1000
@@ -36,18 +36,23 @@ _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class RenderParameters(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {
+        "mmTimeout": "timeout holds for every prompt",
+        "messagesRenderMode": "each API is rendered at its own path",
+        "prefillOnly": "every prompt is rendered",
+        "insecureSkipVerify": "certificates are always checked",
+    }
     url: str = "http://localhost:8000"
     timeout: str = "5s"
-    mm_timeout: str = "30s"
-    messages_render_mode: str = "auto"
-    prefill_only: bool = False
-    insecure_skip_verify: bool = False
 
 
 class TokenParameters(Parameters, frozen=True):
+    WITHOUT_EFFECT: ClassVar[Mapping[str, str]] = {
+        "backend": "vllm, where it is given, says by itself who tokenises",
+        "estimate": "how many bytes make a token is learnt from the answers",
+    }
     model_name: str = ""
     vllm: RenderParameters | None = None
-    estimate: Mapping[str, Any] = {}
 
 
 class TokenProducer(Producer, Observer):
@@ -101,7 +106,7 @@ class TokenProducer(Producer, Observer):
         size, tokens = self._seen.get(request.target_model, _PRIOR)
         self._seen[request.target_model] = (
             size * (1.0 - FORGET) + len(request.prompt),
-            tokens * (1.0 - FORGET) + outcome.prompt_tokens,
+            tokens * (1.0 - FORGET) + plausible_prompt_tokens(request, outcome.prompt_tokens),
         )
         self._seen.move_to_end(request.target_model)
         while len(self._seen) > MAX_MODELS:

@@ -89,7 +89,8 @@ class Proxy:
             if self.draining:
                 raise Draining("The gateway is stopping.", remedy="Try again elsewhere.", retry_after=1.0)
             body = await self._read(scope, receive, share)
-            request = parse(request_id, scope["path"], scope["headers"], body, arrived)
+            trust = self.settings.trust_subset
+            request = parse(request_id, scope["path"], scope["headers"], body, arrived, trust_subset=trust)
             call = Call(request, scope, send, arrived + self.settings.total_timeout, self.holding)
             await self._answer(call, receive)
         except Cancelled as left:
@@ -144,18 +145,24 @@ class Proxy:
                 return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def _answer(self, call: Call, receive: Receive) -> None:
-        """Forward the call. If its client goes away meanwhile everything about it is cancelled at once."""
+        """Forward the call. If its client goes away meanwhile, or it has to give way to others, everything about it is
+        cancelled at once."""
         answering = asyncio.current_task()
         assert answering is not None
         leaving = asyncio.ensure_future(receive())  # the body was read: nothing else can come
-        gone = False
+        end: QuireError | None = None
+
+        def end_with(error: QuireError) -> None:
+            nonlocal end
+            if end is None:  # cancelled once, it must be left to clean up
+                end = error
+                answering.cancel()
 
         def left(_: object) -> None:
-            nonlocal gone
-            gone = True
-            answering.cancel()
+            end_with(Cancelled("The client went away."))
 
         leaving.add_done_callback(left)
+        call.request.break_off = end_with
         try:
             for hook in self.hooks:
                 pending = hook(call.request)
@@ -163,11 +170,14 @@ class Proxy:
                     await pending
             await self.forwarder.forward(call)
         except asyncio.CancelledError:
-            if not gone:
+            if end is None:
                 raise
             answering.uncancel()
-            raise Cancelled("The client went away.") from None
+            if not isinstance(end, Cancelled):
+                await call.end_stream(end)
+            raise end from None
         finally:
+            call.request.break_off = None
             leaving.remove_done_callback(left)
             leaving.cancel()
 
@@ -216,6 +226,8 @@ class Gateway:
     guard: Guard
     settings: ProxySettings
     router: Router
+    refuse_waiting: Callable[[], None] = lambda: None
+    """Ends the requests that wait in flow control, with an error, when the time to drain is over."""
     _checks: Checks | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -242,6 +254,7 @@ class Gateway:
         """Refuse new requests, and wait for those that are open, `timeout` seconds at most. Those that are left then
         end with an error that says so."""
         await self.proxy.drain(timeout)
+        self.refuse_waiting()
         self.connections.close()
         await self.proxy.drain(LAST_WORDS)
 

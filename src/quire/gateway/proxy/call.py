@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from starlette.types import Scope, Send
 
+from quire.core.errors import QuireError
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.errors import UpstreamError
 from quire.gateway.parse import with_model
@@ -19,6 +21,9 @@ from quire.gateway.proxy.upstream import Connection
 from quire.gateway.proxy.usage import Usage
 from quire.gateway.request import Api, InferenceRequest
 from quire.web.protocol import BODY_WRITER, BodyWriter
+
+LARGE: Final = 64 * 1024
+"""Bytes of an answer, above which it counts as held until its client has taken most of it."""
 
 
 @dataclass(slots=True)
@@ -35,6 +40,9 @@ class Call:
     """Something of an answer has gone to the client; from here on nothing can be tried again."""
     status: int = 0
     """Sent to the client."""
+    in_stream: bool = False
+    events: WholeEvents = field(default_factory=WholeEvents)
+    """The answer is a stream of events, and its last one has not been sent."""
     tried: frozenset[str] = frozenset()
     """Keys of the endpoints where it was, or is, attempted."""
     tap: Callable[[bytes], None] | None = None
@@ -78,31 +86,31 @@ class Call:
         if self.request.stream or (self.request.api is Api.OTHER and not length_said and not answer.complete):
             await self._pass_on(answer, headers, b"", usage)  # speech and the like
             return
-        body, whole = await self._hold(answer, max_buffered)
-        if not whole:
-            await self._pass_on(answer, headers, body, usage)
-            return
-        usage.whole(body)
-        length = len(body)
-        if self.scope["method"] == "HEAD":  # of the answer that GET would get
-            length = next((int(value) for name, value in answer.headers if name == b"content-length"), 0)
-        if answer.status not in (204, 304):
-            headers.append((b"content-length", b"%d" % length))
-        await self._start(answer.status, headers)
-        await self.send({"type": "http.response.body", "body": body})
-
-    async def _hold(self, answer: Connection, most: int) -> tuple[bytes, bool]:
-        """What came of an answer, and whether that is all of it; it is not where there is no room for more."""
         share = Share(self.holding)
-        pieces: list[bytes] = []
         try:
-            while piece := await answer.read():
-                pieces.append(piece)
-                if share.size + len(piece) > most or not share.take(len(piece)):
-                    return b"".join(pieces), False
-            return b"".join(pieces), True
+            body, whole = await _hold(answer, share, max_buffered)
+            if not whole:
+                share.release()
+                await self._pass_on(answer, headers, body, usage)
+                return
+            usage.whole(body)
+            await self._send_whole(answer, headers, body)
         finally:
             share.release()
+
+    async def _send_whole(self, answer: Connection, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        length: bytes | None = b"%d" % len(body)
+        if answer.status in (204, 304):
+            length = None
+        elif self.scope["method"] == "HEAD":  # of the answer that GET would get, where that is known
+            length = next((value for name, value in answer.headers if name == b"content-length"), None)
+        if length is not None:
+            headers.append((b"content-length", length))
+        await self._start(answer.status, headers)
+        if len(body) > LARGE:
+            await self.send({"type": "http.response.body", "body": body, "more_body": True})
+            body = b""  # sent, or held by the server in front: the end waits for the client
+        await self.send({"type": "http.response.body", "body": body})
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, status
@@ -110,25 +118,33 @@ class Call:
 
     async def _stream(self, answer: Connection, headers: list[tuple[bytes, bytes]], usage: Usage) -> None:
         await self._start(answer.status, headers)
+        self.in_stream = True
         try:
-            rest = await self._relay(answer, usage)
+            await self._relay(answer, usage, self.events)
         except UpstreamError as error:
-            await self.send({"type": "http.response.body", "body": broken_stream(error, self.request.api)})
+            await self.end_stream(error)
             raise
         finally:
             usage.end()
-        await self.send({"type": "http.response.body", "body": rest})
+        self.in_stream = False
+        await self.send({"type": "http.response.body", "body": self.events.rest()})
 
-    async def _relay(self, answer: Connection, usage: Usage) -> bytes:
-        """Pass on what comes as whole events; the rest, behind the last of them, is returned."""
-        events = WholeEvents()
+    async def end_stream(self, error: QuireError) -> None:
+        """Tell the error as the last event of a stream that cannot go on; nothing where there is none."""
+        if self.in_stream:
+            self.in_stream = False
+            last = self.events.close() + broken_stream(error, self.request.api)
+            await self.send({"type": "http.response.body", "body": last})
+
+    async def _relay(self, answer: Connection, usage: Usage, events: WholeEvents) -> None:
+        """Pass on what comes as whole events; the rest, behind the last of them, stays there."""
         writer: BodyWriter | None = self.scope.get("extensions", {}).get(BODY_WRITER, {}).get("writer")
         if writer is None or not writer.usable:
             while piece := await answer.read():
                 usage.see(piece)
                 if whole := events.add(piece):
                     await self.send({"type": "http.response.body", "body": whole, "more_body": True})
-            return events.rest()
+            return
         write, see, add = writer.write, usage.see, events.add
 
         def pass_on(piece: bytes) -> bool:
@@ -138,7 +154,6 @@ class Call:
 
         while not await answer.relay(pass_on):
             await self.send({"type": "http.response.body", "body": b"", "more_body": True})  # waits for the client
-        return events.rest()
 
     async def _pass_on(
         self, answer: Connection, headers: list[tuple[bytes, bytes]], begun: bytes, usage: Usage
@@ -153,3 +168,13 @@ class Call:
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})
         usage.end()
         await self.send({"type": "http.response.body", "body": b""})
+
+
+async def _hold(answer: Connection, share: Share, most: int) -> tuple[bytes, bool]:
+    """What came of an answer, and whether that is all of it; it is not where there is no room for more."""
+    pieces: list[bytes] = []
+    while piece := await answer.read():
+        pieces.append(piece)
+        if share.size + len(piece) > most or not share.take(len(piece)):
+            return b"".join(pieces), False
+    return b"".join(pieces), True

@@ -28,9 +28,12 @@ class Connections:
         self._limits = HeadLimits(max_bytes=settings.max_answer_head, max_headers=settings.max_answer_headers)
         self._by_key: dict[str, _AtEndpoint] = {}
         self._tls: ssl.SSLContext | None = None
+        self._closed = False
 
     async def acquire(self, endpoint: Endpoint, *, fresh: bool = False) -> Connection:
         """An idle connection (unless `fresh`), else a new one. Raises `UpstreamError`."""
+        if self._closed:
+            raise _stopping()
         held = self._by_key.get(endpoint.key)
         if held is None:
             held = self._by_key[endpoint.key] = _AtEndpoint()
@@ -61,10 +64,13 @@ class Connections:
             raise UpstreamTimeout(
                 f"Endpoint {endpoint.name} did not connect in {seconds:g} s.", kind="connect"
             ) from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a name that no DNS can hold
             raise UpstreamError(f"Endpoint {endpoint.name} cannot be reached: {error}.", kind="connect") from None
         finally:
             held.num_opening -= 1
+        if self._closed:
+            connection.abort()
+            raise _stopping()
         if connection.open:
             held.open.add(connection)
         return connection
@@ -74,7 +80,8 @@ class Connections:
         connection.finish()
         held = self._by_key.get(endpoint.key)
         known = held is not None and connection in held.open  # else its endpoint left, or moved
-        if held is None or not known or not connection.reusable or not connection.open or self._is_full(held):
+        usable = connection.reusable and connection.open and connection.sent
+        if held is None or not known or not usable or self._is_full(held):
             connection.abort()
             return
         connection.idle_since = asyncio.get_running_loop().time()
@@ -99,12 +106,13 @@ class Connections:
             held.idle.pop().abort()
 
     def close(self) -> None:
-        """Close all. Whoever waits for an answer gets an `UpstreamError`."""
+        """Close all, and open no more. Whoever waits for an answer gets an `UpstreamError`."""
+        self._closed = True
         for held in self._by_key.values():
             while held.idle:
                 held.idle.pop().abort()
             for connection in tuple(held.open):
-                connection.fail(UpstreamError("The gateway is stopping.", kind="stopped", remedy="Ask again."))
+                connection.fail(_stopping())
         self._by_key.clear()
 
     def _tls_context(self) -> ssl.SSLContext:
@@ -114,3 +122,7 @@ class Connections:
                 self._tls.check_hostname = False
                 self._tls.verify_mode = ssl.CERT_NONE
         return self._tls
+
+
+def _stopping() -> UpstreamError:
+    return UpstreamError("The gateway is stopping.", kind="stopped", remedy="Ask again.")

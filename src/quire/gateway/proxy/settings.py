@@ -35,4 +35,6 @@ class ProxySettings:
     """Seconds that an idle connection is kept; less than the five after which uvicorn closes it."""
     verify_tls: bool = True
     """Check the certificates of endpoints with https."""
+    trust_subset: bool = False
+    """Let requests say by a header which endpoints they may go to."""
     resilience: ResilienceSettings = field(default_factory=ResilienceSettings)

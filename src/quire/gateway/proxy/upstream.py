@@ -84,6 +84,11 @@ class Connection(asyncio.Protocol):
     def open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def sent(self) -> bool:
+        """All of the request has gone out; an answer may come before that."""
+        return self._transport is not None and not self._transport.get_write_buffer_size()
+
     def send(self, data: bytes, waits: Waits, *, head_only: bool = False) -> None:
         """`head_only`: the answer has no body whatever its head says, as to HEAD."""
         assert self._transport is not None
@@ -136,6 +141,7 @@ class Connection(asyncio.Protocol):
         self._stop_timer()
         self._sink = None
         self.busy = False
+        self._resume()  # its end may have come with so much that reading stopped
 
     async def _wait(self) -> None:
         if self._error is not None:

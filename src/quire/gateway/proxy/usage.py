@@ -10,6 +10,9 @@ from typing import Any, Final
 MAX_TAIL: Final = 2048
 """Bytes kept of each of the last pieces."""
 MAX_USAGE: Final = 1024
+MAX_LOOKED_AT: Final = 256
+"""Fields of that name, from the end on: more than the kept end of a stream can hold of chunks, and no more of a body
+that is made of nothing else."""
 _decoder = json.JSONDecoder()
 
 
@@ -46,13 +49,15 @@ class Usage:
         self._read(body)
 
     def _read(self, text: bytes) -> None:
-        at = text.rfind(b'"usage":')
-        while at >= 0:
+        at = len(text)
+        for _ in range(MAX_LOOKED_AT):
+            at = text.rfind(b'"usage":', 0, at)  # null in every chunk but the last
+            if at < 0:
+                return
             usage = _object_at(text, at + len(b'"usage":'))
             if usage is not None:
                 self._take(usage)
                 return
-            at = text.rfind(b'"usage":', 0, at)  # null, as in every chunk but the last
 
     def _take(self, usage: dict[str, Any]) -> None:
         """OpenAI's names, those of its Responses, and Anthropic's."""

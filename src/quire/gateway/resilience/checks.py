@@ -93,7 +93,7 @@ class Checks:
         status, body = await self._get(endpoint, "/v1/models", MAX_MODELS_BYTES)
         if status != 200:
             return
-        with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             endpoint.models = frozenset(model.id for model in _decoder.decode(body).data[:MAX_MODELS])
 
     async def _get(self, endpoint: Endpoint, path: str, max_bytes: int) -> tuple[int | None, bytes]:

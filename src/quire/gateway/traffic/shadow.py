@@ -44,7 +44,8 @@ class Mirror:
     target: Target
     compare: bool
     send: Send
-    _shadow: Shadow
+    first: asyncio.Future[bytes | None]
+    """The answer that the client gets, when that is whole; None: there is nothing to compare with."""
     _answer: bytearray = field(default_factory=bytearray)
     _whole: bool = True
 
@@ -60,7 +61,8 @@ class Mirror:
 
     def end(self, ok: bool) -> None:
         """The client's answer is whole (or not)."""
-        self._shadow.answered(self, bytes(self._answer) if ok and self._whole and self.compare else None)
+        if not self.first.done():
+            self.first.set_result(bytes(self._answer) if ok and self._whole and self.compare else None)
 
 
 class Shadow:
@@ -68,7 +70,6 @@ class Shadow:
         self._clock = clock
         self._max_running = max_running
         self._tasks: set[asyncio.Task[None]] = set()
-        self._answers: dict[str, asyncio.Future[bytes | None]] = {}
         self.counts: dict[str, ShadowCounts] = {}
 
     def begin(self, request: InferenceRequest, target: Target, send: Send, *, compare: bool) -> Mirror | None:
@@ -77,17 +78,11 @@ class Shadow:
         if len(self._tasks) >= self._max_running:
             counts.skipped += 1
             return None
-        mirror = Mirror(request, target, compare, send, self)
-        self._answers[request.id] = asyncio.get_running_loop().create_future()
+        mirror = Mirror(request, target, compare, send, asyncio.get_running_loop().create_future())
         task = asyncio.create_task(self._run(mirror, counts))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return mirror
-
-    def answered(self, mirror: Mirror, answer: bytes | None) -> None:
-        future = self._answers.get(mirror.request.id)
-        if future is not None and not future.done():
-            future.set_result(answer)
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -99,7 +94,7 @@ class Shadow:
         try:
             theirs = await self._collect(mirror)
             seconds = self._clock() - started
-            ours = await self._answers[mirror.request.id]
+            ours = await mirror.first
             if not mirror.compare or ours is None or theirs is None:
                 counts.uncompared += 1
                 return
@@ -114,8 +109,6 @@ class Shadow:
         except Exception as error:  # a mirror's fault is counted, and nobody's trouble
             counts.failed += 1
             structlog.get_logger().info("shadow_failed", model=mirror.target.model, error=str(error))
-        finally:
-            self._answers.pop(mirror.request.id, None)
 
     async def _collect(self, mirror: Mirror) -> bytes | None:
         body = bytearray()

@@ -35,6 +35,7 @@ class CpuAttention:
     """An `AttentionKernel` for bfloat16 queries and a cache in bfloat16, int8 or fp8."""
 
     block_sizes = (8, 16, 32, 64, 128, 256)
+    reads_lengths = False
 
     def __init__(self, target: Target) -> None:
         self._backend = target.cpu

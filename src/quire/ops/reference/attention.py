@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class ReferenceAttention:
     """An `AttentionKernel` for caches of one dtype. Remembers which tile sizes may be used for a head shape."""
 
     block_sizes = BLOCK_SIZES
+    reads_lengths = True
 
     def __init__(self, target: Target) -> None:
         self._layout = KVLayout(target.kv_dtype, target.dtype)
@@ -51,7 +53,7 @@ class ReferenceAttention:
         heads = (shape.num_heads // shape.num_kv_heads, shape.head_dim)
         if heads not in self._tilings:
             self._tilings[heads] = choose_tiling(*heads, self._layout.read_dtype, requests.block_table_rb.device)
-        return plan_attention(shape, self._tilings[heads], requests)
+        return plan_attention(shape, self._tilings[heads], _on_host(requests))
 
     def __call__(self, q_thd: Tensor, kv_2gnb: Tensor, plan: AttentionPlan) -> Tensor:
         t, h, d = q_thd.shape
@@ -59,6 +61,17 @@ class ReferenceAttention:
         for group in plan.groups:
             attend(q_thd, _KeysAndValues(kv_2gnb, self._layout, plan), group, out_thd)
         return out_thd[:t]
+
+
+def _on_host(requests: PagedRequests) -> PagedRequests:
+    """With the lengths that stand on the device. An empty row gets one key to look at: what it finds is nobody's."""
+    if requests.lengths is None:
+        return requests
+    return msgspec.structs.replace(
+        requests,
+        query_start=requests.lengths.query_start.tolist(),
+        context_lens=requests.lengths.context_lens.clamp(min=1).tolist(),
+    )
 
 
 class LayerCache(Protocol):

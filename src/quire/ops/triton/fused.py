@@ -79,6 +79,7 @@ class TritonFused:
         quantized = self._kv_dtype in QUANTIZED
         cache = kv_layer.view(torch.int8 if quantized else getattr(torch, self._kv_dtype))
         half = rotary.cos_pr.shape[-1]
+        assert half, "nothing to turn"
         block = max(16, next_power_of_2(d))
         heads = heads_per_program(h, block)
         q_parts, kv_parts = -(-h // heads), -(-g // heads)

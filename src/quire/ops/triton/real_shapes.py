@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from quire.core.kv_format import kv_block_bytes
+from quire.core.sampling import SamplingParams
 from quire.ops.attention import AttentionShape, DeviceLengths, PagedRequests
+from quire.ops.draw import DrawTable
 from quire.ops.kernels import select
 from quire.ops.moe import MoeWeights
+from quire.ops.sampling import SamplingRow
 from quire.ops.target import Target
 from quire.ops.triton.blocks import TritonBlocks
 from quire.ops.triton.fused import HeadNorms, RotaryTable, TritonFused
@@ -149,6 +152,19 @@ def _fused(target: Target, shape: ModelShape, rows: int) -> None:
     fused.silu_mul(_empty(target, rows, 2 * shape.intermediate))
 
 
+def _draw(kernel: Any, _target: Target, shape: ModelShape, rows: int) -> None:
+    rows = min(rows, 256)
+    table = DrawTable.greedy(rows, torch.device("cpu"))
+    kernel(torch.empty(rows, shape.vocab), table, torch.zeros(rows, dtype=torch.int64))
+
+
+def _sample(kernel: Any, _target: Target, shape: ModelShape, rows: int) -> None:
+    """With changes to the logits, which `draw` has none of."""
+    sampling = SamplingParams(temperature=0.0, logit_bias={0: 1.0})
+    row = SamplingRow(sampling=sampling, position=1, token_ids=[0], num_prompt_tokens=1, eos_token_ids=[])
+    kernel(torch.empty(min(rows, 256), shape.vocab), [row] * min(rows, 256))
+
+
 def _linear(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
     """All products of a layer, fused as an engine would have them, and the logits of the rows that are sampled."""
     heads = shape.heads * shape.head_dim
@@ -211,6 +227,7 @@ _CALLS = {
     "add_layer_norm": _add_layer_norm,
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
+    "draw": _draw,
     "embedding": _embedding,
     "gated_activation": _gated_activation,
     "layer_norm": _layer_norm,
@@ -218,5 +235,6 @@ _CALLS = {
     "moe": _moe,
     "rms_norm": _rms_norm,
     "rope": _rope,
+    "sample": _sample,
 }
 """From (built kernel, target, shape, rows)."""

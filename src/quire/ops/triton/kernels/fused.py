@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from quire.ops.triton.kernels.common import rounded
+from quire.ops.triton.kernels.kv_numbers import finite_or_zero, largest_of, scales_of, stored
 from quire.ops.triton.kernels.norms import root_mean_square_scale, scaled
 
 
@@ -51,63 +52,17 @@ def _turned(
 
 
 @triton.jit
-def _magnitude(value):
-    """Of each row the largest; infinite where one is not a number."""
-    wide = value.to(tl.float32)
-    return tl.max(tl.where(wide == wide, tl.abs(wide), float("inf")), axis=1)[:, None]
-
-
-@triton.jit
-def _scales(largest, KV: tl.constexpr):
-    """(scale, inverse) of rows `[HEADS, 1]`, as `ops.reference.kv_layout` has them."""
-    MOST: tl.constexpr = 127.0 if KV == "int8" else 448.0
-    scale = tl.div_rn(largest, tl.full(largest.shape, MOST, tl.float32))
-    sound = scale < float("inf")
-    inverse = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), tl.where(sound & (scale > 0.0), scale, 1.0))
-    return tl.where(sound, scale, float("nan")), tl.where(sound & (scale > 0.0), inverse, 0.0)
-
-
-@triton.jit
-def _stored(value, inverse, KV: tl.constexpr, TYPE: tl.constexpr):
-    """As the cache has it, in TYPE, which is int8 for the bytes of e4m3 too."""
-    wide = value.to(tl.float32)
-    # What is not finite times 0, the inverse of a row that is not sound, must be 0, of the same sign.
-    most: tl.constexpr = 3.4028234663852886e38
-    number = tl.where(wide == wide, tl.minimum(tl.maximum(wide, -most), most), 0.0) * inverse
-    if KV == "wide":
-        return rounded(wide, TYPE)
-    elif KV == "int8":
-        number = tl.minimum(tl.maximum(number, -127.0), 127.0)
-        # To the nearest whole number, ties to even: there are no others so far from zero.
-        return ((number + 12582912.0) - 12582912.0).to(tl.int8)
-    else:
-        number = tl.minimum(tl.maximum(number, -448.0), 448.0)
-        magnitude = tl.abs(number)
-        bits = magnitude.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-        below_normal = ((magnitude * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
-        code = tl.where(magnitude < 0.015625, below_normal, normal)
-        return tl.where(number.to(tl.int32, bitcast=True) < 0, code | 0x80, code).to(tl.uint8).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _finite(value):
-    wide = value.to(tl.float32)
-    return tl.where(tl.abs(wide) < float("inf"), value, 0.0).to(value.dtype)
-
-
-@triton.jit
 def _store(
     cache, scales, block_at, place, value, head, written, head_stride, d, e, s, KV: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Heads `[HEADS, 1]` of a token at `place` in its block, of which head 0's begins at `block_at`."""
     i = tl.arange(0, BLOCK)[None, :]
     head_at = block_at + head.to(tl.int64) * head_stride
-    scale, inverse = _scales(_magnitude(value), KV)
+    scale, inverse = scales_of(largest_of(value), KV)
     if KV != "wide":
         tl.store(scales + (head_at + s * e) // 4 + place, scale, mask=head < written)
-    stored = _stored(value, inverse, KV, cache.dtype.element_ty)
-    tl.store(cache + head_at + place * e + i, stored, mask=(head < written) & (i < d))
+    numbers = stored(value, inverse, KV, cache.dtype.element_ty)
+    tl.store(cache + head_at + place * e + i, numbers, mask=(head < written) & (i < d))
 
 
 @triton.jit
@@ -181,6 +136,6 @@ def qkv_kernel(
         else:
             head = (part - Q_PARTS - KV_PARTS) * HEADS + n
             at = v + row * v_row_stride + head * v_head_stride
-            value = _finite(tl.load(at + i, mask=(head < written) & (i < d), other=0.0))
+            value = finite_or_zero(tl.load(at + i, mask=(head < written) & (i < d), other=0.0))
             block_at += cache_part_stride
             _store(cache, scales, block_at, slot % s, value, head, written, cache_head_stride, d, e, s, KV, BLOCK)

@@ -1,0 +1,186 @@
+"""What the device itself knows of the requests that decode, so that a steady step needs nothing from the host.
+
+A running request has a seat: a row of buffers that stay where they are. It holds how many tokens there are, the one
+drawn last, where its blocks are, and how it samples. A decode step reads all of that, and moves it on. The host keeps a
+mirror of what it believes stands there, and before a step sends what is to be different: who joined or left, new
+blocks.
+
+Legend: s seats, b blocks of the longest request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.core.sampling import SamplingParams
+from quire.ops.draw import DrawTable, table_of
+from quire.sched.state import Phase, RequestState, ScheduledChunk
+
+
+@dataclass(slots=True)
+class Seat:
+    """What the host believes of one row. `token_at`: the position of the token that it holds; -1: of no use.
+    `tables`: the lists whose first `filled` blocks it has. `params`: how it samples."""
+
+    owner: RequestState | None = None
+    epoch: int = 0
+    token_at: int = -1
+    length: int = 0
+    tables: list[list[int]] = field(default_factory=list)
+    filled: int = 0
+    params: SamplingParams | None = None
+
+    @property
+    def is_free(self) -> bool:
+        return self.owner is None or self.owner.phase is not Phase.RUNNING
+
+    def holds(self, chunk: ScheduledChunk) -> bool:
+        """Whether its token is the chunk's last."""
+        at = chunk.start + chunk.num_tokens - 1
+        return self.owner is chunk.state and self.epoch == chunk.epoch and self.token_at == at
+
+
+@dataclass(slots=True)
+class _News:
+    """What is to be sent: seats and their lengths, seats and their tokens, places in the flattened tables of each
+    group and their blocks, seats and their parameters."""
+
+    lengths: list[tuple[int, int]] = field(default_factory=list)
+    tokens: list[tuple[int, int]] = field(default_factory=list)
+    blocks: list[list[tuple[int, int]]] = field(default_factory=list)
+    params: list[tuple[int, SamplingParams]] = field(default_factory=list)
+
+
+class Seats:
+    """Of `count` requests with `num_blocks` blocks each at most, in the tables of `num_groups` groups of layers."""
+
+    def __init__(self, count: int, num_blocks: int, num_groups: int, device: torch.device) -> None:
+        self._device = device
+        self._seats = [Seat() for _ in range(count)]
+        self._of: dict[RequestState, int] = {}
+        self.token_s = torch.zeros(count, dtype=torch.int64, device=device)
+        self.length_s = torch.zeros(count, dtype=torch.int32, device=device)
+        """Tokens that there are, the one held included; 0 of a seat that takes no part in the next step."""
+        self.tables_sb = [torch.zeros(count, num_blocks, dtype=torch.int64, device=device) for _ in range(num_groups)]
+        self.params = DrawTable.greedy(count, device)
+
+    def fill(self, ids_t: Tensor, rows: Sequence[tuple[int, ScheduledChunk]]) -> None:
+        """Puts the tokens that only the device knows into their rows of `ids_t`."""
+        if not rows:
+            return
+        seats = []
+        for _, chunk in rows:
+            seat = self._of[chunk.state]
+            assert self._seats[seat].holds(chunk), "a token is pending that nobody drew"
+            seats.append(seat)
+        drawn_r = self.token_s.index_select(0, self._upload(seats))
+        # What is not finite was drawn as a negative number; the request will be told so.
+        ids_t.index_copy_(0, self._upload([row for row, _ in rows]), drawn_r.clamp_(min=0))
+
+    def keep(self, chunks: Sequence[ScheduledChunk], tokens_r: Tensor) -> None:
+        """Takes in what was drawn for each chunk, outside of a captured step."""
+        seats = [self._seat_of(chunk) for chunk in chunks]
+        for seat, chunk in zip(seats, chunks, strict=True):
+            self._seats[seat].token_at = chunk.start + chunk.num_tokens
+        self.token_s.index_copy_(0, self._upload(seats), tokens_r)
+
+    def prepare(self, chunks: Sequence[ScheduledChunk]) -> tuple[list[int], int]:
+        """Sends what a decode step over these needs: one row each. Their seats, and how many seats from the first on
+        the step has to run over: those of others are empty in it."""
+        news = _News(blocks=[[] for _ in self.tables_sb])
+        taking_part: set[int] = set()
+        seats = []
+        for chunk in chunks:
+            seat = self._seat_of(chunk)
+            seats.append(seat)
+            taking_part.add(seat)
+            self._compare(seat, chunk, news)
+        end = max(taking_part) + 1
+        for seat, known in enumerate(self._seats[:end]):
+            if seat not in taking_part and known.length:
+                known.length = 0
+                news.lengths.append((seat, 0))
+        self._send(news)
+        return seats, end
+
+    def advance(self, seats: Sequence[int]) -> None:
+        """After a decode step over these has been started."""
+        for seat in seats:
+            known = self._seats[seat]
+            known.length += 1
+            known.token_at += 1
+
+    def empty(self) -> None:
+        """Nobody takes part any more, until `prepare` says otherwise."""
+        self.length_s.zero_()
+        for known in self._seats:
+            known.length = 0
+
+    def _compare(self, seat: int, chunk: ScheduledChunk, news: _News) -> None:
+        known, state = self._seats[seat], chunk.state
+        length = chunk.start + 1
+        if known.length != length:
+            known.length = length
+            news.lengths.append((seat, length))
+        if not known.holds(chunk):
+            assert length == len(state.token_ids), "a token is pending that nobody drew"
+            known.token_at = chunk.start
+            news.tokens.append((seat, state.token_ids[chunk.start]))
+        tables = state.block_tables
+        if len(known.tables) != len(tables) or any(old is not new for old, new in zip(known.tables, tables)):
+            known.tables, known.filled = list(tables), 0
+        if known.filled != len(tables[0]):
+            width = self.tables_sb[0].shape[1]
+            for group, table in enumerate(tables):
+                places = range(seat * width + known.filled, seat * width + len(table))
+                news.blocks[group].extend(zip(places, table[known.filled :], strict=True))
+            known.filled = len(tables[0])
+        sampling = state.request.sampling
+        if known.params is not sampling:
+            known.params = sampling
+            news.params.append((seat, sampling))
+
+    def _send(self, news: _News) -> None:
+        self._scatter(self.length_s, news.lengths)
+        self._scatter(self.token_s, news.tokens)
+        for table_sb, blocks in zip(self.tables_sb, news.blocks, strict=True):
+            self._scatter(table_sb.view(-1), blocks)
+        if news.params:
+            seats = self._upload([seat for seat, _ in news.params])
+            self.params.put(seats, table_of([sampling for _, sampling in news.params], self._device))
+
+    def _scatter(self, target: Tensor, entries: Sequence[tuple[int, int]]) -> None:
+        if entries:
+            places, values = self._upload(entries).unbind(1)
+            target.index_copy_(0, places, values.to(target.dtype))
+
+    def _upload(self, numbers: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
+        return torch.from_numpy(np.asarray(numbers, np.int64)).to(self._device)
+
+    def _seat_of(self, chunk: ScheduledChunk) -> int:
+        """The request's own, or the lowest that is free."""
+        state = chunk.state
+        seat = self._of.get(state)
+        if seat is not None:
+            self._renew(seat, chunk)
+            return seat
+        # Requests that run are never more than there are seats.
+        seat = next(number for number, known in enumerate(self._seats) if known.is_free)
+        before = self._seats[seat].owner
+        if before is not None:
+            del self._of[before]
+        self._of[state] = seat
+        self._seats[seat] = Seat(
+            owner=state, epoch=chunk.epoch, length=self._seats[seat].length, params=self._seats[seat].params
+        )
+        return seat
+
+    def _renew(self, seat: int, chunk: ScheduledChunk) -> None:
+        known = self._seats[seat]
+        if known.epoch != chunk.epoch:
+            known.epoch, known.token_at = chunk.epoch, -1

@@ -1,0 +1,248 @@
+"""The sparse feed-forward block by Triton: nothing is asked of the device, so that a graph can hold it.
+
+Legend: t rows, e features, n experts, i features inside an expert, k experts of a row; a pair is a row and one of its
+experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from quire.ops.activation import gated_activation
+from quire.ops.moe import MoeWeights, add_experts, route
+from quire.ops.target import Target
+from quire.ops.triton.int4 import PackedInt4, TritonInt4Linear
+from quire.ops.triton.kernels.moe import (
+    add_experts_kernel,
+    arrange_kernel,
+    count_kernel,
+    expert_kernel,
+    route_kernel,
+)
+from quire.ops.triton.launch import Launch
+from quire.ops.triton.linear import TritonLinear
+from quire.ops.triton.quantize import quantize
+from quire.ops.triton.tiles import FEW_ROWS, rows_tile, stages, step_of
+from quire.ops.weight import Fp8Weight, Int8Weight, weight_shape
+
+_TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.int8: tl.int8,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+_FEW_PAIRS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Experts:
+    """One weight of each expert, of one shape and format, where they lie. `kept` holds them."""
+
+    addresses_n: Tensor
+    scale_addresses_n: Tensor
+    sample: Tensor
+    align: int
+    scales: int
+    kept: Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TritonMoeWeights:
+    plain: MoeWeights
+    gate: _Experts
+    up: _Experts
+    down: _Experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Places:
+    """Pairs in order of their experts, see `kernels.moe`. `most_tiles`: what there may be, by the shapes alone."""
+
+    places: Tensor
+    tile_experts: Tensor
+    num_tiles: Tensor
+    most_tiles: int
+    tile: int
+    pairs: int
+
+
+class TritonMoe:
+    """`MoeKernel`. Experts in 4 bits, or in several formats or shapes, are computed one after the other, which waits
+    for the device: no graph can hold that."""
+
+    def __init__(self, target: Target) -> None:
+        self._launch: Launch = target.launch
+        self._linear = TritonLinear(target)
+        self._int4 = TritonInt4Linear(target)
+
+    def join(self, weights: MoeWeights) -> TritonMoeWeights | MoeWeights:
+        lists = [_experts(each) for each in (weights.gate, weights.up, weights.down)]
+        if any(each is None for each in lists):
+            return weights
+        gate, up, down = (each for each in lists if each is not None)
+        if gate.sample.shape != up.sample.shape or gate.sample.dtype != up.sample.dtype:
+            return weights
+        return TritonMoeWeights(plain=weights, gate=gate, up=up, down=down)
+
+    def __call__(self, x_te: Tensor, weights: TritonMoeWeights | MoeWeights) -> Tensor:
+        if isinstance(weights, MoeWeights):
+            return self._one_by_one(x_te, weights)
+        if not len(x_te):
+            return torch.empty_like(x_te)
+        x = x_te if x_te.stride(1) == 1 else x_te.contiguous()
+        probabilities_tk, experts_tk = self._route(x, weights.plain)
+        tile = _pair_tile(experts_tk, weights)
+        places = self._arrange(experts_tk, len(weights.gate.kept), tile)
+        inner = self._multiply(x, weights.gate, weights.up, places, weights.plain.top_k)
+        shares = self._multiply(inner, weights.down, None, places, 1)
+        return self._add(shares, probabilities_tk)
+
+    def _one_by_one(self, x_te: Tensor, weights: MoeWeights) -> Tensor:
+        def ffn(expert: int, x_me: Tensor) -> Tensor:
+            gate, up = (self._linear_for(each[expert])(x_me, each[expert]) for each in (weights.gate, weights.up))
+            inner = gated_activation(gate, up, "silu")
+            return self._linear_for(weights.down[expert])(inner, weights.down[expert])
+
+        probabilities_tk, experts_tk = route(self._linear(x_te, weights.router), weights)
+        return add_experts(x_te, probabilities_tk, experts_tk, ffn)
+
+    def _linear_for(self, weight: Any) -> TritonLinear | TritonInt4Linear:
+        return self._int4 if isinstance(weight, PackedInt4) else self._linear
+
+    def _route(self, x_te: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
+        """(probabilities, experts int32), both `[t, k]`, by rising number of the expert."""
+        logits_tn = self._linear(x_te, weights.router)
+        t, n = logits_tn.shape
+        probabilities = torch.empty(t, weights.top_k, dtype=torch.float32, device=x_te.device)
+        experts = torch.empty(t, weights.top_k, dtype=torch.int32, device=x_te.device)
+        self._launch(
+            route_kernel,
+            (t,),
+            logits_tn,
+            probabilities,
+            experts,
+            n,
+            TOP_K=weights.top_k,
+            BLOCK_N=_power_above(n),
+            RENORMALIZE=weights.renormalize,
+            num_warps=1 if n <= 256 else 4,
+        )
+        return probabilities, experts
+
+    def _arrange(self, experts_tk: Tensor, n: int, tile: int) -> _Places:
+        pairs, device = experts_tk.numel(), experts_tk.device
+        most_tiles = min(pairs, pairs // tile + min(n, pairs))
+        counts, places, tile_experts, num_tiles = (
+            torch.empty(size, dtype=torch.int32, device=device) for size in (n, most_tiles * tile, most_tiles, 1)
+        )
+        if pairs > _FEW_PAIRS:
+            self._launch(count_kernel, (n,), experts_tk, counts, pairs, BLOCK=4 * _FEW_PAIRS)
+        self._launch(
+            arrange_kernel,
+            (n,),
+            experts_tk,
+            counts,
+            places,
+            tile_experts,
+            num_tiles,
+            pairs,
+            n,
+            COUNTED=pairs > _FEW_PAIRS,
+            TILE=tile,
+            BLOCK=_FEW_PAIRS,
+            BLOCK_N=_power_above(n + 1),
+        )
+        return _Places(
+            places=places, tile_experts=tile_experts, num_tiles=num_tiles, most_tiles=most_tiles, tile=tile, pairs=pairs
+        )
+
+    def _multiply(self, x: Tensor, first: _Experts, second: _Experts | None, places: _Places, top_k: int) -> Tensor:
+        """`[pairs, n]` of `[pairs / top_k, k]`: by one weight of each expert, or gated, by two."""
+        (n, k), step = first.sample.shape, step_of(first.sample)
+        out = torch.empty(places.pairs, n, dtype=x.dtype, device=x.device)
+        scale = None
+        if first.scales == 2:
+            x, scale = quantize(self._launch, x, torch.int8)
+        features = 128 if places.tile == FEW_ROWS else 64
+        self._launch(
+            expert_kernel,
+            (places.most_tiles * -(-n // features),),
+            x,
+            x if scale is None else scale,
+            first.addresses_n,
+            (second or first).addresses_n,
+            first.scale_addresses_n,
+            (second or first).scale_addresses_n,
+            places.places,
+            places.tile_experts,
+            places.num_tiles,
+            out,
+            k,
+            n,
+            x.stride(0),
+            GATED=second is not None,
+            TOP_K=top_k,
+            W_TYPE=_TYPES[first.sample.dtype],
+            ALIGN=min(first.align, (second or first).align),
+            SCALES=first.scales,
+            EVEN_K=k % step == 0,
+            BLOCK_F=features,
+            BLOCK_M=places.tile,
+            BLOCK_K=step,
+            num_warps=features // 16,
+            num_stages=stages(features, places.tile, x, step, weights=1 if second is None else 2),
+        )
+        return out
+
+    def _add(self, shares: Tensor, probabilities_tk: Tensor) -> Tensor:
+        (t, top_k), e = probabilities_tk.shape, shares.shape[1]
+        out = torch.empty(t, e, dtype=shares.dtype, device=shares.device)
+        block = min(1024, _power_above(e))
+        self._launch(
+            add_experts_kernel, (t, -(-e // block)), shares, probabilities_tk, out, e, TOP_K=top_k, BLOCK=block
+        )
+        return out
+
+
+def _experts(weights: Sequence[Any]) -> _Experts | None:
+    """None where one kernel cannot serve them all."""
+    if any(isinstance(weight, PackedInt4) for weight in weights):
+        return None
+    if len({(type(weight), weight_shape(weight)) for weight in weights}) > 1:
+        return None
+    values = [weight if isinstance(weight, Tensor) else weight.values_nk for weight in weights]
+    scales = [weight.scale_n for weight in weights if isinstance(weight, Int8Weight | Fp8Weight)]
+    if len({each.dtype for each in values}) > 1:
+        return None
+    return _Experts(
+        addresses_n=_addresses(values),
+        scale_addresses_n=_addresses(scales or values),
+        sample=values[0],
+        align=16 if all(each.data_ptr() % 16 == 0 for each in values) else values[0].element_size(),
+        scales=2 if isinstance(weights[0], Int8Weight) else 1 if scales else 0,
+        kept=weights,
+    )
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([each.data_ptr() for each in tensors], dtype=torch.int64, device=tensors[0].device)
+
+
+def _pair_tile(experts_tk: Tensor, weights: TritonMoeWeights) -> int:
+    """Pairs of a tile: twice what an expert has if all have as many, so that most need one tile when rows are few."""
+    samples = (weights.gate.sample, weights.down.sample)
+    odd = any(sample.shape[1] % 16 != 0 for sample in samples)
+    wide = any(sample.dtype == torch.float32 for sample in samples)
+    share = 2 * experts_tk.numel() // len(weights.gate.kept)
+    return rows_tile(max(1, share), 16 if odd else 32 if wide else FEW_ROWS)
+
+
+def _power_above(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
