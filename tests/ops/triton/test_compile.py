@@ -48,7 +48,9 @@ def without_interpreter(tmp_path: Path, *command: str) -> subprocess.CompletedPr
     ("arch", "options"),
     [("sm_90", ("--rows=1", "--rows=256")), ("gfx942", ("--rows=1", "--op=rms_norm", "--op=fused"))],
 )
-def test_kernels_of_a_real_model_need_no_more_than_there_is(tmp_path: Path, arch: str, options: tuple[str]) -> None:
+def test_kernels_of_a_real_model_need_no_more_than_there_is(
+    tmp_path: Path, arch: str, options: tuple[str, ...]
+) -> None:
     ran = without_interpreter(tmp_path, "-m", "quire.ops.triton.compile_only", arch, "Qwen3-0.6B", *options)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert {"rms_norm_kernel", "qkv_kernel"} <= set(ran.stdout.split())
