@@ -7,6 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from quire.core.kv_format import QUANTIZED
 from quire.ops.activation import gated_activation
 from quire.ops.kernels import select
 from quire.ops.op import random_tensor
@@ -30,14 +31,14 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("dtype", "kv_cache_dtype"), FORMATS)
-@settings(max_examples=6, deadline=None, phases=[Phase.generate])  # interpreted: too slow to make failures small
+@settings(max_examples=4, deadline=None, phases=[Phase.generate])  # interpreted: too slow to make failures small
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_qkv_is_norm_then_rope_then_write(
     dtype: torch.dtype, kv_cache_dtype: str, data: st.DataObject, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     d, half = data.draw(st.sampled_from([(64, 32), (128, 64), (80, 16), (21, 9)]), label="head")
-    t, g, group = (data.draw(st.integers(1, most), label=name) for name, most in (("t", 5), ("g", 3), ("group", 4)))
+    t, g, group = (data.draw(st.integers(1, most), label=name) for name, most in (("t", 4), ("g", 2), ("group", 3)))
     h, s, blocks = g * group, 8, 4
     target = Target("cpu", dtype, isa=TRITON, kv_cache_dtype=kv_cache_dtype)
     ops, reference = select(target), ReferenceAttention(target)
@@ -60,7 +61,7 @@ def test_qkv_is_norm_then_rope_then_write(
     kept = slots.clone()
     if t > 1 and data.draw(st.booleans(), label="a token is not written"):
         slots[0] = -1
-        kept[0] = 0
+        kept[0] = 0  # in the block that nobody reads
     found = TritonFused(target).qkv(
         q, k, v, norms=norms, rotary=rotary, positions_t=positions, slots_t=slots, kv_layer=caches[0, 1]
     )
@@ -70,11 +71,15 @@ def test_qkv_is_norm_then_rope_then_write(
     table = (rotary.cos_pr[positions], rotary.sin_pr[positions])
     reference.write(caches[1, 1], ops.rope(k, *table), v, kept)
     expected = ops.rope(q, *table)
-    # All NaNs are one here: in the cache only bytes that were NaN on the way may differ.
+    # Of NaNs there are several.
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
-    stored = {"int8": torch.float32, "fp8": torch.float32}.get(kv_cache_dtype, getattr(torch, target.kv_dtype))
-    wide = [cache[:, :, :, 1:].view(stored).nan_to_num() for cache in caches]
-    assert torch.equal(wide[0].view(torch.uint8), wide[1].view(torch.uint8))
+    numbers = s * (d + d % 2) if target.kv_dtype in QUANTIZED else 0
+    widths = torch.float32 if numbers else getattr(torch, target.kv_dtype)
+    one, other = (cache[:, :, 1:] for cache in caches[:, 1])
+    assert torch.equal(one[..., :numbers], other[..., :numbers])
+    one, other = (cache[..., numbers:].view(widths).nan_to_num() for cache in (one, other))
+    assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    assert not caches[:, ::2].any()
 
 
 def test_silu_mul_is_gated_activation() -> None:

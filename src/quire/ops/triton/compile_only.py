@@ -27,7 +27,7 @@ from triton.runtime.jit import create_function_from_signature
 from quire.core.errors import ConfigError
 from quire.ops.target import Target
 from quire.ops.triton.library import TRITON, interprets
-from quire.ops.triton.real_shapes import ROWS, SHAPES, call, served_ops
+from quire.ops.triton.real_shapes import FUSED, ROWS, SHAPES, call, served_ops
 
 _KIB = 1024
 _MOST_SHARED: Mapping[str, int] = {
@@ -161,13 +161,14 @@ def _amd_registers(assembly: str) -> tuple[int, int]:
 
 
 def compile_ops(launch: CompileOnly, *, shapes: Sequence[str], rows: Sequence[int], ops: Sequence[str] = ()) -> None:
-    """What Triton serves of `ops` (of all, if empty), in bfloat16, at `shapes` of `SHAPES` and numbers of rows."""
+    """What Triton serves of `ops` (of all and "fused", if empty), in bfloat16, at `shapes` of `SHAPES`."""
     target = Target("cpu", torch.bfloat16, isa=TRITON, launch=launch)
-    for op in served_ops(target):
-        for shape in SHAPES:
-            if shape.name in shapes and (op in ops or not ops):
-                for count in rows:
-                    call(op, target, shape, count)
+    for op in (*served_ops(target), FUSED):
+        if op in ops or not ops:
+            for shape in SHAPES:
+                if shape.name in shapes:
+                    for count in rows:
+                        call(op, target, shape, count)
 
 
 def table(compiled: Sequence[Compiled]) -> str:

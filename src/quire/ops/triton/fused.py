@@ -79,6 +79,7 @@ class TritonFused:
         quantized = self._kv_dtype in QUANTIZED
         cache = kv_layer.view(torch.int8 if quantized else getattr(torch, self._kv_dtype))
         half = rotary.cos_pr.shape[-1]
+        assert half, "nothing to turn"
         block = max(16, next_power_of_2(d))
         heads = heads_per_program(h, block)
         q_parts, kv_parts = -(-h // heads), -(-g // heads)
@@ -111,7 +112,7 @@ class TritonFused:
                 rotary.cos_pr.stride(0),
                 *cache.stride()[:3],
                 HALF=half,
-                REST=d - 2 * half,
+                TURNS_ALL=2 * half == d,
                 NORMED=norms is not None,
                 OFFSETS=norms is not None and norms.weight_offset != 0.0,
                 KV=self._kv_dtype if quantized else "wide",
@@ -119,7 +120,5 @@ class TritonFused:
                 KV_PARTS=kv_parts,
                 HEADS=heads,
                 BLOCK=block,
-                HALF_BLOCK=next_power_of_2(half),
-                REST_BLOCK=next_power_of_2(d - 2 * half),
             )
         return out_thd

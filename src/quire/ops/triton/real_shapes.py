@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.core.kv_format import kv_block_bytes
 from quire.core.sampling import SamplingParams
 from quire.ops.attention import AttentionShape, DeviceLengths, PagedRequests
 from quire.ops.draw import DrawTable
@@ -15,10 +16,14 @@ from quire.ops.kernels import select
 from quire.ops.moe import MoeWeights
 from quire.ops.sampling import SamplingRow
 from quire.ops.target import Target
+from quire.ops.triton.blocks import TritonBlocks
+from quire.ops.triton.fused import HeadNorms, RotaryTable, TritonFused
 from quire.ops.triton.implementations import implementations
 
 ROWS = (1, 16, 64, 256, 2048)
 """Decoding alone, among few and among many, and a prefill."""
+FUSED = "fused"
+"""In the place of an op's name: kernels that are no op's alone."""
 _BLOCK_SIZE = 16
 _CONTEXT = 2048
 _EPS = 1e-6
@@ -67,6 +72,9 @@ def served_ops(target: Target) -> list[str]:
 
 def call(op: str, target: Target, shape: ModelShape, rows: int) -> None:
     """Calls Triton's implementation of `op` as a model of this shape would, with `rows` tokens."""
+    if op == FUSED:
+        _fused(target, shape, rows)
+        return
     build = next(one.build for one in implementations() if one.op == op)
     _CALLS[op](build(target), target, shape, rows)
 
@@ -116,6 +124,32 @@ def _gated_activation(kernel: Any, target: Target, shape: ModelShape, rows: int)
 def _rope(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
     cos_tr, sin_tr = torch.empty(2, rows, shape.head_dim // 2)
     kernel(_heads(target, shape, rows), cos_tr, sin_tr)
+
+
+def _fused(target: Target, shape: ModelShape, rows: int) -> None:
+    """What is no op of its own: with norms and without, into caches of 16 and of 8 bits."""
+    joint = _empty(target, rows, shape.heads + 2 * shape.kv_heads, shape.head_dim)
+    q_thd, k_tgd, v_tgd = torch.split(joint, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+    weight = _empty(target, shape.head_dim)
+    cos_pr, sin_pr = torch.empty(2, _CONTEXT, shape.head_dim // 2)
+    for kv_dtype in ("auto", "fp8"):
+        into = Target("cpu", target.dtype, isa=target.isa, launch=target.launch, kv_cache_dtype=kv_dtype)
+        fused = TritonFused(into)
+        block_bytes = kv_block_bytes(into.kv_dtype, block_size=_BLOCK_SIZE, head_dim=shape.head_dim)
+        for norms in (HeadNorms(q_weight=weight, k_weight=weight, eps=_EPS), None):
+            fused.qkv(
+                q_thd,
+                k_tgd,
+                v_tgd,
+                norms=norms,
+                rotary=RotaryTable(cos_pr=cos_pr, sin_pr=sin_pr),
+                positions_t=torch.zeros(rows, dtype=torch.int64),
+                slots_t=torch.zeros(rows, dtype=torch.int64),
+                kv_layer=torch.empty(2, shape.kv_heads, 8, block_bytes, dtype=torch.uint8),
+            )
+    blocks = torch.empty(2, 2, shape.kv_heads, 4, block_bytes, dtype=torch.uint8)
+    TritonBlocks(target).copy(blocks, blocks, torch.zeros(1, 2, dtype=torch.int64))
+    fused.silu_mul(_empty(target, rows, 2 * shape.intermediate))
 
 
 def _draw(kernel: Any, _target: Target, shape: ModelShape, rows: int) -> None:

@@ -16,7 +16,7 @@ _WIDEST_ROW = 1 << 15
 _PIECE = 2048
 """Elements of a row that one program works on where rows can be cut: two 16-byte loads of a thread."""
 _ROWS_TILE = 1024
-_HEADS_TILE = 2048
+_HEADS_TILE = 1024
 """Elements of a program that has several rows, or heads, whose halves are loaded apart: a 16-byte load of a thread."""
 
 

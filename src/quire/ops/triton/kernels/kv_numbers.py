@@ -27,8 +27,9 @@ def scales_of(largest, KV: tl.constexpr):
 def stored(value, inverse, KV: tl.constexpr, TYPE: tl.constexpr):
     """As the cache has it, in TYPE, which is int8 for the bytes of e4m3 too."""
     wide = value.to(tl.float32)
-    # Rows that are not sound become zeros.
-    number = tl.where(inverse > 0.0, wide * inverse, 0.0)
+    # What is not finite times 0, the inverse of a row that is not sound, must be 0, of the same sign.
+    most: tl.constexpr = 3.4028234663852886e38
+    number = tl.where(wide == wide, tl.minimum(tl.maximum(wide, -most), most), 0.0) * inverse
     if KV == "wide":
         return rounded(wide, TYPE)
     elif KV == "int8":

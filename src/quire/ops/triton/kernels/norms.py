@@ -66,11 +66,11 @@ def rms_norm_kernel(
     OFFSETS: tl.constexpr,
 ):
     """All but x lie row after row."""
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     i = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (i < d)
-    x_at = row // inner * outer_stride + row % inner * inner_stride + i
-    dense_at = row * d + i
+    x_at = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride + i
+    dense_at = row.to(tl.int64) * d + i
     wide = _load_sum(x, x_at, residual, total, dense_at, inside, ADDS)
     w = tl.load(weight + i, mask=i < d, other=0.0).to(tl.float32)
     scale = root_mean_square_scale(wide, d, eps, ROWS, BLOCK)[:, None]
@@ -97,11 +97,11 @@ def layer_norm_kernel(
     BIASED: tl.constexpr,
 ):
     """All but x lie row after row."""
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     i = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (i < d)
-    x_at = row // inner * outer_stride + row % inner * inner_stride + i
-    dense_at = row * d + i
+    x_at = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride + i
+    dense_at = row.to(tl.int64) * d + i
     wide = _load_sum(x, x_at, residual, total, dense_at, inside, ADDS)
     w = tl.load(weight + i, mask=i < d, other=0.0).to(tl.float32)
     mean = tl.div_rn(_sum(wide, ROWS, BLOCK), tl.zeros([ROWS], tl.float32) + d)
