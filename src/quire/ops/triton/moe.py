@@ -28,7 +28,7 @@ from quire.ops.triton.kernels.moe import (
 from quire.ops.triton.launch import Launch
 from quire.ops.triton.linear import TritonLinear
 from quire.ops.triton.quantize import quantize
-from quire.ops.triton.tiles import FEW_ROWS, rows_tile, stages, step_of
+from quire.ops.triton.tiles import FEW_ROWS, rows_tile, shared_bytes_of, stages, step_of
 from quire.ops.weight import Fp8Weight, Int8Weight, weight_shape
 
 _TYPES = {
@@ -79,6 +79,7 @@ class TritonMoe:
 
     def __init__(self, target: Target) -> None:
         self._launch: Launch = target.launch
+        self._shared_bytes = shared_bytes_of(target.device)
         self._linear = TritonLinear(target)
         self._int4 = TritonInt4Linear(target)
 
@@ -197,7 +198,14 @@ class TritonMoe:
             BLOCK_M=places.tile,
             BLOCK_K=step,
             num_warps=features // 16,
-            num_stages=stages(features, places.tile, x, step, weights=1 if second is None else 2),
+            num_stages=stages(
+                features,
+                places.tile,
+                x,
+                step,
+                shared_bytes=self._shared_bytes,
+                weights=1 if second is None else 2,
+            ),
         )
         return out
 
