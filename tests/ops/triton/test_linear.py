@@ -9,6 +9,7 @@ import torch
 
 from quire.ops.linear import LINEAR_INT4, linear, linear_fp8, linear_int8
 from quire.ops.target import Target
+from quire.ops.triton import int4 as int4_module
 from quire.ops.triton import tiles as tiles_module
 from quire.ops.triton.int4 import TritonInt4Linear
 from quire.ops.triton.launch import run
@@ -102,18 +103,26 @@ def test_logits_are_wide(make, definition):
     torch.testing.assert_close(found, expected.view(2, 3, 70), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_4_bit_rows_are_alone_and_near_the_definition(seed, monkeypatch):
-    """For all kinds of scales, k in parts or not."""
-    inputs = LINEAR_INT4.inputs(70, torch.float32, torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize(
+    ("seed", "rows", "programs", "forms"),
+    [
+        (1, 18, 128, {"split"}),  # zero points
+        (6, 70, 2, {"loop", "split"}),  # a scale per group
+        (33, 18, 128, {"one"}),  # spans of groups, in pieces
+        (112, 18, 128, {"split"}),  # spans
+    ],
+)
+def test_4_bit_rows_are_alone_and_near_the_definition(seed, rows, programs, forms, monkeypatch):
+    inputs = LINEAR_INT4.inputs(rows, torch.float32, torch.Generator().manual_seed(seed))
     x, bias, recorder = inputs["x_tk"], inputs["bias_n"], Recorder()
-    monkeypatch.setattr(tiles_module, "PROGRAMS", 128 if seed < 4 else 1)  # with 1, k stays in one part
+    monkeypatch.setattr(tiles_module, "PROGRAMS", programs)
+    monkeypatch.setattr(int4_module, "PROGRAMS", programs)
     kernel = TritonInt4Linear(Target("cpu", torch.float32, isa=TRITON, launch=recorder))
     weight = kernel.pack(inputs["weight"])
     whole = kernel.wide(x, weight, bias)
     torch.testing.assert_close(whole, LINEAR_INT4.definition(**inputs), rtol=1e-5, atol=1e-5)
-    for rows in (slice(3, 4), slice(2, 22)):
-        assert torch.equal(kernel.wide(x[rows], weight, bias), whole[rows])
+    assert torch.equal(kernel.wide(x[3:4], weight, bias), whole[3:4])
+    assert {launch["FORM"] for launch in recorder.seen if "FORM" in launch} == forms
     assert not kernel._tickets.any()
 
 

@@ -38,9 +38,10 @@ def kernel() -> TritonMoe:
     return TritonMoe(Target("cpu", BF16, isa=TRITON))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_routing_is_the_definitions_with_ties_and_what_is_no_number(renormalize):
-    weights = replace(block(7, 3, renormalize=renormalize), router=torch.eye(7, dtype=BF16))
+    weights = block(7, 3, renormalize=renormalize)
     logits = torch.randint(-2, 3, (20, 7), generator=torch.Generator().manual_seed(0)).to(BF16)
     probabilities, experts = kernel()._route(logits, weights)
     expected, expected_experts = route(logits, weights)
@@ -68,14 +69,14 @@ def test_each_pair_has_a_place_in_a_tile_of_its_expert(pairs, n, tile):
 
 
 def test_rows_are_alone_in_tiles_of_any_width():
-    x, weights = random(90, E, seed=6) * 5, block(3, 2)
+    x, weights = random(60, E, seed=6) * 5, block(3, 2)
     moe_kernel = kernel()
     joined = moe_kernel.join(weights)
     assert isinstance(joined, TritonMoeWeights)
     whole = moe_kernel(x, joined)
     near = torch.isclose(whole.float(), moe(x, weights).float(), rtol=2e-2, atol=2e-2).all(-1)
     assert near.float().mean() >= 0.9  # a logit may round the other way and the row see another expert
-    for rows in (slice(5, 6), slice(0, 20), slice(40, 80)):
+    for rows in (slice(5, 6), slice(40, 60)):
         assert torch.equal(moe_kernel(x[rows], joined), whole[rows])
 
 
