@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from quire.ops.linear import linear, linear_fp8, linear_int8
+from quire.ops.linear import LINEAR_INT4, linear, linear_fp8, linear_int8
 from quire.ops.target import Target
+from quire.ops.triton import int4 as int4_module
 from quire.ops.triton import tiles as tiles_module
+from quire.ops.triton.int4 import TritonInt4Linear
 from quire.ops.triton.launch import run
 from quire.ops.triton.library import TRITON, interprets
 from quire.ops.triton.linear import TritonLinear
@@ -99,6 +101,29 @@ def test_logits_are_wide(make, definition):
     assert found.dtype == torch.float32
     expected = definition(x.reshape(6, 520).float(), weight, bias)
     torch.testing.assert_close(found, expected.view(2, 3, 70), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seed", "rows", "programs", "forms"),
+    [
+        (1, 18, 128, {"split"}),  # zero points
+        (6, 70, 2, {"loop", "split"}),  # a scale per group
+        (33, 18, 128, {"one"}),  # spans of groups, in pieces
+        (112, 18, 128, {"split"}),  # spans
+    ],
+)
+def test_4_bit_rows_are_alone_and_near_the_definition(seed, rows, programs, forms, monkeypatch):
+    inputs = LINEAR_INT4.inputs(rows, torch.float32, torch.Generator().manual_seed(seed))
+    x, bias, recorder = inputs["x_tk"], inputs["bias_n"], Recorder()
+    monkeypatch.setattr(tiles_module, "PROGRAMS", programs)
+    monkeypatch.setattr(int4_module, "PROGRAMS", programs)
+    kernel = TritonInt4Linear(Target("cpu", torch.float32, isa=TRITON, launch=recorder))
+    weight = kernel.pack(inputs["weight"])
+    whole = kernel.wide(x, weight, bias)
+    torch.testing.assert_close(whole, LINEAR_INT4.definition(**inputs), rtol=1e-5, atol=1e-5)
+    assert torch.equal(kernel.wide(x[3:4], weight, bias), whole[3:4])
+    assert {launch["FORM"] for launch in recorder.seen if "FORM" in launch} == forms
+    assert not kernel._tickets.any()
 
 
 def test_tickets_are_as_they_were():

@@ -12,11 +12,12 @@ from quire.ops.target import Target
 from quire.ops.triton.kernels.int4 import int4_kernel
 from quire.ops.triton.launch import Launch
 from quire.ops.triton.quantize import quantize
-from quire.ops.triton.tiles import MOST_PARTS, PROGRAMS, parts_of, rows_tile
+from quire.ops.triton.tiles import MOST_PARTS, PROGRAMS, parts_of, rows_tile, shared_bytes_of
 from quire.ops.weight import Int4Weight
 
 _FEATURES = 64
 _MOST_ROWS = 64
+_MOST_STAGES = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,7 @@ class TritonInt4Linear:
 
     def __init__(self, target: Target) -> None:
         self._launch: Launch = target.launch
+        self._shared_bytes = shared_bytes_of(target.device)
         self._tickets = torch.zeros(PROGRAMS * MOST_PARTS, dtype=torch.int32, device=target.device)
 
     def pack(self, weight: Int4Weight) -> PackedInt4:
@@ -72,6 +74,7 @@ class TritonInt4Linear:
             tiles = -(-n // _FEATURES) * -(-t // block)
             form = "one" if parts == 1 else "split" if tiles < PROGRAMS else "loop"
             programs = tiles * parts if form == "split" else tiles
+            stage = weight.span * (_FEATURES // 2 + block * values.element_size())
             room = programs * _FEATURES * block if form == "split" else 1
             partials = torch.empty(room, dtype=torch.float32, device=x_tk.device)
             self._launch(
@@ -100,6 +103,6 @@ class TritonInt4Linear:
                 BLOCK_F=_FEATURES,
                 BLOCK_T=block,
                 num_warps=4,
-                num_stages=3 if block == _MOST_ROWS else 4,
+                num_stages=max(2, min(_MOST_STAGES, self._shared_bytes // 2 // stage)),
             )
         return out.view(*x_tk.shape[:-1], n)

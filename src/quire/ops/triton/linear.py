@@ -16,7 +16,7 @@ from quire.ops.target import Target
 from quire.ops.triton.kernels.linear import linear_kernel
 from quire.ops.triton.launch import Launch
 from quire.ops.triton.quantize import quantize
-from quire.ops.triton.tiles import FEW_ROWS, MOST_PARTS, PROGRAMS, parts_of, step_of, tile_of
+from quire.ops.triton.tiles import FEW_ROWS, MOST_PARTS, PROGRAMS, parts_of, shared_bytes_of, step_of, tile_of
 from quire.ops.weight import Fp8Weight, Int8Weight, weight_shape
 
 PlainWeight = Tensor | Int8Weight | Fp8Weight
@@ -41,6 +41,7 @@ class TritonLinear:
 
     def __init__(self, target: Target) -> None:
         self._launch: Launch = target.launch
+        self._shared_bytes = shared_bytes_of(target.device)
         # Made now: a captured graph would fill it with zeros at every replay, and only then.
         self._tickets = torch.zeros(PROGRAMS * MOST_PARTS, dtype=torch.int32, device=target.device)
 
@@ -87,7 +88,7 @@ class TritonLinear:
         (t, k), values = x_tk.shape, jobs[0].values_nk
         step = step_of(values)
         cut = any(job.parts > 1 for job in jobs)
-        tile = tile_of(t, [len(job.values_nk) for job in jobs], x_tk, step_of(values), cut=cut)
+        tile = tile_of(t, [len(job.values_nk) for job in jobs], x_tk, step, cut=cut, shared_bytes=self._shared_bytes)
         row_tiles = -(-t // tile.rows)
         programs = row_tiles * sum(
             -(-len(job.values_nk) // tile.features) * (job.parts if tile.form == "split" else 1) for job in jobs

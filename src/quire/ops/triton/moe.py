@@ -28,7 +28,7 @@ from quire.ops.triton.kernels.moe import (
 from quire.ops.triton.launch import Launch
 from quire.ops.triton.linear import TritonLinear
 from quire.ops.triton.quantize import quantize
-from quire.ops.triton.tiles import FEW_ROWS, rows_tile, stages, step_of
+from quire.ops.triton.tiles import FEW_ROWS, rows_tile, shared_bytes_of, stages, step_of
 from quire.ops.weight import Fp8Weight, Int8Weight, weight_shape
 
 _TYPES = {
@@ -79,6 +79,7 @@ class TritonMoe:
 
     def __init__(self, target: Target) -> None:
         self._launch: Launch = target.launch
+        self._shared_bytes = shared_bytes_of(target.device)
         self._linear = TritonLinear(target)
         self._int4 = TritonInt4Linear(target)
 
@@ -97,7 +98,7 @@ class TritonMoe:
         if not len(x_te):
             return torch.empty_like(x_te)
         x = x_te if x_te.stride(1) == 1 else x_te.contiguous()
-        probabilities_tk, experts_tk = self._route(x, weights.plain)
+        probabilities_tk, experts_tk = self._route(self._linear(x, weights.plain.router), weights.plain)
         tile = _pair_tile(experts_tk, weights)
         places = self._arrange(experts_tk, len(weights.gate.kept), tile)
         inner = self._multiply(x, weights.gate, weights.up, places, weights.plain.top_k)
@@ -116,12 +117,11 @@ class TritonMoe:
     def _linear_for(self, weight: Any) -> TritonLinear | TritonInt4Linear:
         return self._int4 if isinstance(weight, PackedInt4) else self._linear
 
-    def _route(self, x_te: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
+    def _route(self, logits_tn: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
         """(probabilities, experts int32), both `[t, k]`, by rising number of the expert."""
-        logits_tn = self._linear(x_te, weights.router)
         t, n = logits_tn.shape
-        probabilities = torch.empty(t, weights.top_k, dtype=torch.float32, device=x_te.device)
-        experts = torch.empty(t, weights.top_k, dtype=torch.int32, device=x_te.device)
+        probabilities = torch.empty(t, weights.top_k, dtype=torch.float32, device=logits_tn.device)
+        experts = torch.empty(t, weights.top_k, dtype=torch.int32, device=logits_tn.device)
         self._launch(
             route_kernel,
             (t,),
@@ -197,7 +197,14 @@ class TritonMoe:
             BLOCK_M=places.tile,
             BLOCK_K=step,
             num_warps=features // 16,
-            num_stages=stages(features, places.tile, x, step, weights=1 if second is None else 2),
+            num_stages=stages(
+                features,
+                places.tile,
+                x,
+                step,
+                shared_bytes=self._shared_bytes,
+                weights=1 if second is None else 2,
+            ),
         )
         return out
 

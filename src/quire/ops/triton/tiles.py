@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ PROGRAMS = 128
 it: they would not be the same on two machines."""
 FEW_ROWS = 128
 _SHORTEST_PART = 256
-_SHARED_BYTES = 200 << 10
-"""Of a multiprocessor's memory, for operands that are on their way."""
+_MOST_SHARED_BYTES = 200 << 10
 _MOST_STAGES = 10
 
 
@@ -54,7 +54,7 @@ def rows_tile(t: int, most: int = FEW_ROWS) -> int:
     return min(most, max(16, 1 << (t - 1).bit_length()))
 
 
-def tile_of(t: int, outputs: Sequence[int], x: Tensor, step: int, *, cut: bool) -> Tile:
+def tile_of(t: int, outputs: Sequence[int], x: Tensor, step: int, *, cut: bool, shared_bytes: int) -> Tile:
     """For t rows of x and weights of so many outputs. `cut`: k is in parts, of some weight.
 
     Few rows: tiles of 64 features, and where those are few, a program per part of k. Many: the largest tile that
@@ -76,11 +76,24 @@ def tile_of(t: int, outputs: Sequence[int], x: Tensor, step: int, *, cut: bool) 
             features = 128
     form = "one" if not cut else "split" if programs(features, rows) < PROGRAMS else "loop"
     return Tile(
-        features=features, rows=rows, form=form, num_warps=features // 16, num_stages=stages(features, rows, x, step)
+        features=features,
+        rows=rows,
+        form=form,
+        num_warps=features // 16,
+        num_stages=stages(features, rows, x, step, shared_bytes=shared_bytes),
     )
 
 
-def stages(features: int, rows: int, x: Tensor, step: int, weights: int = 1) -> int:
+def shared_bytes_of(device: torch.device) -> int:
+    """Of a multiprocessor's own memory, for operands that are on their way. Bits do not follow from it."""
+    if device.type != "cuda":
+        return _MOST_SHARED_BYTES
+    properties: Any = torch.cuda.get_device_properties(device)
+    limit = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+    return min(_MOST_SHARED_BYTES, int(limit) - 2048)
+
+
+def stages(features: int, rows: int, x: Tensor, step: int, *, shared_bytes: int, weights: int = 1) -> int:
     """Steps that are under way at once: what fits into the multiprocessor's memory, which two small programs share."""
-    room = _SHARED_BYTES if features > 64 else _SHARED_BYTES // 2
+    room = shared_bytes if features > 64 else shared_bytes // 2
     return max(2, min(_MOST_STAGES, room // (weights * features * 128 + rows * step * x.element_size())))

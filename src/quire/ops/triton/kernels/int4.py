@@ -41,21 +41,21 @@ def int4_product(
             both = tl.load(w + span * HALF + j[None, :])
             low, high = (both & 15).to(tl.int8), (both >> 4).to(tl.int8)
             if ZEROS:
-                origin = tl.load(zero + span.to(tl.int64) * n + safe_f).to(tl.int8)[:, None]
+                origin = tl.load(zero + span * n + safe_f).to(tl.int8)[:, None]
                 low, high = low - origin, high - origin
             else:
                 low, high = low - 8, high - 8
             if SPAN != GROUP:
                 group = span * (SPAN // GROUP) + piece * 2 * PIECE // GROUP + tl.arange(0, GROUPS)
-                times = tl.load(multiplier + group.to(tl.int64)[None, :] * n + safe_f[:, None])
+                times = tl.load(multiplier + group[None, :] * n + safe_f[:, None])
                 times = tl.broadcast_to(times[:, :, None], (BLOCK_F, GROUPS, PIECE // GROUPS))
                 times = tl.reshape(times, (BLOCK_F, PIECE))
                 low, high = low * times, high * times
             even = tl.load(x + span * SPAN + j[:, None])
             odd = tl.load(x + span * SPAN + HALF + j[:, None])
-            exact = dot(low.to(tl.bfloat16), even, exact)
-            exact = dot(high.to(tl.bfloat16), odd, exact)
-        w_scale = tl.load(scale + span.to(tl.int64) * n + safe_f)
+            exact = dot(low.to(tl.float32).to(tl.bfloat16), even, exact)
+            exact = dot(high.to(tl.float32).to(tl.bfloat16), odd, exact)
+        w_scale = tl.load(scale + span * n + safe_f)
         total += exact * w_scale[:, None] * tl.load(x_scale + span)[None, :]
     return total
 
