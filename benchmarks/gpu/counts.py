@@ -98,9 +98,7 @@ class Counts:
         output has further tokens."""
         seconds = self.prefill(prompt_lens).seconds(limits)
         for step in range(1, max(output_lens)):
-            contexts = [
-                prompt + step for prompt, output in zip(prompt_lens, output_lens, strict=True) if output > step
-            ]
+            contexts = [prompt + step for prompt, output in zip(prompt_lens, output_lens, strict=True) if output > step]
             seconds += self.decode(len(contexts), sum(contexts) / len(contexts)).seconds(limits)
         return seconds
 

@@ -130,7 +130,7 @@ FLAGS = {
         "--threads",
         "--config",
     },
-    "kernels": {"--dtype", "--isa", "--json"},
+    "kernels": {"--dtype", "--device", "--isa", "--json"},
     "up": {"--manifest", "--detach", "--gateway", "--no-gateway", "--state-dir", "--pvc-dir", "--host", "--port"},
     "ps": {"--json", "--state-dir"},
     "logs": {"--name", "--follow", "-f", "--lines", "-n", "--state-dir"},
@@ -148,7 +148,7 @@ FLAGS = {
     | ENGINE
     | SEED
     | {"--against", "--text", "--max-text-tokens", "--questions-per-skill", "--json"},
-    "bench roofline": {"--threads", "--seconds", "--matmul-size", "--json"},
+    "bench roofline": {"--device", "--threads", "--seconds", "--matmul-size", "--json"},
     "bench serve": PROMPTS
     | REMOTE
     | {
