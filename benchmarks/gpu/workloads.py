@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Protocol
 
 BATCHES = (1, 8, 64, 256)
@@ -48,10 +50,10 @@ def nano_vllm() -> Work:
     return Work(prompts=prompts, output_lens=[numbers.randint(100, 1024) for _ in range(256)])
 
 
-def shortened(work: Work, most: int) -> Work:
-    """For trying out: so many requests of so many tokens at most."""
+def shortened(work: Work, most: int, vocab_size: int) -> Work:
+    """For trying out: so many requests of so many tokens at most, of a small vocabulary."""
     return Work(
-        prompts=[prompt[:most] for prompt in work.prompts[:most]],
+        prompts=[[token % vocab_size for token in prompt[:most]] for prompt in work.prompts[:most]],
         output_lens=[min(length, most) for length in work.output_lens[:most]],
     )
 
@@ -59,11 +61,12 @@ def shortened(work: Work, most: int) -> Work:
 class Prompts:
     """New ones each time, so that no prefix cache knows them."""
 
-    def __init__(self, turn: int) -> None:
+    def __init__(self, turn: int, vocab_size: int) -> None:
         self._numbers = random.Random(turn + 1)
+        self._vocab_size = min(vocab_size, VOCABULARY)
 
     def make(self, count: int, length: int) -> list[list[int]]:
-        return [[self._numbers.randrange(VOCABULARY) for _ in range(length)] for _ in range(count)]
+        return [[self._numbers.randrange(self._vocab_size) for _ in range(length)] for _ in range(count)]
 
 
 def decode_seconds(engine: Engine, prompts: Prompts, batch: int, *, steps: tuple[int, int], context: int) -> float:
@@ -75,29 +78,26 @@ def decode_seconds(engine: Engine, prompts: Prompts, batch: int, *, steps: tuple
 
 def measure(
     engine: Engine,
+    prompts: Prompts,
     *,
-    turn: int,
     batches: Sequence[int],
     prefills: Sequence[int],
     steps: tuple[int, int],
     context: int,
     nano: Work | None,
-    tell: Callable[[str], None],
-) -> dict[str, float]:
-    """Seconds by the name of what was timed. What the KV cache has no room for is left out, and told."""
-    prompts, found = Prompts(turn), {}
+) -> Iterator[tuple[str, float]]:
+    """Names and seconds, as they are found. What the KV cache has no room for is left out, and told on stderr."""
     for batch in batches:
         if batch * (context + steps[1]) > engine.room():
-            tell(f"no room for {batch} requests of {context + steps[1]} tokens")
+            print(f"no room for {batch} requests of {context + steps[1]} tokens", file=sys.stderr)
             continue
         engine.generate(prompts.make(batch, 64), [8] * batch)  # what is compiled or captured on first use is
-        found[f"decode {batch}"] = decode_seconds(engine, prompts, batch, steps=steps, context=context)
+        yield f"decode {batch}", decode_seconds(engine, prompts, batch, steps=steps, context=context)
     for length in prefills:
         engine.generate(prompts.make(1, length), [1])
-        found[f"prefill {length}"] = min(engine.generate(prompts.make(1, length), [1]) for _ in range(3))
+        yield f"prefill {length}", median(engine.generate(prompts.make(1, length), [1]) for _ in range(3))
     if nano is not None:
         if nano.num_tokens > engine.room():
-            tell(f"nano-vllm's {nano.num_tokens} tokens have no room all at once")
+            print(f"nano-vllm's {nano.num_tokens} tokens have no room all at once", file=sys.stderr)
         engine.generate(prompts.make(len(nano.prompts), 64), [8] * len(nano.prompts), temperature=0.6)
-        found["nano"] = engine.generate(nano.prompts, nano.output_lens, temperature=0.6)
-    return found
+        yield "nano", engine.generate(nano.prompts, nano.output_lens, temperature=0.6)
