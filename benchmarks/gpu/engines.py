@@ -137,10 +137,9 @@ class Transformers:
         config = AutoConfig.from_pretrained(model, local_files_only=True)
         with torch.device("cuda" if settings.device == "auto" else settings.device):
             loaded: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        generation = GenerationConfig(
-            do_sample=False, max_new_tokens=LONGEST, eos_token_id=-1, pad_token_id=0, use_cuda_graph=True
-        )
-        self._manager = ExitStack().enter_context(
+        generation = GenerationConfig(do_sample=False, max_new_tokens=LONGEST, eos_token_id=-1, pad_token_id=0)
+        self._open = ExitStack()  # for as long as the process lives
+        self._manager = self._open.enter_context(
             loaded.eval().continuous_batching_context_manager(generation_config=generation, persistent_manager=True)
         )
         self._names = itertools.count()
