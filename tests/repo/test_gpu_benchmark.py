@@ -151,7 +151,7 @@ BLOCKED = {"cyclopts", "rich", "obstore", "aiohttp", "uvicorn", "structlog", "ya
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED or name == "quire._kernels":
+        if name.partition(".")[0] in BLOCKED or name == "quire.ops.cpu._kernels":
             raise ModuleNotFoundError(f"blocked: {name}")
 sys.meta_path.insert(0, Blocked())
 import benchmarks.gpu.worker
