@@ -1,5 +1,6 @@
 """The engine's KV events, read as any subscriber would: by ZeroMQ and msgpack's own library."""
 
+import contextlib
 import threading
 import time
 
@@ -144,6 +145,94 @@ def test_a_reader_that_does_not_read_costs_one_buffer_and_holds_nobody_up(publis
         for _ in range(200):
             asking.send_multipart([b"", bytes(8)])
         until(lambda: len(replay(context, publisher, (49).to_bytes(8, "big"))) == 2)
+
+
+def test_what_waits_for_readers_that_do_not_read_is_bounded_for_all_together(publish, context, monkeypatch):
+    """The third waits, and is served when the first two have gone."""
+    monkeypatch.setattr(kv_publisher, "MAX_REPLAY_BYTES", 80_000_000)
+    publisher = publish()
+    for _ in range(50):
+        publisher.publish([BlockRemoved([b"x" * 60] * 10_000)])  # 31 MB: more than the kernel's buffers hold
+
+    def ask(first: int) -> zmq.Socket:
+        asking = context.socket(zmq.DEALER)
+        asking.setsockopt(zmq.RCVHWM, 1)
+        asking.setsockopt(zmq.RCVBUF, 4096)
+        asking.connect(publisher.info.replay_endpoint)
+        asking.send_multipart([b"", first.to_bytes(8, "big")])
+        return asking
+
+    until(lambda: len(replay(context, publisher, (49).to_bytes(8, "big"))) == 2)
+    idle = [ask(0), ask(0)]
+    for one in idle:
+        assert one.poll(30_000)
+    third = ask(0)
+    until(lambda: len(replay(context, publisher, (49).to_bytes(8, "big"))) == 2)  # a small one still has room
+    until(lambda: len(publisher._asked) == 1)
+    assert not third.poll(50)
+    for one in idle:
+        one.close(0)
+    assert third.poll(30_000)
+    third.close(0)
+    until(lambda: not publisher._asked)
+
+
+def test_no_more_requests_wait_than_so_many(publish, context, monkeypatch):
+    monkeypatch.setattr(kv_publisher, "MAX_ASKED", 2)
+    publisher = publish()
+    monkeypatch.setattr(publisher, "_has_room", lambda *_: False)
+    with contextlib.ExitStack() as closing:
+        for _ in range(5):
+            asking = closing.enter_context(context.socket(zmq.DEALER))
+            asking.connect(publisher.info.replay_endpoint)
+            for _ in range(3):
+                asking.send_multipart([b"", bytes(8)])
+        until(lambda: len(publisher._asked) == 2)
+        one_more = closing.enter_context(context.socket(zmq.DEALER))
+        one_more.connect(publisher.info.replay_endpoint)
+        one_more.send_multipart([b"", bytes(8)])
+        assert not one_more.poll(50)
+        assert len(publisher._asked) == 2
+
+
+def test_a_batch_that_cannot_be_published_is_told_and_counted_and_the_next_ones_come(publish, context, capfd):
+    publisher = publish()
+    for number in range(20):
+        publisher.publish([BlockRemoved([number if number % 2 else {}])])  # half of them cannot be encoded
+        publisher.publish([object()])
+    until(lambda: publisher.num_dropped == 20)
+    assert publisher.num_published == 20
+    until(lambda: len(replay(context, publisher, bytes(8))) == 21)
+    told = capfd.readouterr().err
+    assert "batch 1 of KV events could not be published" in told
+    assert told.count("could not be published") == 5
+
+
+def test_a_request_that_cannot_be_answered_is_told_and_ends_nothing(publish, context, monkeypatch, capfd):
+    publisher = publish()
+    with monkeypatch.context() as broken:
+        broken.setattr(publisher, "_has_room", lambda *_: 1 / 0)
+        with context.socket(zmq.DEALER) as asking:
+            asking.connect(publisher.info.replay_endpoint)
+            asking.send_multipart([b"", bytes(8)])
+            until(lambda: publisher._num_faults == 1)
+    publisher.publish([BlockRemoved([1])])
+    until(lambda: len(replay(context, publisher, bytes(8))) == 2)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert publisher.num_dropped == 0
+
+
+def test_a_publisher_whose_thread_ends_says_so_and_counts_what_is_lost(publish, monkeypatch, capfd):
+    publisher = publish()
+    monkeypatch.setattr(publisher, "_publish_all", lambda: 1 / 0)
+    publisher.publish([BlockRemoved([1])])
+    publisher._thread.join(30)
+    assert not publisher._thread.is_alive()
+    lost = publisher.num_dropped
+    for _ in range(10):
+        publisher.publish([BlockRemoved([2])])
+    assert (lost, publisher.num_dropped, len(publisher._queue)) == (1, 11, 0)
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_a_full_queue_drops_batches_and_tells_by_a_gap(publish, context, monkeypatch):

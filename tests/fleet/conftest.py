@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,9 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from quire.cli.fleet import ps
+from quire.fleet.events import BecameIdle
 
 DEADLINE = 90.0
 
@@ -121,3 +124,51 @@ def module_cli(tmp_path_factory) -> Iterator[Cli]:
     cli = Cli(tmp_path_factory.mktemp("fleet"))
     yield cli
     cli.stop()
+
+
+class FullDisk:
+    """Connections of SQLite to a file that cannot grow, while `full`: what is at hand of a disk without room."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self._connections: list[sqlite3.Connection] = []
+        self._connect = sqlite3.connect
+
+    def connect(self, *arguments, **more) -> sqlite3.Connection:
+        self._connections.append(self._connect(*arguments, **more))
+        self._bound(self._connections[-1])
+        return self._connections[-1]
+
+    def fill(self, path) -> None:
+        """Up to the last byte that an event could have."""
+        with contextlib.closing(self._connect(path, isolation_level=None)) as connection:
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            connection.execute(f"PRAGMA max_page_count = {pages}")
+            with contextlib.suppress(sqlite3.OperationalError):  # the disk is full
+                while True:
+                    connection.execute("INSERT INTO events (body) VALUES (?)", (NOTHING,))
+        self.full = True
+        for connection in self._connections:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed
+                self._bound(connection)
+
+    def free(self) -> None:
+        self.full = False
+        for connection in self._connections:
+            with contextlib.suppress(sqlite3.ProgrammingError):
+                connection.execute(f"PRAGMA max_page_count = {2**30}")
+
+    def _bound(self, connection: sqlite3.Connection) -> None:
+        if self.full:
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
+NOTHING = msgspec.json.encode(BecameIdle(at=0.0, replica=""))
+
+
+@pytest.fixture
+def disk(monkeypatch) -> FullDisk:
+    disk = FullDisk()
+    monkeypatch.setattr("quire.fleet.journal.sqlite3.connect", disk.connect)
+    return disk

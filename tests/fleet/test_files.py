@@ -111,6 +111,19 @@ def test_an_event_of_another_version_is_told(path):
         journal.load()
 
 
+def test_what_is_written_is_the_owners_alone(tmp_path):
+    directory = ServiceDirectory(tmp_path / "state", "svc")
+    directory.path.mkdir(parents=True)  # as an earlier version left it
+    directory.path.chmod(0o755)
+    directory.make()
+    file = launch.policy_file(directory.endpoints_file)
+    file.with_name(file.name + ".part").touch(mode=0o644)
+    launch.write_policy(file, RoleSpec(role=GATEWAY, replicas=1))
+    endpoints.write(directory.endpoints_file, [])
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (directory.path, *directory.path.iterdir())}
+    assert modes == {"svc": 0o700, "logs": 0o700, "policy.yaml": 0o600, "endpoints.yaml": 0o600}
+
+
 def test_one_control_plane_holds_the_lock(tmp_path):
     directory = ServiceDirectory(tmp_path, "svc")
     directory.make()
@@ -193,6 +206,11 @@ def test_engines_share_the_cores_and_the_memory(tmp_path):
     made = launch.launch(replica, given, **more)
     assert "--memory-utilization" not in made.command
     assert made.environment == {"A": "c"}
+    secret = RoleSpec(role="both", replicas=3, arguments=("m", "--api-key=a=b", "--hf-token=t", "--seed=1"))
+    made = launch.launch(replica, secret, **more)
+    assert "--seed=1" in made.command
+    assert not [word for word in made.command if "api-key" in word or "hf-token" in word or "a=b" in word]
+    assert made.environment == {"A": "b", "QUIRE_API_KEY": "a=b", "QUIRE_HF_TOKEN": "t"}
 
 
 def test_replicas_publish_kv_events_on_ports_of_their_own(tmp_path):
@@ -229,7 +247,7 @@ def test_replicas_publish_kv_events_on_ports_of_their_own(tmp_path):
     [
         (("m",), {}, None),
         (("m", "--api-key=k"), {}, "k"),
-        (("m", "--api-key", "k"), {}, "k"),
+        (("m", "--api-key=k"), {"QUIRE_API_KEY": "e"}, "k"),
         (("m",), {"QUIRE_API_KEY": "e"}, "e"),
     ],
 )

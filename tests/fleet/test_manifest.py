@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from quire.core.errors import ConfigError
 from quire.fleet.diff import diff
 from quire.fleet.manifest import pod, types
-from quire.fleet.manifest.quantity import quantity
 from quire.fleet.manifest.read import Manifest, read_manifest
 from quire.fleet.spec import RoleSpec, ServiceSpec
 
@@ -223,6 +222,11 @@ def test_what_asks_for_nothing_needs_no_words(read):
         ({"args": ["--port", "8000"]}, "--port: not used"),
         ({"command": ["vllm", "serve", "/mnt/models"]}, "'/mnt/models': not used"),
         ({"env": [{"name": "VLLM_LOGGING_LEVEL", "value": "DEBUG"}]}, "VLLM_LOGGING_LEVEL: without effect"),
+        ({"env": [{"name": "LD_PRELOAD", "value": "/x.so"}]}, "LD_PRELOAD decides which code"),
+        ({"env": [{"name": "PYTHONPATH", "value": "/x"}]}, "PYTHONPATH decides which code"),
+        ({"env": [{"name": "HF_ENDPOINT", "value": "http://x"}]}, "HF_ENDPOINT decides where"),
+        ({"env": [{"name": "https_proxy", "value": "http://x"}]}, "https_proxy decides where"),
+        ({"env": [{"name": "AWS_ENDPOINT_URL_S3", "value": "http://x"}]}, "AWS_ENDPOINT_URL_S3 decides where"),
         ({"env": [{"name": "T", "valueFrom": {"secretKeyRef": {"key": "k"}}}]}, "env[0].valueFrom: not used"),
         ({"resources": {"limits": {"nvidia.com/gpu": "1"}}}, "limits.nvidia.com/gpu: not used"),
         ({"resources": {"requests": {"cpu": "1"}}}, "resources.requests: not used"),
@@ -287,6 +291,16 @@ def test_no_struct_lets_an_unknown_field_pass(struct):
         (container(env=[{"name": "QUIRE_MAX_NUM_SEQ", "value": "1"}]), "QUIRE_MAX_NUM_SEQ", "QUIRE_MAX_NUM_SEQS"),
         (container(env=[{"name": "QUIRE_PORT", "value": "1"}]), "QUIRE_PORT", "Remove"),
         (container(env=[{"name": "VLLM_ADDITIONAL_ARGS", "value": "'"}]), "cannot be split", "quotes"),
+        (container(env=[{"name": "A=B", "value": "1"}]), "'A=B'", "Leave"),
+        (container(env=[{"name": "", "value": "1"}]), r"env\[0\].name is ''", "Leave"),
+        (container(env=[{"name": "A\0", "value": "1"}]), "no variable", "Leave"),
+        (container(env=[{"name": "A", "value": "a\0b"}]), "cannot be handed to a process", "NUL"),
+        (container(args=["--chat-template=a\0b"]), "cannot be handed to a process", "NUL"),
+        (service({"model": {"uri": "hf://--api-key=x"}}), "names no model", "hf://org/name"),
+        (service({"model": {"uri": "hf://org/--x/y"}}), "names no model", "hf://org/name"),
+        (service({"model": {"uri": "pvc://a\0b/c"}}), "cannot be handed to a process", "NUL"),
+        (service({"model": {"uri": "hf://"}}), "names no model", "hf://org/name"),
+        (service({"model": {"uri": "file://--x"}}), "another machine", "file:///"),
         (container(env=[{"name": "A", "value": 1}]), "Expected `str", "v1alpha2"),
         (container(resources={"limits": {"cpu": "two"}}), "limits.cpu is 'two'", "16Gi"),
         (service({"template": {"containers": [{"name": "a"}, {"name": "b"}]}}), "none called 'main'", "main"),
@@ -355,19 +369,6 @@ def test_anything_is_read_or_refused(tmp_path_factory, spec, metadata):
     file.write_text(yaml.safe_dump(MINIMAL | {"spec": spec, "metadata": metadata}))
     with suppress(ConfigError):
         read_manifest(file)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("500m", 0.5), ("2", 2), (2, 2), (0.5, 0.5), ("16Gi", 16 * 2**30), ("1e3", 1000), ("5k", 5000)]
-)
-def test_quantities(text, value):
-    assert quantity(text, "x") == pytest.approx(value)
-
-
-@pytest.mark.parametrize("text", ["", "-1", "0", "1Xi", "Gi", "1e99", "inf", "nan", "9" * 400])
-def test_what_is_no_quantity(text):
-    with pytest.raises(ConfigError):
-        quantity(text, "x")
 
 
 # --- what changes -------------------------------------------------------------------------------------------

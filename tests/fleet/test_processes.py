@@ -136,6 +136,14 @@ def test_a_command_that_is_not_there_is_told(children):
     assert (found.returncode, found.error) == (127, "/no/such/command: No such file or directory")
 
 
+def test_an_environment_that_no_process_can_have_is_told(children):
+    command = (sys.executable, "-c", "pass")
+    children.provider.start(Launch(replica="r-0", start=1, command=command, environment={"A=B": "c"}))
+    found = children.ended()
+    assert found.returncode == 127
+    assert "illegal environment variable name" in found.error
+
+
 def test_memory_is_that_of_the_child_and_its_children(children):
     children.start(
         "import subprocess, sys; block = bytearray(30_000_000); subprocess.run([sys.executable, '-c', "

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import shutil
 import signal
+import subprocess
+import sys
+import termios
 import threading
 import time
 import urllib.request
@@ -14,6 +20,10 @@ from http.client import HTTPResponse
 
 import pytest
 from openai import OpenAI
+
+from quire.cli.fleet import down
+from quire.cli.up import up
+from quire.core.errors import QuireError
 
 MANIFEST = """
 apiVersion: serving.kserve.io/v1alpha2
@@ -88,7 +98,7 @@ def load(url: str) -> Iterator[list[str | Exception]]:
 @pytest.fixture(scope="module")
 def url(module_cli) -> str:
     (module_cli.directory / "llm.yaml").write_text(manifest())
-    return address(module_cli("up", "llm.yaml", "--detach", "--port", "0"))
+    return address(module_cli("up", "llm.yaml", "--detach", "--port", "0", "--host", "127.0.0.2"))
 
 
 @pytest.fixture
@@ -99,6 +109,7 @@ def service(module_cli, url):
 
 
 def test_what_runs_is_told(service, url):
+    assert "//127.0.0.2:" in url
     assert ask(url)
     assert set(service.engines()) == {"svc-0", "svc-1"}
     table = service("ps")
@@ -134,16 +145,46 @@ def wait_until_replaced(service, pid: int) -> None:
 
 
 def test_a_killed_control_plane_comes_back_to_the_same_processes(service, url):
+    assert "1/1 replicas" in service("scale", "svc", "1")
     before = service.service()
     os.kill(before["control_plane_pid"], signal.SIGKILL)
     assert ask(url)
-    assert "NO CONTROL PLANE" in service("ps")
-    assert "no control plane runs" in service("scale", "svc", "2")
-    service("up", "llm.yaml", "--detach", "--port", url.split(":")[2].removesuffix("/v1"))
+    assert "NO CONTROL PLANE RUNS, `quire up --resume svc`" in service("ps")
+    assert "no control plane runs, and it is done once `quire up --resume svc`" in service("scale", "svc", "1")
+    assert f"at {url} (1/1 replicas" in service("up", "--resume", "svc", "--detach")
     after = service.settled()
     assert after["control_plane_pid"] != before["control_plane_pid"]
     assert after["replicas"] == before["replicas"]
     assert ask(url)
+    assert "2/2 replicas" in service("scale", "svc", "2")
+
+
+@pytest.mark.parametrize(
+    ("more", "flags", "words"),
+    [
+        ({"manifest": "llm.yaml"}, {}, "neither a manifest"),
+        ({"gateway": False}, {}, "neither a manifest"),
+        ({}, {"host": "::1"}, "neither a manifest nor an address"),
+        ({}, {"port": "1"}, "neither a manifest nor an address"),
+        ({}, {}, "There is no service 'svc'"),
+    ],
+)
+def test_what_cannot_be_resumed(tmp_path, more, flags, words):
+    with pytest.raises(QuireError, match=words):
+        up(resume="svc", fleet={"state_dir": str(tmp_path)} | flags, **more)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_service_that_cannot_be_read_hides_no_other(service, url):
+    broken = service.directory / "state" / "broken"
+    broken.mkdir()
+    (broken / "fleet.db").write_bytes(b"not a database, but long enough to be looked at" * 50)
+    told = service("ps")
+    assert "warning: broken: The fleet's state" in told
+    assert f"svc: assistant at {url}" in told
+    assert "svc-gateway-0 | quire gateway" in service("logs", "svc")
+    assert "cannot be used" in service("events", "broken", code=2)
+    shutil.rmtree(broken)
 
 
 def test_a_replica_that_goes_finishes_its_streams(service, url):
@@ -213,6 +254,7 @@ def test_down_leaves_nothing_running(service, url):
     assert "svc: down" in service("ps")
     assert service.service()["replicas"] == []
     assert not any(os.path.exists(f"/proc/{pid}") for pid in service.pids)
+    assert "svc is down" in service("up", "--resume", "svc", code=2)
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url)
     end = time.monotonic() + 10
@@ -249,3 +291,42 @@ def test_a_crash_loop_is_told_with_the_childs_own_words(cli):
     assert "`quire logs svc-0`" in output
     assert "crash loop" in cli("ps")
     assert "/no/such/model" in cli("logs", "svc-0")
+    (cli.directory / "llm.yaml").write_text(manifest(replicas=1))
+    assert "svc: 1/1 replicas ready" in cli("apply", "llm.yaml")
+
+
+def test_a_terminal_that_is_closed_stops_the_service_and_leaves_nothing(cli, wait_for, is_alive):
+    (cli.directory / "llm.yaml").write_text(manifest(replicas=1))
+    ours, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quire", "up", "llm.yaml", "--no-gateway"],
+        env=cli.environment | {"TERM": "xterm"},
+        cwd=cli.directory,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - there is one thread
+    )
+    os.close(terminal)
+    told = b""
+    while b"quire serves" not in told:
+        told += os.read(ours, 1000)
+    assert cli.service()["replicas"]
+    os.close(ours)  # a SIGHUP for it, and no output from now on
+    process.wait(timeout=60)
+    assert cli.service()["replicas"] == []
+    wait_for(lambda: not any(map(is_alive, cli.pids)), "the engine to be gone")
+
+
+def test_what_runs_is_stopped_on_a_full_disk(cli, disk, is_alive, capsys):
+    (cli.directory / "llm.yaml").write_text(manifest(replicas=1))
+    cli("up", "llm.yaml", "--no-gateway", "--detach")
+    control = cli.service()["control_plane_pid"]
+    state = cli.directory / "state"
+    disk.fill(state / "svc" / "fleet.db")
+    down("svc", state_dir={"state_dir": str(state)})
+    told = capsys.readouterr()
+    assert "Free space on" in told.err
+    assert told.out.endswith("svc: down\n")
+    assert not [pid for pid in (control, *cli.pids) if is_alive(pid)]

@@ -24,6 +24,7 @@ from quire.gateway.request import Api, InferenceRequest
 from quire.gateway.schedule import Choice
 
 PROFILE = {"schedulingProfiles": [{"name": "default", "plugins": [{"pluginRef": "queue-scorer"}]}]}
+INF, NAN = float("inf"), float("nan")
 CONFIGS = sorted((Path(__file__).parent / "picker_configs").glob("*.yaml"))
 
 
@@ -143,6 +144,17 @@ def test_older_scorers_are_split() -> None:
     assert max(second.traces[0].totals) > 0.9
 
 
+def weighted(weight: float) -> Mapping[str, Any]:
+    profile = {"name": "default", "plugins": [{"pluginRef": "queue-scorer", "weight": weight}]}
+    return {"plugins": [{"type": "queue-scorer"}], "schedulingProfiles": [profile]}
+
+
+def attribute_scorer(normalization: Mapping[str, Any]) -> Mapping[str, Any]:
+    algorithm = {"type": "linear_lower_is_better", "normalization": normalization}
+    parameters = {"attributeKey": "waiting-queue", "algorithm": algorithm}
+    return {"plugins": [{"type": "endpoint-attribute-scorer", "parameters": parameters}]}
+
+
 @pytest.mark.parametrize(
     ("document", "says"),
     [
@@ -181,6 +193,13 @@ def test_older_scorers_are_split() -> None:
         (handled("header-profile-handler", "a", "b"), "'decode'"),
         (handled("single-profile-handler", "a", "b"), "there are 2"),
         (handled("data-parallel-profile-handler", "a", "b"), "there are 2"),
+        ({"plugins": [{"type": "active-request-scorer", "parameters": {"maxBusyScore": NAN}}]}, "maxBusyScore"),
+        ({"plugins": [{"type": "latency-scorer", "parameters": {"ttftWeight": INF}}]}, "weight"),
+        (attribute_scorer({"fixedRange": {"min": 0, "max": NAN}}), "algorithm"),
+        (attribute_scorer({"fixedRange": {"min": 0, "max": INF}}), "fixedRange"),
+        (weighted(NAN), "weight of 'queue-scorer' is nan"),
+        (weighted(-INF), "weight of 'queue-scorer' is -inf"),
+        (weighted(1e308), "weight of 'queue-scorer' is 1e+308"),
     ],
 )
 def test_errors_say_what(document: Mapping[str, Any], says: str) -> None:

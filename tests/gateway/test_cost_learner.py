@@ -82,6 +82,13 @@ def test_what_an_endpoint_says_of_itself_is_believed_until_something_was_seen() 
     assert learner.costs("a", 150.0) == known
 
 
+@pytest.mark.parametrize("said", [1e308, math.inf, math.nan, -1.0, 0.0, 1e-300, 11.0])
+def test_paces_that_cannot_be_are_not_believed(said: float) -> None:
+    learner, fresh = Learner(), Learner()
+    learner.hint(said, said)
+    assert learner.costs("a", 0.0) == fresh.costs("a", 0.0)
+
+
 @given(st.lists(st.tuples(st.floats(0, 1e9), st.floats(0, 1e9), st.floats(-10, 1e6)), max_size=30))
 def test_paces_are_positive_and_finite_whatever_was_seen(seen: list[tuple[float, float, float]]) -> None:
     learner = Learner()

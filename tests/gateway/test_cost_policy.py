@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
+from quire.gateway.cost import policy
 from quire.gateway.cost.policy import ExpectedCost, expected_cached
 from quire.gateway.endpoint import Endpoint, EndpointMetrics, Pool
 from quire.gateway.plugin import Conclusion, Plugin, Services
@@ -114,6 +115,17 @@ def test_equals_are_given_work_in_turn_one_after_another() -> None:
 def test_long_answers_do_not_hide_what_a_prefix_saves() -> None:
     world = World("a", "b")
     assert world.best(request(cached={"b": 900}, max_tokens=100_000)) == "b"
+
+
+def test_details_are_made_when_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(policy, "_detail", lambda estimate: made.append(estimate) or {"cost": estimate.cost})
+    world = World("a", "b", "c")
+    world.scores(request())
+    details = world.policy.details()
+    assert (details is not None, made) == (True, [])
+    assert [one["cost"] for one in details or ()] == [made[index].cost for index in range(3)]  # type: ignore[index, attr-defined]
+    assert len((details or ())[1:]) == 2
 
 
 def test_details_say_what_the_cost_is_made_of() -> None:
@@ -228,6 +240,80 @@ def test_an_endpoint_that_left_is_forgotten() -> None:
     world.endpoints[0] = world.pool.put(Endpoint("a", "127.0.0.9", 1))
     world.scores(request())
     assert world.details()["a"]["queued_seconds"] == 0
+
+
+def test_what_ends_after_its_endpoint_left_leaves_nothing_behind() -> None:
+    """Neither does what is estimated or sent there: pools whose endpoints come and go would grow for ever."""
+    world = World("stays")
+    empty = held(world)
+    for number in range(50):
+        left = world.pool.put(Endpoint(f"e{number}", "127.0.0.1", 9000 + number))
+        world.endpoints.append(left)
+        one, late = request(), request()
+        world.send(one, left.name)
+        world.policy.first_byte(one, left, 0.1)
+        world.pool.remove(left.key)
+        world.now += 0.5
+        world.policy.finished(one, left, Outcome(status=200, output_tokens=7, prompt_tokens=10, cached_tokens=3))
+        world.scores(late)
+        world.send(late, left.name)
+        world.policy.first_byte(late, left, 0.1)
+        world.policy.finished(late, left, Outcome(status=200, output_tokens=7))
+        world.endpoints.pop()
+    assert held(world) - empty <= {"default/stays"}
+
+
+def held(world: World) -> set[str]:
+    """Keys of endpoints that the model holds anything of."""
+    learner = world.policy._model._learner
+    return {*world.policy._model._open, *learner._prefill._speeds, *learner._decode._speeds}
+
+
+def test_a_requests_end_does_not_count_for_who_came_back_under_its_endpoints_name() -> None:
+    world = World("a", "b")
+    old, one, other = world["a"], request(), request()
+    world.send(one, "a")
+    world.pool.remove(old.key)
+    world.endpoints[0] = world.pool.put(Endpoint("a", "127.0.0.9", 1))
+    world.send(other, "a")
+    world.scores(request())
+    before = world.details()["a"]
+    world.policy.finished(one, old, Outcome(status=None, error="connect"))
+    world.scores(request())
+    assert world.details()["a"] == before
+
+
+def test_an_answer_that_should_have_taken_no_time_at_all_is_learnt_from() -> None:
+    world = World("a")
+    world.policy._model._learner._ttft.intercept = 0.0  # to which the fit comes where prompts cost all there is
+    one = request(0, stream=False)
+    world.send(one, "a")
+    world.policy.first_byte(one, world["a"], 0.0)
+    world.policy.finished(one, world["a"], Outcome(status=200, output_tokens=1))
+    assert world.scores(request())["a"] > 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_one_answer_that_lies_of_its_tokens_is_soon_forgotten(stream: bool) -> None:
+    honest, lied_to = World("a", "b"), World("a", "b")
+    for world in (honest, lied_to):
+        for _ in range(20):
+            world.serve(request(prompt=b"x" * 4000, stream=stream), "a", 0.1, 0.02)
+    most = 2**31 - 1
+    one = request(prompt=b"x" * 4000, stream=stream, max_tokens=None)
+    lied_to.send(one, "a")
+    lied_to.now += 0.1
+    lied_to.policy.first_byte(one, lied_to["a"], 0.1)
+    lied_to.now += 0.2
+    lies = Outcome(status=200, output_tokens=most, prompt_tokens=most, cached_tokens=0)
+    lied_to.policy.finished(one, lied_to["a"], lies)
+    for world in (honest, lied_to):
+        for _ in range(60):
+            world.serve(request(prompt=b"x" * 4000, stream=stream), "a", 0.1, 0.02)
+        world.scores(request(max_tokens=None))
+    true, said = honest.details()["b"], lied_to.details()["b"]
+    assert said["decode_seconds"] == pytest.approx(true["decode_seconds"], rel=0.5)
+    assert said["predicted_ttft"] == pytest.approx(true["predicted_ttft"], rel=0.5)
 
 
 def test_predictions_of_the_latency_producer_are_those_of_the_policy() -> None:

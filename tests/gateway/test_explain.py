@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
+from quire.gateway import explain
 from quire.gateway.endpoint import Endpoint, Pool
 from quire.gateway.explain import Explainer
 from quire.gateway.metrics import MAX_NAMES, GatewayMetrics
@@ -52,6 +59,71 @@ def test_the_record_says_who_lost_and_why_and_what_came_of_it() -> None:
     assert loser["if_sent_here"] == {"ttft": "+0.3000 s"}
     (attempt,) = told["attempts"]
     assert (attempt["predicted_ttft"], attempt["ttft"], attempt["seconds"]) == (0.2, 0.25, 1.5)
+
+
+def test_requests_of_one_id_have_a_record_each_and_the_newest_is_told_of() -> None:
+    now = 1.0
+    explainer = Explainer(10, lambda: now)
+    first, second = request(model="first"), request(model="second")
+    explainer.chosen(first, choice())
+    explainer.sent(first, A, choice().conclusion)
+    explainer.chosen(second, choice())
+    explainer.sent(second, A, choice().conclusion)
+    explainer.chosen(second, choice())
+    explainer.sent(second, B, choice().conclusion)
+    explainer.first_byte(first, A, 0.25)
+    explainer.finished(first, A, Outcome(status=200, output_tokens=7))
+    explainer.finished(second, A, Outcome(status=None, error="connect"))
+    told = explainer.explain("r0")
+    assert told is not None
+    assert (told["model"], len(told["choices"])) == ("second", 2)
+    assert [(one["endpoint"], one.get("ttft"), one.get("error")) for one in told["attempts"]] == [
+        (A.key, None, "connect"),
+        (B.key, None, None),
+    ]
+    again = request(model="third")
+    explainer.dropped(again, "no room")
+    told = explainer.explain("r0")
+    assert told is not None
+    assert (told["model"], told["dropped"], told["attempts"]) == ("third", "no room", [])
+
+
+def test_an_id_that_comes_again_is_as_new_as_it_is() -> None:
+    explainer = Explainer(3, lambda: 0.0)
+    for number in (0, 1, 2, 0, 3, 4):
+        explainer.chosen(request(number), choice())
+    assert [number for number in range(5) if explainer.explain(f"r{number}")] == [0, 3, 4]
+
+
+def test_what_is_not_told_is_not_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Details and the log's line take longer than choosing does, and few are ever looked at."""
+    looked: list[int] = []
+
+    class Details(Sequence[object]):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: Any) -> object:
+            looked.append(index)
+            return {"index": index}
+
+    trace = ProfileTrace(
+        "default", [], [A.key, B.key], [ScoreTrace("s", 1.0, [1.0, 0.0], Details())], [1.0, 0.0], [A.key]
+    )
+    one, explainer = request(), Explainer(10, lambda: 0.0)
+    monkeypatch.setattr(explain, "_log_fields", lambda *_: looked.append(-1) or {})
+    level = structlog.get_config()["wrapper_class"]
+    for wrapper, seen in ((structlog.make_filtering_bound_logger(logging.INFO), []), (level, [-1])):
+        structlog.configure(wrapper_class=wrapper)
+        explainer.chosen(one, Choice(Conclusion([A]), [trace]))
+        explainer.sent(one, A, Conclusion([A]))
+        with structlog.testing.capture_logs():
+            explainer.finished(one, A, Outcome(status=200))
+        assert looked == seen
+    told = explainer.explain("r0")
+    assert told is not None
+    shown = told["choices"][0]["profiles"][0]["candidates"]
+    assert [one["scores"]["s"]["details"] for one in shown] == [{"index": 0}, {"index": 1}]
 
 
 def test_only_so_many_are_remembered() -> None:

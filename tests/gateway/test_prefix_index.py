@@ -175,6 +175,26 @@ def test_blocks_and_room_come_from_what_endpoints_report() -> None:
     assert tokens(fixed, pool, request(bytes(512))) == {"a": 32}
 
 
+def test_one_endpoint_of_huge_blocks_does_not_blind_all() -> None:
+    pool = pool_of("a", "b")
+    pool.all[1].metrics = EndpointMetrics(time=0.0, block_size=2**53 - 1, num_blocks=2**53 - 1)
+    plugin = producer(pool)
+    send(plugin, pool, request(bytes(4096)), "a")
+    assert tokens(plugin, pool, request(bytes(4096))) == {"a": 1024}
+    assert producer(pool, block_size_tokens=512).block_tokens() == 512  # as the operator says
+
+
+def test_what_ends_at_an_endpoint_that_left_leaves_nothing_behind() -> None:
+    pool = pool_of("a")
+    plugin, one, left = producer(pool), request(bytes(4096)), pool.all[0]
+    send(plugin, pool, one, "a")
+    again = request(bytes(4096))
+    send(plugin, pool, again, "a")
+    pool.remove(left.key)
+    plugin.finished(again, left, Outcome(status=200, cached_tokens=0))
+    assert (plugin._room, len(plugin._index)) == ({}, 0)
+
+
 def test_no_more_is_matched_than_asked_for() -> None:
     pool = pool_of("a")
     plugin = producer(pool, max_prefix_tokens_to_match=128)

@@ -82,6 +82,26 @@ def test_any_page_is_read_or_refused(text: str) -> None:
     assert math.isfinite(found.kv_usage)
 
 
+@pytest.mark.parametrize(
+    "piece", ["a", 'a="', 'a="\\\\', "\\\\", '"', 'a="b",', "a=", "{", "}", " ", "9", "_", "a ", "é"]
+)
+@pytest.mark.parametrize("name", ["vllm:cache_config_info", "vllm:lora_requests_info", "vllm:num_requests_waiting"])
+def test_a_page_of_one_hostile_line_is_read_in_time_linear_in_its_size(name: str, piece: str) -> None:
+    """In quadratic time one such page would take hours."""
+    line = name + "{" + piece * ((MAX_PAGE_BYTES - 200) // len(piece.encode()))
+    for end in ("", "} 1", '"} 1'):
+        assert parse_metrics(f"{line}{end}\nvllm:num_requests_running 3\n", 0.0).running == 3
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z_][a-z0-9_]{0,5}", fullmatch=True), NAMES, min_size=1, max_size=4))
+def test_labels_are_the_prometheus_clients(labels: dict[str, str]) -> None:
+    registry = CollectorRegistry()
+    blocks = {"block_size": "16", "num_gpu_blocks": "9"}
+    Gauge("vllm:cache_config_info", "…", [*labels, *blocks], registry=registry).labels(**(labels | blocks)).set(1)
+    found = parse_metrics(generate_latest(registry).decode() + "vllm:num_requests_waiting 0\n", 0.0)
+    assert (found.block_size, found.num_blocks) == (16, 9)
+
+
 async def test_a_failed_reading_keeps_the_last_and_stops_with_the_endpoint() -> None:
     answers = iter(
         [

@@ -49,6 +49,18 @@ def test_four_bytes_are_a_token_until_answers_say_otherwise() -> None:
     assert estimate(plugin, request(b"x" * 4000, target_model="another")) == 1000
 
 
+@pytest.mark.parametrize("lie", [2**31 - 1, 1])
+def test_one_answer_that_lies_is_worth_no_more_than_its_bytes_allow(lie: int) -> None:
+    plugin = producer()
+    for _ in range(100):
+        plugin.finished(request(b"x" * 4000), ENDPOINT, Outcome(status=200, prompt_tokens=1000))
+    plugin.finished(request(b"x" * 4000), ENDPOINT, Outcome(status=200, prompt_tokens=lie))
+    assert estimate(plugin, request(b"x" * 4000)) == pytest.approx(1000, rel=0.25)
+    for _ in range(100):
+        plugin.finished(request(b"x" * 4000), ENDPOINT, Outcome(status=200, prompt_tokens=1000))
+    assert estimate(plugin, request(b"x" * 4000)) == pytest.approx(1000, rel=0.05)
+
+
 def test_failures_and_answers_without_numbers_teach_nothing() -> None:
     plugin = producer()
     for outcome in (Outcome(status=500, prompt_tokens=9), Outcome(status=200), Outcome(status=200, prompt_tokens=0)):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quire.core.errors import NotEnoughMemory
+from quire.nn.host_kv import HostKV
 from quire.nn.kv import KVCache
 
 SIZES = {"num_layers": 3, "num_kv_heads": 2, "block_size": 4, "block_bytes": 40}
@@ -71,41 +72,42 @@ def test_a_pool_that_no_machine_has_is_refused() -> None:
 
 
 def test_a_block_that_was_swapped_out_comes_back_as_it_was() -> None:
-    kv, host = cache(5, seed=1), cache(3, seed=2)
-    third, fourth, untouched = block(kv, 3), block(kv, 4), block(host, 0)
-    kv.swap_out([(3, 2), (4, 1)], host)
+    kv = cache(5, seed=1)
+    host = HostKV(kv, 3)
+    third, fourth = block(kv, 3), block(kv, 4)
+    host.swap_out([(3, 2), (4, 1)])
     kv.data[:, :, :, 3:] = 9
-    kv.swap_in([(2, 1), (1, 2)], host)
+    host.swap_in([(2, 1), (1, 2), (0, 4)])
     assert torch.equal(block(kv, 1), third)
     assert torch.equal(block(kv, 2), fourth)
-    assert torch.equal(block(host, 0), untouched)
+    assert not block(kv, 4).any(), "a block of the host that nothing was written to"
 
 
 def test_a_swap_larger_than_is_copied_at_once() -> None:
     num_blocks = (150 << 20) // LARGE_BLOCK
-    kv, host = (KVCache(**LARGE, num_blocks=num_blocks) for _ in range(2))
-    kv.data.copy_(torch.arange(num_blocks)[:, None] % 251)
-    kv.swap_out([(block, num_blocks - 1 - block) for block in range(num_blocks)], host)
-    assert torch.equal(host.data, kv.data.flip(3))
+    kv = KVCache(**LARGE, num_blocks=num_blocks)
+    host = HostKV(kv, num_blocks)
+    numbers = torch.arange(num_blocks) % 251
+    kv.data.copy_(numbers[:, None])
+    host.swap_out([(block, num_blocks - 1 - block) for block in range(num_blocks)])
+    kv.data.zero_()
+    host.swap_in([(block, block) for block in range(num_blocks)])
+    assert kv.data.eq(numbers.flip(0)[:, None]).all()
 
 
 def test_layers_of_several_shapes_have_their_bytes_and_move_together() -> None:
     shapes = [(2, 40), (1, 64), (2, 40), (1, 64), (1, 40)]
-    kv, host = (
-        KVCache(num_layers=5, num_kv_heads=2, num_blocks=4, block_size=4, block_bytes=40, shapes=shapes)
-        for _ in range(2)
-    )
+    kv = KVCache(num_layers=5, num_kv_heads=2, num_blocks=4, block_size=4, block_bytes=40, shapes=shapes)
+    host = HostKV(kv, 4)
     assert [tuple(kv.layer(index).shape) for index in range(5)] == [(2, h, 4, b) for h, b in shapes]
     assert sum(tensor.nbytes for tensor in kv.tensors.values()) == 4 * 2 * sum(h * b for h, b in shapes)
     for index in range(5):
         assert not kv.layer(index).any(), "it is another layer's"
         kv.layer(index).fill_(index + 1)
-    kv.swap_out([(2, 1)], host)
+    host.swap_out([(2, 1)])
     for index in range(5):
-        assert host.layer(index)[:, :, 1].eq(index + 1).all()
-        assert not host.layer(index)[:, :, 2:].any()
         kv.layer(index).zero_()
-    kv.swap_in([(1, 3)], host)
+    host.swap_in([(1, 3)])
     for index in range(5):
         assert kv.layer(index)[:, :, 3].eq(index + 1).all()
         assert not kv.layer(index)[:, :, :3].any()

@@ -11,6 +11,7 @@ import aiohttp
 import msgspec
 
 from quire.core.errors import QuireError
+from quire.web.bodies import read_body
 
 MAX_ERROR_BYTES = 64 * 1024
 MAX_LINE_BYTES = 4 * 1024 * 1024  # one event; a chunk with many logprobs is long
@@ -96,11 +97,11 @@ async def list_models(session: aiohttp.ClientSession, url: str) -> list[str]:
     try:
         async with session.get(address) as response:
             await _refuse_bad_status(response)
-            body = await response.content.read(MAX_LINE_BYTES)
+            body = await read_body(response.content, MAX_LINE_BYTES)
         return [model.id for model in msgspec.json.decode(body, type=_Models).data]
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise _unreachable(address, error) from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise ServerFault(
             f"{address} does not answer as an OpenAI-compatible server does: {error}", remedy="Check the URL."
         ) from error
@@ -154,7 +155,10 @@ def _read_event(data: bytes) -> Delta:
 async def _refuse_bad_status(response: aiohttp.ClientResponse) -> None:
     if response.status == 200:
         return
-    body = await response.content.read(MAX_ERROR_BYTES)
+    try:
+        body = await read_body(response.content, MAX_ERROR_BYTES)
+    except ValueError as error:
+        raise ServerFault(f"The server answered {response.status}, and {error}.") from error
     try:
         decoded = msgspec.json.decode(body)
         message = _message(decoded.get("error", decoded) if isinstance(decoded, dict) else decoded)

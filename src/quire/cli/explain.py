@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
+import aiohttp
 import msgspec
 
 from quire.cli.bench.report import print_json
 from quire.cli.client import ServerFault, base_url, open_session
+from quire.web.bodies import read_body
 
 MAX_BYTES = 16 * 1024 * 1024
 
@@ -44,10 +46,12 @@ async def _ask(url: str, api_key: str | None) -> dict[str, Any]:
     async with open_session(api_key=api_key, read_timeout=10.0) as session:
         try:
             async with session.get(url) as answer:
-                body = await answer.content.read(MAX_BYTES)
+                body = await read_body(answer.content, MAX_BYTES)
                 status = answer.status
-        except OSError as error:
+        except (OSError, aiohttp.ClientError) as error:
             raise ServerFault(f"{url} cannot be reached: {error}.", remedy="Name the gateway with --url.") from error
+        except ValueError as error:
+            raise ServerFault(f"{url}: {error}.", remedy="Is it a quire gateway?") from error
     try:
         told = msgspec.json.decode(body, type=dict[str, Any])
     except msgspec.DecodeError:

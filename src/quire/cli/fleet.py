@@ -7,15 +7,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from quire.cli.bench.report import print_json
 from quire.cli.flags import StateDirFlag, settings
-from quire.cli.following import follow, start_control
+from quire.cli.following import address, follow, resume_command, start_control
 from quire.config.fleet import FleetConfig
-from quire.core.errors import ConfigError, NotFound
+from quire.core.errors import ConfigError, NotFound, QuireError, StorageFull
 from quire.fleet.directory import ControlLock, ServiceDirectory, services, state_root
 from quire.fleet.events import AnyEvent, DownRequested, DrainRequested, RoleScaled
 from quire.fleet.journal import Journal
@@ -39,18 +40,31 @@ class Service:
 
 def load(directory: ServiceDirectory) -> Service:
     directory.check_exists()
-    with Journal(directory.database) as journal:
+    with Journal(directory.database, alone=True) as journal:
         seq, state = journal.load()
     return Service(directory=directory, seq=seq, state=state, control=ControlLock(directory).holder())
 
 
 def all_services(flags: StateDirFlag) -> list[Service]:
-    root = state_root(settings(FleetConfig, flags, config=None).value.state_dir)
-    return [load(ServiceDirectory(root, name)) for name in services(root)]
+    """Those that can be read; of others it is told that they cannot."""
+    root = _root(flags)
+    found = []
+    for name in services(root):
+        try:
+            found.append(load(ServiceDirectory(root, name)))
+        except QuireError as error:
+            print(f"warning: {name}: {error}", file=sys.stderr)
+    return found
+
+
+def _root(flags: StateDirFlag) -> Path:
+    return state_root(settings(FleetConfig, flags, config=None).value.state_dir)
 
 
 def find(name: str | None, flags: StateDirFlag) -> Service:
     """The service of that name, or the only one there is. Raises `NotFound` or `ConfigError`."""
+    if name is not None and name in services(_root(flags)):
+        return load(ServiceDirectory(_root(flags), name))
     there = all_services(flags)
     if name is None:
         running = [service for service in there if service.state.replicas or service.control is not None]
@@ -61,9 +75,6 @@ def find(name: str | None, flags: StateDirFlag) -> Service:
             raise NotFound("No service runs here.", remedy="`quire up` starts one.")
         names = ", ".join(service.directory.name for service in candidates)
         raise ConfigError(f"There are several services: {names}.", param="name", remedy="Name one of them.")
-    for service in there:
-        if service.directory.name == name:
-            return service
     raise unknown("service", name, [service.directory.name for service in there])
 
 
@@ -93,7 +104,9 @@ def order(
     with Journal(service.directory.database) as journal:
         journal.append(event)
     if service.control is None:
-        print(f"{name}: {describe(event)}; no control plane runs, and it is done once `quire up` starts one")
+        print(
+            f"{name}: {describe(event)}; no control plane runs, and it is done once `{resume_command(name)}` starts one"
+        )
     elif wait:
         state = follow(service.directory, service.seq, service.state, until=until)
         print(f"{name}: {summary(state)}")
@@ -130,8 +143,9 @@ def _headline(service: Service) -> str:
     if state.spec is None or (state.down and not state.replicas):
         return f"{service.directory.name}: down"
     role = state.spec.role(GATEWAY)
-    where = "" if role is None else f" at http://{role.host}:{role.port}/v1"
-    control = "" if service.control is not None else "; NO CONTROL PLANE RUNS, `quire up` starts one"
+    where = "" if role is None else f" at {address(state)}"
+    resume = f"; NO CONTROL PLANE RUNS, `{resume_command(service.directory.name)}` starts one"
+    control = "" if service.control is not None else resume
     doing = ", stopping" if state.down else ""
     return f"{service.directory.name}: {state.spec.model_name}{where}: {summary(state)}{doing}{control}"
 
@@ -254,8 +268,16 @@ def down(name: str | None = None, *, now: bool = False, state_dir: StateDirFlag 
     if service.state.down and not service.state.replicas:
         print(f"{service.directory.name}: is down already")
         return
-    with Journal(service.directory.database) as journal:
-        journal.append(DownRequested(at=time.time(), at_once=now))
+    try:
+        with Journal(service.directory.database) as journal:
+            journal.append(DownRequested(at=time.time(), at_once=now))
+    except StorageFull as error:
+        from quire.cli.control import stop_here
+
+        print(f"warning: {error} It is stopped all the same.", file=sys.stderr)
+        stop_here(service.directory, at_once=now)
+        print(f"{service.directory.name}: down")
+        return
     if ControlLock(service.directory).holder() is None:
         start_control(service.directory)
     follow(service.directory, service.seq, service.state, until=lambda state: state.down and not state.replicas)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from quire.core.errors import EngineDead, EngineStartFailed
+from quire.fleet.address import url
 from quire.fleet.apply import apply
 from quire.fleet.directory import ControlLock, ServiceDirectory
-from quire.fleet.events import AnyEvent
+from quire.fleet.events import AnyEvent, ProcessExited
 from quire.fleet.journal import Journal
-from quire.fleet.spec import GATEWAY
+from quire.fleet.spec import ENGINE_HOST, GATEWAY
 from quire.fleet.state import FleetState
 from quire.fleet.words import clock, consequence, describe, summary
 
@@ -32,8 +33,13 @@ def address(state: FleetState) -> str:
     assert state.spec is not None
     role = state.spec.role(GATEWAY)
     if role is None:
-        return ", ".join(f"http://127.0.0.1:{replica.port}/v1" for replica in state.engines)
-    return f"http://{role.host}:{role.port}/v1"
+        return ", ".join(f"{url(ENGINE_HOST, replica.port)}/v1" for replica in state.engines)
+    return f"{url(role.host, role.port or 0)}/v1"
+
+
+def resume_command(name: str) -> str:
+    """What brings a control plane back to what runs without one."""
+    return f"quire up --resume {name}"
 
 
 def announcement(state: FleetState) -> str:
@@ -42,7 +48,10 @@ def announcement(state: FleetState) -> str:
 
 
 class Reporter:
-    """Tells of events as they happen, and keeps a line of status at the bottom of a terminal."""
+    """Tells of events as they happen, and keeps a line of status at the bottom of a terminal.
+
+    The terminal, or the reader of a pipe, may go: what runs has to be seen to all the same.
+    """
 
     def __init__(self, status: Status | None = None) -> None:
         self._status = status
@@ -54,7 +63,8 @@ class Reporter:
         if more is not None:
             self._say(f"{clock(event.at)} {more}")
         if self._status is not None:
-            self._status.update(summary(state))
+            with contextlib.suppress(OSError):
+                self._status.update(summary(state))
 
     def look(self, state: FleetState) -> None:
         """Say once where the service is, as soon as it is as asked for."""
@@ -63,10 +73,10 @@ class Reporter:
             self._say(announcement(state))
 
     def _say(self, line: str) -> None:
-        if self._status is not None:
-            self._status.console.print(line, markup=False, highlight=False)
-        else:
-            with contextlib.suppress(OSError):  # the reader of a pipe may have gone; what runs has to be seen to
+        with contextlib.suppress(OSError):
+            if self._status is not None:
+                self._status.console.print(line, markup=False, highlight=False)
+            else:
                 print(line, flush=True)
 
 
@@ -75,18 +85,26 @@ def follow(
 ) -> FleetState:
     """Tell what happens after event `seq` until `until(state)`, the state that is returned.
 
-    Raises `EngineStartFailed` if a replica is in a crash loop, and `EngineDead` if no control plane is there.
+    Raises `EngineStartFailed` if a replica that is asked for fails meanwhile and is in a crash loop, and `EngineDead`
+    if no control plane is there.
     """
     reporter = Reporter()
+    ended: set[str] = set()
     seen = time.monotonic()
     with Journal(directory.database) as journal:
         while True:
             for number, event in journal.after(seq):
                 seq, state = number, apply(state, event)
                 reporter(event, state)
+                if isinstance(event, ProcessExited):
+                    ended.add(event.replica)
             if until(state):
                 return state
-            failing = [replica for replica in state.replicas.values() if replica.in_crash_loop]
+            failing = [
+                replica
+                for name, replica in state.replicas.items()
+                if name in ended and replica.in_crash_loop and state.is_wanted(replica)
+            ]
             if failing and not state.down:
                 raise EngineStartFailed(
                     f"{failing[0].name} does not come up: {failing[0].last_error}",
@@ -96,7 +114,8 @@ def follow(
                 seen = time.monotonic()
             elif time.monotonic() - seen > CONTROL_GRACE:
                 raise EngineDead(
-                    f"No control plane of {directory.name} runs.", remedy=f"{directory.control_log} tells why."
+                    f"No control plane of {directory.name} runs.",
+                    remedy=f"{directory.control_log} tells why; `{resume_command(directory.name)}` starts another one.",
                 )
             time.sleep(POLL)
 

@@ -10,6 +10,7 @@ import msgspec
 from quire.cli.checks import Check
 from quire.cli.client import base_url, open_session
 from quire.gateway.kv.route import PATH, KVStatus
+from quire.web.bodies import read_body
 
 MAX_BYTES = 16 * 1024 * 1024
 NAME = "kv events"
@@ -117,7 +118,7 @@ async def _get(address: str, api_key: str | None) -> bytes | None:
             return None
         if response.status != 200:
             raise ValueError(f"status {response.status}")
-        return await response.content.read(MAX_BYTES)
+        return await read_body(response.content, MAX_BYTES)
 
 
 def _failed(detail: str, remedy: str) -> Check:

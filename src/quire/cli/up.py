@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import signal
 import socket
@@ -16,10 +18,11 @@ from quire.cli.flags import FleetFlags, settings
 from quire.cli.following import Reporter, announcement, follow, start_control
 from quire.cli.manifest import behind_gateway, read_service
 from quire.config.fleet import FleetConfig
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, NotFound
 from quire.fleet.directory import ControlLock, ServiceDirectory, state_root
 from quire.fleet.events import DownRequested, ManifestApplied
 from quire.fleet.journal import Journal
+from quire.fleet.manifest.read import Manifest
 from quire.fleet.spec import GATEWAY
 from quire.fleet.state import FleetState
 
@@ -27,6 +30,7 @@ from quire.fleet.state import FleetState
 def up(
     manifest: Path | None = None,
     *,
+    resume: str | None = None,
     detach: bool = False,
     gateway: Annotated[bool, Parameter(negative="--no-gateway")] = True,
     fleet: FleetFlags = None,
@@ -39,30 +43,52 @@ def up(
     ----------
     manifest
         A file with an LLMInferenceService; two replicas of the built-in model otherwise.
+    resume
+        A service that was started before: go on with what was asked for, manifest, scale and all, after its control
+        plane ended.
     detach
         Come back when the service is ready, and leave it running; `quire down` stops it.
     gateway
         Put the gateway in front; without it the engines are on ports that `quire ps` tells.
     """
-    config = settings(FleetConfig, fleet, config=None).value
-    read = read_service(manifest, config)
-    wanted = read.service
-    directory = ServiceDirectory(state_root(config.state_dir), wanted.name)
+    resolved = settings(FleetConfig, fleet, config=None)
+    config = resolved.value
+    if resume is None:
+        read = read_service(manifest, config)
+        directory = ServiceDirectory(state_root(config.state_dir), read.service.name)
+    else:
+        if manifest is not None or not gateway or "flag" in (resolved.sources["host"], resolved.sources["port"]):
+            raise ConfigError(
+                "--resume goes on with what was asked for, and takes neither a manifest nor an address.",
+                param="resume",
+                remedy=f"`quire up --resume {resume}`, and then `quire apply FILE` for something else.",
+            )
+        directory = ServiceDirectory(state_root(config.state_dir), resume)
+        directory.check_exists()
     directory.make()
     lock = ControlLock(directory)
     lock.acquire()
     try:
         with Journal(directory.database) as journal:
             _, state = journal.load()
-            if gateway:
-                wanted = behind_gateway(read, config.host, gateway_port(state, config))
-            if state.spec != wanted or state.down:
-                journal.append(ManifestApplied(at=time.time(), spec=wanted))
+            if resume is None:
+                _ask_for(read, state, journal, config if gateway else None)
+            elif state.spec is None or (state.down and not state.replicas):
+                raise NotFound(f"{resume} is down.", param="resume", remedy="`quire up FILE` starts it.")
         if not detach:
             return asyncio.run(_run_here(directory))
     finally:
         lock.release()
     return _run_behind(directory)
+
+
+def _ask_for(read: Manifest, state: FleetState, journal: Journal, address: FleetConfig | None) -> None:
+    """Write down what the manifest says, with a gateway at the address if there is to be one."""
+    wanted = read.service
+    if address is not None:
+        wanted = behind_gateway(read, address.host, gateway_port(state, address))
+    if state.spec != wanted or state.down:
+        journal.append(ManifestApplied(at=time.time(), spec=wanted))
 
 
 def gateway_port(state: FleetState, config: FleetConfig) -> int:
@@ -74,18 +100,25 @@ def gateway_port(state: FleetState, config: FleetConfig) -> int:
 
 
 def free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises `ConfigError` if it is taken."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    """`port`, or a free one for 0. Raises `ConfigError` if it is taken, or the host is none of this machine."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, ValueError) as error:  # ValueError: a name that no encoding has
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"--host is {host[:80]!r}, which is no address: {why}.",
+            param="host",
+            remedy="Give an address of this machine, or leave it out for the loopback.",
+        ) from None
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
         except OSError as error:
-            raise ConfigError(
-                f"Cannot listen on {host}:{port}: {error.strerror}.",
-                param="port",
-                remedy="Choose another --port; 0 takes a free one. `quire ps` tells what services run.",
-            ) from None
+            what, remedy = "port", "Choose another --port; 0 takes a free one. `quire ps` tells what services run."
+            if error.errno == errno.EADDRNOTAVAIL:
+                what, remedy = "host", "Give a --host of this machine, or leave it out for the loopback."
+            raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror}.", param=what, remedy=remedy) from None
         return int(listener.getsockname()[1])
 
 
@@ -118,8 +151,9 @@ async def _run_here(directory: ServiceDirectory) -> int:
     try:
         await control.run(until=is_over)
     finally:
-        if status is not None:
-            status.stop()
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            if status is not None:
+                status.stop()
     return 0
 
 
@@ -128,6 +162,11 @@ def _run_behind(directory: ServiceDirectory) -> int:
     with Journal(directory.database) as journal:
         seq, state = journal.load()
     start_control(directory)
-    state = follow(directory, seq, state, until=lambda state: state.settled)
-    print(announcement(state))
+
+    def is_there(state: FleetState) -> bool:
+        """What is as it was asked for may have been so before; the control plane has to be there, too."""
+        return state.settled and (state.down or ControlLock(directory).holder() is not None)
+
+    state = follow(directory, seq, state, until=is_there)
+    print(f"{directory.name}: down" if state.down else announcement(state))
     return 0

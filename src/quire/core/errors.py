@@ -180,6 +180,13 @@ class ConfigError(QuireError):
     code = "invalid_config"
 
 
+class StorageFull(QuireError):
+    """Nothing can be written to a disk until there is room on it."""
+
+    code = "storage_full"
+    status = 507
+
+
 class CheckpointError(QuireError):
     """The checkpoint cannot be used; the message names file, tensor, expected and found."""
 

@@ -28,6 +28,7 @@ from quire.models.fit import build_ledger, step_tokens
 from quire.models.load import LoadedModel, load_model
 from quire.models.serving import read_serving
 from quire.models.shapes import shapes_of, sights_of
+from quire.nn.host_kv import HostKV
 from quire.ops.cpu.library import usable_isas
 from quire.sched.state import SchedulerLimits, SchedulerState
 from quire.text.defaults import eos_token_ids
@@ -129,7 +130,7 @@ def build_engine(
     runner = Runner(
         model=model,
         kv=kv,
-        host_kv=model.new_kv_cache(host_blocks + 1, config.block_size, places=places) if host_blocks else None,
+        host_kv=HostKV(kv, host_blocks + 1) if host_blocks else None,
         eos_token_ids=eos,
         ahead=_ahead(config, model.device, limits),
     )

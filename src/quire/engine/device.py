@@ -37,6 +37,8 @@ def resolve_device(asked: str) -> torch.device:
     return torch.device(device.type, index)
 
 
+_SIGNS = ("CUDA error", "HIP error", "Triton Error", "XPU error", "CUDA driver error")
+_LONGEST = 300
 _REMEDY = "Install a torch for this GPU and its driver (see docs/gpu.md), or take --device cpu."
 
 
@@ -66,3 +68,19 @@ def memory_for(device: torch.device) -> int:
             return int(free)
         case _:
             return available_memory()
+
+
+def device_fault(error: BaseException) -> str | None:
+    """In words, what a GPU's error means for whoever runs the engine; None for errors of another kind."""
+    told = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"The GPU ran out of memory: {told[:_LONGEST]} Lower --memory-utilization or --max-num-batched-tokens, or "
+            "end what else runs on it."
+        )
+    if isinstance(error, RuntimeError) and any(sign in told for sign in _SIGNS):
+        return (
+            f"The GPU failed: {told[:_LONGEST]} Everything on it is lost to this process. If it fails again, look at "
+            "the driver's log (dmesg, nvidia-smi -q)."
+        )
+    return None

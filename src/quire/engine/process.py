@@ -78,13 +78,25 @@ def main() -> int:
             return 1
         except Exception as error:
             traceback.print_exc()
-            failed = EngineStartFailed(f"The engine could not start: {type(error).__name__}: {error}")
+            from quire.engine.device import device_fault
+
+            why = device_fault(error) or f"{type(error).__name__}: {error}"
+            failed = EngineStartFailed(f"The engine could not start: {why}")
             socket.send(encode(StartFailed(failed.to_info())))
             return 1
         gc.freeze()  # what has been loaded stays: the collector need not walk through it between steps
         gc.enable()
         socket.send(encode(Ready(engine.info, os.getpid())))
-        serve(engine, socket)
+        try:
+            serve(engine, socket)
+        except RuntimeError as error:
+            from quire.engine.device import device_fault
+
+            fault = device_fault(error)
+            if fault is None:
+                raise
+            print(f"quire: {fault}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -19,6 +19,7 @@ from quire.engine.inputs import BatchBuilder, needs_prompt_logprobs, pending_row
 from quire.engine.readback import Readback, Reading
 from quire.engine.seats import Seats
 from quire.models.load import LoadedModel
+from quire.nn.host_kv import HostKV
 from quire.nn.kv import KVCache
 from quire.nn.pooling import PooledSoFar
 from quire.ops.draw import NOT_FINITE, drawable, table_of
@@ -88,7 +89,7 @@ class Runner:
         *,
         model: LoadedModel,
         kv: KVCache,
-        host_kv: KVCache | None,
+        host_kv: HostKV | None,
         eos_token_ids: tuple[int, ...],
         ahead: Ahead | None = None,
     ) -> None:
@@ -115,8 +116,8 @@ class Runner:
     def launch(self, step: Step) -> Launched:
         """Begin to compute `step`. The KV of every scheduled row will be in the cache before a later step begins."""
         if self._host_kv is not None:
-            self._kv.swap_out(step.swap_out, self._host_kv)
-            self._kv.swap_in(step.swap_in, self._host_kv)
+            self._host_kv.swap_out(step.swap_out)
+            self._host_kv.swap_in(step.swap_in)
         chunks = step.scheduled
         if not chunks:
             return Done(RunOutput())

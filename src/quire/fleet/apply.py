@@ -7,7 +7,7 @@ from functools import reduce
 import msgspec
 
 from quire.fleet import events as e
-from quire.fleet.spec import RoleSpec
+from quire.fleet.spec import RoleSpec, ServiceSpec
 from quire.fleet.state import FleetState, Replica
 
 FIRST_BACKOFF = 0.5
@@ -21,7 +21,7 @@ def apply(state: FleetState, event: e.Event) -> FleetState:
     """The state after `event`. An event about a replica that is gone changes nothing: the world was faster."""
     match event:
         case e.ManifestApplied(spec=spec):
-            return msgspec.structs.replace(state, spec=spec, down=False, at_once=False)
+            return _asked_for(state, spec)
         case e.RoleScaled(role=role, replicas=replicas):
             return _scaled(state, role, replicas)
         case e.DownRequested(at_once=at_once):
@@ -66,7 +66,23 @@ def _with(state: FleetState, replica: Replica) -> FleetState:
 
 def _without(state: FleetState, replica: Replica) -> FleetState:
     rest = {name: other for name, other in state.replicas.items() if name != replica.name}
-    return msgspec.structs.replace(state, replicas=rest)
+    return _without_the_unused(msgspec.structs.replace(state, replicas=rest))
+
+
+def _asked_for(state: FleetState, spec: ServiceSpec) -> FleetState:
+    """Processes of the revisions that were asked for before go on, and may have to be started again until they go."""
+    known = dict(state.kept)
+    if state.spec is not None:
+        known |= {role.revision: role for role in state.spec.roles}
+    wanted = {role.revision for role in spec.roles}
+    kept = {revision: role for revision, role in known.items() if revision not in wanted}
+    return _without_the_unused(msgspec.structs.replace(state, spec=spec, kept=kept, down=False, at_once=False))
+
+
+def _without_the_unused(state: FleetState) -> FleetState:
+    used = {replica.revision for replica in state.replicas.values()}
+    kept = {revision: role for revision, role in state.kept.items() if revision in used}
+    return state if kept == state.kept else msgspec.structs.replace(state, kept=kept)
 
 
 def _scaled(state: FleetState, role: str, replicas: int) -> FleetState:

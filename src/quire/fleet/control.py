@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import structlog
 
+from quire.core.errors import QuireError
 from quire.fleet import endpoints, events, launch
+from quire.fleet.address import url, within_reach
 from quire.fleet.apply import apply
 from quire.fleet.directory import ServiceDirectory
 from quire.fleet.events import AnyEvent
@@ -32,7 +35,12 @@ DRAIN_SETTLE = 1.0
 
 
 class ControlPlane:
-    """Runs one service. `environ` is what its processes inherit; `on_event` sees each event as it is applied."""
+    """Runs one service. `environ` is what its processes inherit; `on_event` sees each event as it is applied.
+    `alone`: nobody else has to reach the journal meanwhile, see there.
+
+    While nothing can be written, on a full disk, what happens is kept in memory, and written down once that is
+    possible: what runs is seen to, and stopped if that is asked for.
+    """
 
     def __init__(
         self,
@@ -42,15 +50,19 @@ class ControlPlane:
         environ: Mapping[str, str],
         clock: Callable[[], float] = time.time,
         on_event: Callable[[AnyEvent, FleetState], None] | None = None,
+        alone: bool = False,
     ) -> None:
         self._directory = directory
         self._provider = provider
         self._environ = environ
         self._clock = clock
         self._on_event = on_event
-        self._journal = Journal(directory.database)
+        self._journal = Journal(directory.database, alone=alone)
         self._seq, self.state = self._journal.load()
         self._snapshot_seq = self._seq
+        self._unwritten: list[AnyEvent] = []
+        """Applied to the state, and not in the journal yet."""
+        self._troubles: set[str] = set()
         self._policy: tuple[dict[str, Any], ...] | None = None
         self._written: list[endpoints.Endpoint] | None = None
         self._probes: dict[str, asyncio.Task[None]] = {}
@@ -82,16 +94,46 @@ class ControlPlane:
     # --- events ---------------------------------------------------------------------------------------------
 
     def record(self, event: AnyEvent) -> None:
-        self._journal.append(event)
+        if not self._unwritten:
+            with self._as_far_as_possible("the journal"):
+                self._journal.append(event)
+                return
+        self._unwritten.append(event)
+        self._apply(event)
 
     def _follow(self) -> None:
         for seq, event in self._journal.after(self._seq):
-            self._seq, self.state = seq, apply(self.state, event)
-            if self._on_event is not None:
-                self._on_event(event, self.state)
-        if self._seq - self._snapshot_seq >= SNAPSHOT_EVERY:
-            self._journal.compact(self._seq, self.state)
-            self._snapshot_seq = self._seq
+            self._seq = seq
+            self._apply(event)
+        with self._as_far_as_possible("the journal"):
+            if self._unwritten:
+                self._journal.append(*self._unwritten)
+                self._unwritten.clear()
+                self._seq, self.state = self._journal.load()  # the order in which the next control plane will see it
+            if self._seq - self._snapshot_seq >= SNAPSHOT_EVERY:
+                self._journal.compact(self._seq, self.state)
+                self._snapshot_seq = self._seq
+
+    def _apply(self, event: AnyEvent) -> None:
+        self.state = apply(self.state, event)
+        if self._on_event is not None:
+            self._on_event(event, self.state)
+
+    @contextlib.contextmanager
+    def _as_far_as_possible(self, what: str) -> Iterator[None]:
+        """What cannot be written is told once, and tried again: the processes have to be seen to, whatever happens."""
+        try:
+            yield
+        except (QuireError, OSError) as error:
+            if what not in self._troubles:
+                self._log_error(f"{what} cannot be written; going on without", error)
+            self._troubles.add(what)
+        else:
+            self._troubles.discard(what)
+
+    def _log_error(self, message: str, error: BaseException | None, **more: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            structlog.get_logger().error(message, error=str(error) or repr(error), **more)
 
     # --- what runs ------------------------------------------------------------------------------------------
 
@@ -110,7 +152,9 @@ class ControlPlane:
             if not replica.has_process:
                 continue
             seen = found.get(replica.name)
-            if seen is None or seen.start != replica.starts:
+            if seen is not None and seen.running and seen.start != replica.starts:
+                self._provider.kill(replica.name)  # its start was never written down, and would be decided again
+            elif seen is None or seen.start != replica.starts:
                 self._ended(replica, None, None)
             elif not seen.running:
                 self._ended(replica, seen.returncode, seen.error)
@@ -186,13 +230,14 @@ class ControlPlane:
         if self.state.spec is None:
             return
         found = endpoints.endpoints(self.state)
-        if found != self._written:
-            endpoints.write(self._directory.endpoints_file, found)
-            self._written = found
         gateway = self.state.spec.role(GATEWAY)
-        if gateway is not None and gateway.documents != self._policy:
-            launch.write_policy(launch.policy_file(self._directory.endpoints_file), gateway)
-            self._policy = gateway.documents
+        with self._as_far_as_possible("what the gateway reads"):
+            if found != self._written:
+                endpoints.write(self._directory.endpoints_file, found)
+                self._written = found
+            if gateway is not None and gateway.documents != self._policy:
+                launch.write_policy(launch.policy_file(self._directory.endpoints_file), gateway)
+                self._policy = gateway.documents
 
     # --- how they are ---------------------------------------------------------------------------------------
 
@@ -201,7 +246,7 @@ class ControlPlane:
             if task.done():
                 del self._probes[name]
                 if not task.cancelled() and task.exception() is not None:
-                    structlog.get_logger().error("probing failed", replica=name, error=repr(task.exception()))
+                    self._log_error("probing failed", task.exception(), replica=name)
         for name, replica in self.state.replicas.items():
             if name not in self._probes and replica.phase in PROBE_EVERY:
                 self._probes[name] = asyncio.create_task(self._watch(name, replica.starts, probe))
@@ -217,7 +262,7 @@ class ControlPlane:
                 await self._probe_draining(replica, probe)
             else:
                 trouble = await probe.trouble(
-                    replica.port, engine=replica.role != GATEWAY, api_key=self._api_key(replica)
+                    self._url(replica), engine=replica.role != GATEWAY, api_key=self._api_key(replica)
                 )
                 failed = 0 if trouble is None else failed + 1
                 self._watch_memory(replica)
@@ -231,7 +276,7 @@ class ControlPlane:
             await asyncio.sleep(PROBE_EVERY.get(replica.phase, 0))
 
     def _watch_memory(self, replica: Replica) -> None:
-        spec = None if self.state.spec is None else self.state.spec.role(replica.role)
+        spec = self.state.spec_of(replica)
         if spec is None or spec.memory is None or replica.over_limit is not None:
             return
         held = self._provider.memory(replica.name)
@@ -240,11 +285,15 @@ class ControlPlane:
             self.record(events.WentOverLimit(at=self._clock(), replica=replica.name, reason=reason))
 
     async def _probe_draining(self, replica: Replica, probe: Probe) -> None:
-        if replica.idle or self._clock() - replica.since < DRAIN_SETTLE:
+        if replica.idle or 0 <= self._clock() - replica.since < DRAIN_SETTLE:
             return
-        if await probe.in_flight(replica.port, self._api_key(replica)) == 0:
+        if await probe.in_flight(self._url(replica), self._api_key(replica)) == 0:
             self.record(events.BecameIdle(at=self._clock(), replica=replica.name))
 
+    def _url(self, replica: Replica) -> str:
+        spec = self.state.spec_of(replica)
+        return url(within_reach("" if spec is None else spec.host), replica.port)
+
     def _api_key(self, replica: Replica) -> str | None:
-        spec = None if self.state.spec is None else self.state.spec.role(replica.role)
+        spec = self.state.spec_of(replica)
         return None if spec is None else launch.api_key(spec, self._environ)

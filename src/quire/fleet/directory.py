@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -37,7 +38,10 @@ def services(root: Path) -> list[str]:
     """The names of the services that have a state here."""
     if not root.is_dir():
         return []
-    return sorted(path.name for path in root.iterdir() if (path / "fleet.db").is_file() and NAME.fullmatch(path.name))
+    # `os.path`: what is another user's is none of ours, and no error.
+    return sorted(
+        name for name in os.listdir(root) if NAME.fullmatch(name) and os.path.isfile(root / name / "fleet.db")
+    )
 
 
 class ServiceDirectory:
@@ -51,8 +55,11 @@ class ServiceDirectory:
         self.control_log = self.path / "logs" / "control.log"
 
     def make(self) -> None:
+        """For its owner alone: what a manifest says, secrets included, is in here."""
         try:
-            (self.path / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)  # one that was made before
+            self.control_log.parent.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"{self.path} cannot be made: {error.strerror}.", remedy="Set QUIRE_STATE_DIR to another directory."
@@ -61,6 +68,15 @@ class ServiceDirectory:
     def check_exists(self) -> None:
         if not self.database.is_file():
             raise NotFound(f"There is no service {self.name!r}.", remedy="`quire ps` lists them.")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """In one step, so that a reader never sees half of it, and readable by its owner alone."""
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # its mode would be kept
+    with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(content)
+    os.replace(part, path)
 
 
 class ControlLock:
@@ -76,8 +92,8 @@ class ControlLock:
         for _ in range(LOCK_ATTEMPTS):  # `holder` takes it for a moment
             if self._try():
                 assert self._fd is not None
-                os.ftruncate(self._fd, 0)
-                os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+                with contextlib.suppress(OSError):  # a full disk: the number is for people, the lock is the kernel's
+                    os.ftruncate(self._fd, os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0))
                 return
             time.sleep(LOCK_PAUSE)
         raise ConfigError(

@@ -7,11 +7,12 @@ It is replaced in one step whenever it changes, so that a reader never sees half
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
 
+from quire.fleet.directory import write_file
+from quire.fleet.spec import ENGINE_HOST
 from quire.fleet.state import FleetState
 
 ROLE_LABEL = "llm-d.ai/role"
@@ -42,7 +43,7 @@ def endpoints(state: FleetState) -> list[Endpoint]:
             Endpoint(
                 name=replica.name,
                 namespace=NAMESPACE,
-                address="127.0.0.1",
+                address=ENGINE_HOST,
                 port=str(replica.port),
                 labels=labels,
             )
@@ -52,6 +53,4 @@ def endpoints(state: FleetState) -> list[Endpoint]:
 
 def write(path: Path, found: list[Endpoint]) -> None:
     """As JSON, which is YAML."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode({"endpoints": found}), indent=2) + b"\n")
-    os.replace(part, path)
+    write_file(path, msgspec.json.format(msgspec.json.encode({"endpoints": found}), indent=2) + b"\n")

@@ -7,6 +7,7 @@ control plane that is killed loses nothing that it wrote.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, StorageFull
 from quire.fleet.apply import apply
 from quire.fleet.events import AnyEvent
 from quire.fleet.state import FleetState
@@ -28,6 +29,7 @@ SNAPSHOT_EVERY = 1000
 KEPT_EVENTS = 5000
 """Events kept for `quire events` once a snapshot has made them superfluous."""
 BUSY_TIMEOUT = 10.0
+_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL);
@@ -38,26 +40,65 @@ _STATE = msgspec.json.Decoder(FleetState)
 
 
 class Journal:
-    """The events of one service. Each method is one transaction; several processes may write."""
+    """The events of one service. Each method is one transaction; several processes may write.
 
-    def __init__(self, path: Path) -> None:
-        """Opens or makes the file, readable by its owner alone. Raises `ConfigError` if it is of another version."""
+    All raise `StorageFull` if the disk is full, and `ConfigError` if the file cannot be used for another reason.
+    """
+
+    def __init__(self, path: Path, *, alone: bool = False) -> None:
+        """Opens or makes the file, readable by its owner alone. To be `alone` with it, as long as it is open, is all
+        right where a full disk has no room for what processes need to share it."""
         self._path = path
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self._connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
         try:
-            self._prepare()
-        except sqlite3.DatabaseError as error:
-            raise self._unusable(str(error)) from error
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        except OSError as error:
+            raise self._full() if error.errno == errno.ENOSPC else self._unusable(str(error.strerror)) from error
+        with self._told():
+            self._connection = self._open(alone)
 
-    def _prepare(self) -> None:
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = NORMAL")
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+    def _open(self, alone: bool) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except sqlite3.OperationalError as error:
+            if not alone or error.sqlite_errorcode != sqlite3.SQLITE_IOERR_SHMSIZE:
+                raise
+        # No room for the index that processes share, and so nobody else has the file open: ours may be in memory.
+        return self._connect("PRAGMA locking_mode = EXCLUSIVE")
+
+    def _connect(self, first: str = "") -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT, isolation_level=None)
+        try:
+            connection.execute(first)
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """Writes nothing into a file that is prepared: what runs can be looked at and stopped on a full disk."""
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        connection.execute("PRAGMA synchronous = NORMAL")
         if version not in (0, FORMAT):
             raise self._unusable(f"its format is {version}, and this quire writes {FORMAT}")
-        self._connection.executescript(_SCHEMA)
-        self._connection.execute(f"PRAGMA user_version = {FORMAT}")
+        if version == 0:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(_SCHEMA)
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _full(self) -> StorageFull:
+        return StorageFull(
+            f"There is no room for the fleet's state {self._path}.", remedy=f"Free space on the disk of {self._path}."
+        )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """SQLite's errors in our words."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            full = getattr(error, "sqlite_errorcode", None) in _FULL
+            raise self._full() if full else self._unusable(str(error)) from error
 
     def _unusable(self, reason: str) -> ConfigError:
         return ConfigError(
@@ -85,7 +126,9 @@ class Journal:
         return self._after(seq)
 
     def last(self, count: int) -> list[tuple[int, AnyEvent]]:
-        rows = self._connection.execute("SELECT seq, body FROM events ORDER BY seq DESC LIMIT ?", (count,)).fetchall()
+        with self._told():
+            query = "SELECT seq, body FROM events ORDER BY seq DESC LIMIT ?"
+            rows = self._connection.execute(query, (count,)).fetchall()
         return [(seq, self._decode(_EVENT, body)) for seq, body in reversed(rows)]
 
     def compact(self, seq: int, state: FleetState) -> None:
@@ -99,7 +142,9 @@ class Journal:
             self._connection.execute("DELETE FROM events WHERE seq <= ?", (seq - KEPT_EVENTS,))
 
     def _after(self, seq: int) -> list[tuple[int, AnyEvent]]:
-        rows = self._connection.execute("SELECT seq, body FROM events WHERE seq > ? ORDER BY seq", (seq,)).fetchall()
+        with self._told():
+            query = "SELECT seq, body FROM events WHERE seq > ? ORDER BY seq"
+            rows = self._connection.execute(query, (seq,)).fetchall()
         return [(number, self._decode(_EVENT, body)) for number, body in rows]
 
     def _decode(self, decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -110,17 +155,15 @@ class Journal:
 
     @contextlib.contextmanager
     def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
-        """Raises `ConfigError` if the file cannot be written: a full disk, another owner."""
-        try:
+        with self._told():
             self._connection.execute(f"BEGIN {kind}")
             try:
                 yield
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # a full disk may have ended it already
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._unusable(str(error)) from error
 
     def close(self) -> None:
         self._connection.close()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 import yaml
 
 from quire.fleet import kv_events
+from quire.fleet.directory import write_file
 from quire.fleet.provider import Launch
-from quire.fleet.spec import GATEWAY, RoleSpec
+from quire.fleet.spec import ENGINE_HOST, GATEWAY, RoleSpec
 from quire.fleet.state import Replica
 
 QUIRE = (sys.executable, "-m", "quire")
 KV_FLAGS = ("--kv-cache-memory", "--num-kv-blocks", "--memory-utilization")
+SECRETS = {"--api-key": "QUIRE_API_KEY", "--hf-token": "QUIRE_HF_TOKEN"}
+"""Flags that go into the environment: everybody on the machine can read a command line."""
 KV_SHARE = 0.5
 """Of the memory that is free, what the KV pools of all engines together take unless they are told otherwise."""
 
@@ -32,7 +34,9 @@ def launch(
 ) -> Launch:
     """How to start `replica`. `engines` share this machine; `environ` is what the processes inherit. `free_ports` are
     asked for if it publishes KV events."""
-    environment = {**environ, **spec.environment}
+    arguments, secrets = _without_secrets(spec.arguments)
+    environment = {**environ, **spec.environment, **secrets}
+    spec = msgspec.structs.replace(spec, arguments=arguments)
     if spec.role == GATEWAY:
         command = gateway_command(replica, spec, endpoints_file)
     else:
@@ -42,8 +46,20 @@ def launch(
     return Launch(replica=replica.name, start=replica.starts, command=command, environment=environment)
 
 
+def _without_secrets(arguments: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The arguments that may be seen, and the variables that say the same as the others."""
+    seen, secrets = [], {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in SECRETS:
+            secrets[SECRETS[name]] = value
+        else:
+            seen.append(argument)
+    return tuple(seen), secrets
+
+
 def engine_command(replica: Replica, spec: RoleSpec, engines: int, environment: Mapping[str, str]) -> tuple[str, ...]:
-    command = [*QUIRE, "serve", *spec.arguments, "--host", "127.0.0.1", "--port", str(replica.port)]
+    command = [*QUIRE, "serve", *spec.arguments, "--host", ENGINE_HOST, "--port", str(replica.port)]
     if replica.threads is not None:
         command += ["--threads", str(replica.threads)]
     given = {argument.partition("=")[0] for argument in spec.arguments}
@@ -76,9 +92,7 @@ def policy_file(endpoints_file: Path) -> Path:
 
 def write_policy(path: Path, spec: RoleSpec) -> None:
     """The manifest's documents that are the gateway's: EndpointPickerConfig, objectives, rewrites, pools."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(yaml.safe_dump_all(spec.documents, sort_keys=False))
-    os.replace(part, path)
+    write_file(path, yaml.safe_dump_all(spec.documents, sort_keys=False).encode())
 
 
 def threads_for(spec: RoleSpec, engines: int, cores: int, environ: Mapping[str, str]) -> int | None:
@@ -93,9 +107,5 @@ def threads_for(spec: RoleSpec, engines: int, cores: int, environ: Mapping[str, 
 
 def api_key(spec: RoleSpec, environ: Mapping[str, str]) -> str | None:
     """The key that the engines ask for, which probes have to send."""
-    arguments = iter(spec.arguments)
-    for argument in arguments:
-        name, given, value = argument.partition("=")
-        if name == "--api-key":
-            return value if given else next(arguments, None)
-    return spec.environment.get("QUIRE_API_KEY", environ.get("QUIRE_API_KEY"))
+    _, secrets = _without_secrets(spec.arguments)
+    return {**environ, **spec.environment, **secrets}.get("QUIRE_API_KEY")

@@ -3,12 +3,16 @@
 Engines are replaced as a Kubernetes Deployment does it: never more processes than replicas + maxSurge, and a rollout
 takes away a ready replica only while replicas - maxUnavailable others are ready. Unlike there, a replica that is
 draining counts as a process, because one machine's memory is what the bound is for.
+
+The bound is a role's. Where a manifest changes the roles themselves, the engines of a role that is gone stay until
+those that are asked for can take their requests, so that for a while both are there.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from quire.fleet.apply import LONGEST_BACKOFF
 from quire.fleet.spec import GATEWAY, RoleSpec
 from quire.fleet.state import FleetState, Replica
 
@@ -49,17 +53,31 @@ def plan(state: FleetState, now: float) -> list[Action]:
     if state.down:
         return actions + _down(state, now, taken={action.replica for action in actions})
     for role in dict.fromkeys([*(spec.role for spec in state.spec.roles), *(r.role for r in state.replicas.values())]):
-        spec = state.spec.role(role) or RoleSpec(role=role, replicas=0)
-        actions += _role(spec, state, now, taken={action.replica for action in actions})
+        taken = {action.replica for action in actions}
+        spec = state.spec.role(role)
+        if spec is None and role != GATEWAY and not _can_take_over(state):
+            there = [replica for replica in state.of_role(role) if replica.name not in taken]
+            actions += _again(there, state, now)
+        else:
+            actions += _role(spec or RoleSpec(role=role, replicas=0), state, now, taken)
     return actions
+
+
+def _can_take_over(state: FleetState) -> bool:
+    """Whether the roles that are asked for have as many ready as a rollout leaves them."""
+    assert state.spec is not None
+    return all(
+        sum(replica.phase == "ready" for replica in state.of_role(spec.role)) >= spec.replicas - spec.unavailable
+        for spec in state.spec.roles
+        if spec.role != GATEWAY
+    )
 
 
 def _overdue(state: FleetState, now: float) -> list[Action]:
     """What a clock or an end of work makes due, whatever is asked for."""
     actions: list[Action] = []
     for replica in state.replicas.values():
-        spec = None if state.spec is None else state.spec.role(replica.role)
-        timeouts = spec or RoleSpec(role=replica.role, replicas=0)
+        timeouts = _timeouts(replica, state)
         due = replica.deadline is not None and now >= replica.deadline
         waited = now - replica.since
         if replica.killed:
@@ -97,9 +115,13 @@ def _down(state: FleetState, now: float, taken: set[str]) -> list[Action]:
 
 
 def _stop(replica: Replica, state: FleetState, now: float, reason: str) -> Stop:
-    spec = None if state.spec is None else state.spec.role(replica.role)
-    timeout = (spec or RoleSpec(role=replica.role, replicas=0)).stop_timeout
-    return Stop(replica=replica.name, deadline=now + timeout, reason=reason)
+    return Stop(replica=replica.name, deadline=now + _timeouts(replica, state).stop_timeout, reason=reason)
+
+
+def _timeouts(replica: Replica, state: FleetState) -> RoleSpec:
+    """Those of the manifest count for processes of earlier ones, too."""
+    wanted = None if state.spec is None else state.spec.role(replica.role)
+    return wanted or state.spec_of(replica) or RoleSpec(role=replica.role, replicas=0)
 
 
 def _role(spec: RoleSpec, state: FleetState, now: float, taken: set[str]) -> list[Action]:
@@ -112,13 +134,25 @@ def _role(spec: RoleSpec, state: FleetState, now: float, taken: set[str]) -> lis
     ]
     gone = {replica.name for replica, _ in leave} | taken
     most = spec.replicas + spec.surge
-    again = [replica.name for replica in current if replica.phase == "backoff" and now >= replica.not_before]
-    again = [name for name in again if name not in gone]
-    names = again[: max(0, most - sum(replica.has_process for replica in there))]
+    newest_first = sorted(staying, key=lambda replica: replica.revision != spec.revision)
+    again = _again([replica for replica in newest_first if replica.name not in gone], state, now)
+    actions += again[: max(0, most - sum(replica.has_process for replica in there))]
     asked_to_go = sum(replica.drain_asked for replica in current)
     missing = spec.replicas - (len(current) - asked_to_go)
-    names += _free_names(spec, state, min(missing, most - len(there)))
+    names = _free_names(spec, state, min(missing, most - len(there)))
     return actions + [Start(replica=name, role=spec) for name in names]
+
+
+def _again(replicas: list[Replica], state: FleetState, now: float) -> list[Action]:
+    """Starts of those whose back-off is over, each as it was started before."""
+    starts: list[Action] = []
+    for replica in replicas:
+        wait = replica.not_before - now
+        spec = state.spec_of(replica)
+        # No wait is longer than the longest: the clock was set back.
+        if replica.phase == "backoff" and spec is not None and not 0 < wait <= LONGEST_BACKOFF:
+            starts.append(Start(replica=replica.name, role=spec))
+    return starts
 
 
 def _who_leaves(spec: RoleSpec, staying: list[Replica]) -> list[tuple[Replica, str]]:
@@ -130,14 +164,25 @@ def _who_leaves(spec: RoleSpec, staying: list[Replica]) -> list[tuple[Replica, s
     candidates = [(replica, "asked for") for replica in staying if replica.drain_asked]
     candidates += [(replica, "scaled down") for replica in surplus]
     candidates += [(replica, "replaced by a newer one") for replica in outdated]
-    can_be_spared = sum(replica.phase == "ready" for replica in staying) - (spec.replicas - spec.unavailable)
+    ready = sum(replica.phase == "ready" for replica in staying)
+    may_recover = [replica for replica in outdated if replica.phase != "ready"]
+    can_be_spared = ready - (spec.replicas - spec.unavailable)
+    # One that fails for a moment is as good as a ready one soon. As a Deployment does it: of those that are ready, and
+    # old ones that may be again, as many stay as have to be ready. So the old ones are seen to if the new ones never
+    # get ready, and never stand in the way of new ones that do.
+    can_be_given_up = can_be_spared + len(may_recover)
     leave = []
     for replica, reason in candidates:
-        if replica.phase != "ready":
-            leave.append((replica, reason))  # of no use to anyone
-        elif can_be_spared > 0:
-            leave.append((replica, reason))
+        if replica.phase == "ready":
+            if can_be_spared <= 0:
+                continue
             can_be_spared -= 1
+            can_be_given_up -= 1
+        elif replica in may_recover:
+            if can_be_given_up <= 0:
+                continue
+            can_be_given_up -= 1
+        leave.append((replica, reason))  # others that are not ready are of no use to anyone
     return leave
 
 

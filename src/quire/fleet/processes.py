@@ -17,8 +17,10 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from quire.fleet.directory import write_file
 from quire.fleet.identity import Identity, identify, is_running, send_signal
 from quire.fleet.provider import Found, Launch
+from quire.fleet.spec import ENGINE_HOST
 
 SHIM = (sys.executable, "-m", "quire.fleet.shim")
 PORT_ATTEMPTS = 100
@@ -49,7 +51,7 @@ class Processes:
     def free_port(self, taken: frozenset[int]) -> int:
         for _ in range(PORT_ATTEMPTS):
             with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
+                probe.bind((ENGINE_HOST, 0))
                 port: int = probe.getsockname()[1]
             if port not in taken:
                 return port
@@ -135,10 +137,7 @@ class Processes:
         return self._logs / f"{replica}.log"
 
     def _write(self, record: _Record) -> None:
-        path = self._path(record.replica)
-        part = path.with_suffix(".part")
-        part.write_bytes(msgspec.json.encode(record))
-        os.replace(part, path)
+        write_file(self._path(record.replica), msgspec.json.encode(record))
 
     def _read(self, path: Path) -> _Record | None:
         try:

@@ -92,8 +92,9 @@ def main() -> int:
     def note(**more: object) -> None:
         written.update(more)
         part = record.with_suffix(".part")
-        part.write_text(json.dumps(written))
-        os.replace(part, record)
+        with contextlib.suppress(OSError):  # a full disk costs what is told, never the process
+            part.write_text(json.dumps(written))
+            os.replace(part, record)
 
     stopping = False
     child: subprocess.Popen[bytes] | None = None
@@ -117,8 +118,9 @@ def main() -> int:
             stderr=subprocess.STDOUT,
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - there is one thread
         )
-    except OSError as error:
-        note(returncode=127, error=f"{launch['command'][0]}: {error.strerror}")
+    except (OSError, ValueError) as error:  # ValueError: a command or an environment that no process can have
+        why = error.strerror if isinstance(error, OSError) else error
+        note(returncode=127, error=f"{launch['command'][0]}: {why}")
         return 127
     if stopping:
         child.send_signal(signal.SIGTERM)

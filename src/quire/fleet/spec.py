@@ -10,6 +10,7 @@ import msgspec
 
 Role = Literal["both", "decode", "prefill", "gateway"]
 GATEWAY: Role = "gateway"
+ENGINE_HOST = "127.0.0.1"
 PICKER_CONFIG = "EndpointPickerConfig"
 """The kind of policy that a gateway reads once, when it starts."""
 
@@ -33,7 +34,7 @@ class RoleSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The gateway's policy, as documents of its file, which it reads again whenever that changes."""
     port: int | None = None
     """A fixed port; one is allotted at each start otherwise."""
-    host: str = "127.0.0.1"
+    host: str = ENGINE_HOST
     cpu: float | None = None
     """Cores that one process may use; a fair share of the machine's otherwise."""
     memory: int | None = None

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from quire.fleet.spec import GATEWAY, Role, ServiceSpec
+from quire.fleet.spec import GATEWAY, Role, RoleSpec, ServiceSpec
 
 Phase = Literal["starting", "ready", "unready", "backoff", "draining", "stopping"]
 
@@ -64,6 +64,20 @@ class FleetState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     down: bool = False
     """Asked to stop everything."""
     at_once: bool = False
+    kept: dict[str, RoleSpec] = {}
+    """By revision: what replicas that are there were started from, and the manifest asks for no longer."""
+
+    def spec_of(self, replica: Replica) -> RoleSpec | None:
+        """What the replica is started from; None if that was never written down."""
+        if self.is_wanted(replica):
+            assert self.spec is not None
+            return self.spec.role(replica.role)
+        return self.kept.get(replica.revision)
+
+    def is_wanted(self, replica: Replica) -> bool:
+        """Whether it is of the revision that is asked for."""
+        wanted = None if self.spec is None else self.spec.role(replica.role)
+        return wanted is not None and wanted.revision == replica.revision
 
     def of_role(self, role: str) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.role == role]

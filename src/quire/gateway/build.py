@@ -44,6 +44,8 @@ from quire.gateway.producers.tokens import EXACT
 from quire.gateway.schedule import Profile, Scheduler, WeightedScorer
 from quire.gateway.unheeded import FILE_DISCOVERY, check_references, sections_without_effect
 
+MAX_WEIGHT: Final = 1e9
+"""Of a scorer: sums of what is larger lose what is small."""
 DEFAULT_PICKER: Final = "max-score-picker"
 DEFAULT_HANDLER: Final = "single-profile-handler"
 _LLM_D_DEFAULT: Final = (("queue-scorer", 2.0), ("kv-cache-utilization-scorer", 2.0), ("prefix-cache-scorer", 3.0))
@@ -206,7 +208,7 @@ class _Builder:
             if isinstance(plugin, Filter):
                 filters.append(plugin)
             if isinstance(plugin, Scorer):
-                scorers.append(WeightedScorer(plugin, 1.0 if entry.weight is None else entry.weight))
+                scorers.append(WeightedScorer(plugin, _weight(entry)))
             elif entry.weight is not None:
                 self.warnings.append(f"the weight of {entry.plugin_ref} has no effect: it is no scorer")
             if isinstance(plugin, Picker):
@@ -266,6 +268,18 @@ class _Builder:
             )
         handler: ProfileHandler = self._default(DEFAULT_HANDLER, ProfileHandler)
         return handler
+
+
+def _weight(entry: SchedulingPlugin) -> float:
+    """Raises `ConfigError`: with a weight that is no number no total can be compared with another."""
+    weight = 1.0 if entry.weight is None else entry.weight
+    if not abs(weight) <= MAX_WEIGHT:
+        raise ConfigError(
+            f"The weight of {entry.plugin_ref!r} is {weight}.",
+            param="schedulingProfiles",
+            remedy=f"It is a number from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}.",
+        )
+    return weight
 
 
 def build_picker(

@@ -10,11 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import structlog
-
 from quire.core.errors import ModelNotFound, QuireError
 from quire.gateway.endpoint import Clock, Endpoint, Pool
 from quire.gateway.errors import NoEndpoint
+from quire.gateway.faults import PluginFaults
 from quire.gateway.plugin import Admitter, Observer, Producer
 from quire.gateway.request import InferenceRequest, Outcome
 from quire.gateway.schedule import Choice, Scheduler
@@ -73,18 +72,23 @@ class Director:
     """Is told of each choice, for explaining."""
     expected_cached: Callable[[InferenceRequest, Endpoint], int] = lambda _request, _endpoint: 0
     """Prompt tokens thought to be cached at an endpoint."""
+    _faults: PluginFaults = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._faults = PluginFaults(self.clock)
 
     def candidates(self, request: InferenceRequest, excluded: frozenset[str] = frozenset()) -> list[Endpoint]:
         """Endpoints that could serve it at all: available, not draining, with the model, inside the subset."""
+        model, subset, selector = request.target_model, request.subset, request.selector
         return [
             endpoint
             for endpoint in self.pool.all
             if endpoint.available
             and not endpoint.draining
-            and endpoint.key not in excluded
-            and (endpoint.models is None or not request.target_model or request.target_model in endpoint.models)
-            and (request.subset is None or endpoint.address in request.subset)
-            and all(endpoint.labels.get(name) == value for name, value in request.selector.items())
+            and (endpoint.models is None or not model or model in endpoint.models)
+            and (not excluded or endpoint.key not in excluded)
+            and (subset is None or endpoint.address in subset)
+            and (not selector or all(endpoint.labels.get(name) == value for name, value in selector.items()))
         ]
 
     async def choose(self, request: InferenceRequest) -> Choice:
@@ -143,13 +147,12 @@ class Director:
                 if pending is not None:
                     await pending
             except Exception as error:  # one plugin's fault never costs the request
-                structlog.get_logger().warning("producer_failed", plugin=producer.name, error=str(error))
+                self._faults.tell("producer_failed", producer.name, error)
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Choice) -> Attempt:
         """Count the request at the endpoint. Called with the choice, before anything is awaited, so that the next
         choice sees it."""
-        for observer in self.observers:
-            observer.sent(request, endpoint, choice.conclusion)
+        self._tell(lambda observer: observer.sent(request, endpoint, choice.conclusion))
         prefill = max(request.prompt_tokens - self.expected_cached(request, endpoint), 0)
         output = DEFAULT_OUTPUT_TOKENS if request.max_tokens is None else request.max_tokens
         attempt = Attempt(endpoint, self.clock(), prefill, request.prompt_tokens + output)
@@ -163,8 +166,8 @@ class Director:
             return
         attempt.first_byte = self.clock()
         attempt.endpoint.load.prefill_tokens -= attempt.prefill_tokens
-        for observer in self.observers:
-            observer.first_byte(request, attempt.endpoint, attempt.first_byte - attempt.sent)
+        ttft = attempt.first_byte - attempt.sent
+        self._tell(lambda observer: observer.first_byte(request, attempt.endpoint, ttft))
 
     def finished(self, request: InferenceRequest, attempt: Attempt, outcome: Outcome) -> None:
         """The attempt is over; the request may go on elsewhere (`choose_again`) or end (`abandon`)."""
@@ -173,8 +176,15 @@ class Director:
         load.tokens -= attempt.tokens
         if attempt.first_byte is None:
             load.prefill_tokens -= attempt.prefill_tokens
+        self._tell(lambda observer: observer.finished(request, attempt.endpoint, outcome))
+
+    def _tell(self, told: Callable[[Observer], None]) -> None:
+        """Each, whatever the others make of it."""
         for observer in self.observers:
-            observer.finished(request, attempt.endpoint, outcome)
+            try:
+                told(observer)
+            except Exception as error:
+                self._faults.tell("observer_failed", observer.name or type(observer).__name__, error)
 
     def abandon(self, request: InferenceRequest) -> None:
         """The request is over, served or not: gives its place in flow control back. Once per `choose` that returned."""

@@ -5,6 +5,7 @@ Of the last `capacity` requests the scheduler's traces are kept as they are; the
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,9 +57,10 @@ class Explainer(Observer):
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def _record(self, request: InferenceRequest) -> _Record:
-        record = self._records.get(request.id)
+        """Each request has its own, which it keeps with it: ids are the clients', who may use one several times."""
+        record = self._known(request)
         if record is None:
-            record = self._records[request.id] = _Record(
+            record = request.attributes[self.name] = _Record(
                 request_id=request.id,
                 model=request.model,
                 target_model=request.target_model,
@@ -67,9 +69,15 @@ class Explainer(Observer):
                 prompt_tokens=request.prompt_tokens,
                 arrived=request.arrived,
             )
+            self._records[request.id] = record  # the newest of an id is the one that is told of
+            self._records.move_to_end(request.id)
             while len(self._records) > self._capacity:
                 self._records.popitem(last=False)
         return record
+
+    def _known(self, request: InferenceRequest) -> _Record | None:
+        record = request.attributes.get(self.name)
+        return record if isinstance(record, _Record) else None
 
     def chosen(self, request: InferenceRequest, choice: Choice) -> None:
         if self._capacity:
@@ -83,28 +91,24 @@ class Explainer(Observer):
             self._record(request).dropped = why
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: object) -> None:
-        record = self._records.get(request.id)
+        record = self._known(request)
         if record is not None:
             record.attempts.append(_Attempt(endpoint.key, self._clock()))
 
     def first_byte(self, request: InferenceRequest, endpoint: Endpoint, ttft: float) -> None:
-        attempt = self._attempt(request, endpoint)
+        attempt = _last_attempt(self._known(request), endpoint)
         if attempt is not None:
             attempt.ttft = ttft
 
     def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
-        attempt = self._attempt(request, endpoint)
-        if attempt is None:
+        record = self._known(request)
+        attempt = _last_attempt(record, endpoint)
+        if record is None or attempt is None:
             return
         attempt.outcome = outcome
-        record = self._records[request.id]
-        structlog.get_logger().debug("routed", **_log_fields(record, attempt))
-
-    def _attempt(self, request: InferenceRequest, endpoint: Endpoint) -> _Attempt | None:
-        record = self._records.get(request.id)
-        if record is None:
-            return None
-        return next((one for one in reversed(record.attempts) if one.endpoint == endpoint.key), None)
+        log = structlog.get_logger()
+        if log.is_enabled_for(logging.DEBUG):
+            log.debug("routed", **_log_fields(record, attempt))
 
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """JSON-like; None if the request is not remembered."""
@@ -127,6 +131,11 @@ class Explainer(Observer):
         if record.dropped:
             told["dropped"] = record.dropped
         return told
+
+
+def _last_attempt(record: _Record | None, endpoint: Endpoint) -> _Attempt | None:
+    attempts = () if record is None else record.attempts
+    return next((one for one in reversed(attempts) if one.endpoint == endpoint.key), None)
 
 
 def _log_fields(record: _Record, attempt: _Attempt) -> dict[str, Any]:

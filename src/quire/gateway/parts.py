@@ -27,6 +27,7 @@ from quire.gateway.kv.index import KVIndex
 from quire.gateway.kv.subscriptions import KVSubscriptions, PortsOf
 from quire.gateway.metrics import GatewayMetrics
 from quire.gateway.plugin import Observer, Services, log_warning
+from quire.gateway.plugins.reports import STALENESS, staleness_for
 from quire.gateway.plugins.stock import stock_plugins
 from quire.gateway.policy_file import PolicyFile
 from quire.gateway.producers.precise import KV_INDEX, PrecisePrefix
@@ -115,6 +116,7 @@ def make_parts(
     policy = PolicyFile(None if config.policy is None else Path(config.policy))
     policy.read()
     shared: dict[str, Any] = {KV_INDEX: index, HTTP: session, EXACT: config.exact_tokens}
+    shared[STALENESS] = staleness_for(config.scrape_interval)
     picker = build_picker(policy.policy.picker, stock_plugins(), pool=pool, clock=clock, rng=rng, shared=shared)
     for warning in picker.warnings:
         log_warning(warning)

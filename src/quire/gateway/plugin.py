@@ -7,6 +7,7 @@ entry of the type's name that loads a `Factory`.
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -60,7 +61,8 @@ class Scorer(Plugin):
         """One number in [0, 1] for each candidate; 1 is best."""
 
     def details(self) -> Sequence[object] | None:
-        """What lay behind the scores just given, one JSON-like value for each candidate, for explaining."""
+        """What lay behind the scores just given, one JSON-like value for each candidate, for explaining. Asked for with
+        each request and kept for a while, looked at rarely: best a sequence that makes its values when they are."""
         return None
 
 
@@ -106,7 +108,8 @@ class Decider(Plugin):
 
 
 class Observer(Plugin):
-    """Is told what becomes of requests. Anything else a plugin is, it may be this too."""
+    """Is told what becomes of requests. Anything else a plugin is, it may be this too. A failure is logged, and changes
+    nothing else."""
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
         """Chosen, and about to go out. May add to `choice.headers`."""
@@ -169,6 +172,13 @@ def read_parameters(
     kind: type[P], parameters: Mapping[str, Any], plugin: str, warn: Callable[[str], None] = log_warning
 ) -> P:
     """`kind` should forbid unknown fields. Raises `ConfigError` that names the plugin and the field."""
+    for name, value in parameters.items():
+        if _holds_nan(value):
+            raise ConfigError(
+                f"Plugin {plugin!r}: {name} is not a number.",
+                param="plugins",
+                remedy="Write one, not .nan.",
+            )
     heeded = _heeded(kind, parameters, "", lambda what: warn(f"plugin {plugin}: {what}"))
     try:
         return msgspec.convert(heeded, kind)
@@ -204,6 +214,15 @@ def struct_in(annotation: Any) -> type[msgspec.Struct] | None:
         if isinstance(one, type) and issubclass(one, msgspec.Struct):
             return one
     return None
+
+
+def _holds_nan(value: object) -> bool:
+    """It passes every check of a range that is not made with it in mind, and spoils what it is compared with."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_nan, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_nan, value))
+    return isinstance(value, float) and math.isnan(value)
 
 
 def plugin_registry() -> Registry[Factory]:

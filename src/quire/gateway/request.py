@@ -122,3 +122,10 @@ class Outcome:
     @property
     def ok(self) -> bool:
         return not self.error and self.status is not None and self.status < 500
+
+
+def plausible_prompt_tokens(request: InferenceRequest, reported: int) -> float:
+    """What an engine says that a prompt had, within what its bytes allow: one token in 64 bytes at least, two for each
+    byte and a template's thousand at most. So one engine's wrong number does not spoil an estimate."""
+    size = len(request.prompt)
+    return min(max(float(reported), size / 64), 2.0 * size + 1024.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.errors import NoEndpoint
@@ -96,7 +97,8 @@ class Scheduler:
 def run_profile(
     profile: Profile, request: InferenceRequest, candidates: Sequence[Endpoint]
 ) -> tuple[Sequence[Endpoint], ProfileTrace]:
-    """The endpoints of one profile, the best first; none when its filters left none."""
+    """The endpoints of one profile, the best first; none when its filters left none. A score that is no number counts
+    0: compared with, it would make every total incomparable."""
     filtered: list[FilterTrace] = []
     left = candidates
     for plugin in profile.filters:
@@ -110,7 +112,7 @@ def run_profile(
     picked: Sequence[Endpoint] = ()
     if left:
         for weighted in profile.scorers:
-            given = weighted.scorer.score(request, left)
+            given = [score if isfinite(score) else 0.0 for score in weighted.scorer.score(request, left)]
             assert len(given) == len(left), f"{weighted.scorer.name} scored {len(given)} of {len(left)}"
             for index, score in enumerate(given):
                 totals[index] += weighted.weight * min(max(score, 0.0), 1.0)

@@ -20,7 +20,8 @@ import structlog
 
 from quire.gateway.endpoint import Clock, Endpoint, EndpointMetrics, Pool
 
-MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
+MAX_PAGE_BYTES: Final = 1024 * 1024
+"""It is read on the event loop: some milliseconds for a page as large as this, whatever is on it."""
 _SUMMED: Final[Mapping[str, str]] = {
     "vllm:num_requests_waiting": "waiting",
     "vllm:num_requests_running": "running",
@@ -43,7 +44,8 @@ _CACHE_INFO: Final[Mapping[str, tuple[str, str]]] = {
 }
 _LORA_INFO: Final = "vllm:lora_requests_info"
 _KV_EVENTS_INFO: Final = "quire_kv_events_info"
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_LABEL = re.compile(r'(?<!\w)(\w++)="((?:[^"\\]|\\.)*+)"')
+"""Nothing is tried twice: a word begins where one can, and neither part gives back what it took."""
 _WHOLE = frozenset({"waiting", "running", "waiting_tokens"})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ from typing import Literal
 import torch
 
 from quire.config.engine import ModelImpl
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, NotEnoughMemory
 from quire.models.arch import Arch
 from quire.models.build import build_decoder
 from quire.models.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from quire.models.parameters import elements_per_row, list_parameters, unexpecte
 from quire.models.quantization.scheme import Format
 from quire.models.serving import DEFAULT_SERVING, Serving, check_wish, identify_served
 from quire.models.stack import stack_of
+from quire.models.upload import Upload
 from quire.models.weights import WeightStream, at_path, held_bytes
 from quire.nn.kv import KVCache
 from quire.ops.kernels import select
@@ -64,10 +66,9 @@ class LoadedModel:
         block_size: int,
         *,
         places: Sequence[tuple[int, int]] | None = None,
-        device: torch.device | None = None,
     ) -> KVCache:
-        """A cache of this model's shape, on its device unless another is named (the host, for swapping). `places` as in
-        `KVCache`: without, all layers share one table, and their blocks cannot be freed one by one."""
+        """A cache of this model's shape, on its device. `places` as in `KVCache`: without, all layers share one table,
+        and their blocks cannot be freed one by one."""
         sizes = self.decoder.block_sizes
         if block_size not in sizes:
             raise ConfigError(
@@ -92,7 +93,7 @@ class LoadedModel:
             block_size=block_size,
             block_bytes=block_bytes,
             shapes=[shape[1:] for shape in shapes],
-            device=device or self.device,
+            device=self.device,
             places=places,
         )
 
@@ -142,10 +143,15 @@ def load_model(
         backend=early and early.backend,
     )
     packed = None if early is None else early.packed
-    weights = WeightStream(checkpoint, parameters, torch_dtype, torch_device, rounding=target.rounding, packed=packed)
-    decoder = build_decoder(arch, weights, select(target), max_model_len=length)
-    decoder.stack = stack_of(decoder)
     compiled = target.unfit_for_cpu_kernels() is None
+    weight_bytes = sum(parameter.nbytes(torch_dtype.itemsize, compiled=compiled) for parameter in parameters)
+    check_room(weight_bytes, torch_device)
+    with closing(Upload(torch_device, threads or 1)) if torch_device.type == "cuda" else nullcontext() as upload:
+        weights = WeightStream(
+            checkpoint, parameters, torch_dtype, torch_device, rounding=target.rounding, upload=upload, packed=packed
+        )
+        decoder = build_decoder(arch, weights, select(target), max_model_len=length)
+    decoder.stack = stack_of(decoder)
     weights.drop_pages()
     if early is not None and early.kept is not None:
         early.kept.keep({path: at_path(decoder, path) for path in linear_shapes(parameters, arch)})
@@ -156,11 +162,25 @@ def load_model(
         device=torch_device,
         num_parameters=sum(parameter.num_elements for parameter in parameters),
         elements_per_row=elements_per_row(parameters),
-        weight_bytes=sum(parameter.nbytes(torch_dtype.itemsize, compiled=compiled) for parameter in parameters),
+        weight_bytes=weight_bytes,
         converted_bytes=held_bytes(weights, decoder, parameters, torch_dtype, compiled=compiled),
         max_model_len=length,
         unexpected_tensors=unexpected_tensors(checkpoint, family, arch, parameters),
     )
+
+
+def check_room(weight_bytes: int, device: torch.device) -> None:
+    """Raises `NotEnoughMemory`, before anything is read, for weights that a GPU has no room for."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if weight_bytes > free:
+        raise NotEnoughMemory(
+            f"The weights take {weight_bytes / 2**30:.2f} GiB; of the {total / 2**30:.2f} GiB of {device}, "
+            f"{free / 2**30:.2f} are free.",
+            param="device",
+            remedy="Quantise them (--quantization int8, fp8 or int4), take a larger GPU, or end what else runs on it.",
+        )
 
 
 def model_len(arch: Arch, asked: int | None) -> int:

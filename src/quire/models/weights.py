@@ -17,8 +17,9 @@ from quire.models.quantization.assemble import assemble
 from quire.models.quantization.mxfp4 import expand
 from quire.models.quantization.rounding import round_weight, scales_of
 from quire.models.tensors import CheckpointTensors
+from quire.models.upload import Upload
 from quire.ops.cpu.rounding import CpuRounding
-from quire.ops.weight import PackedWeight, QuantizedWeight, Weight
+from quire.ops.weight import PackedWeight, QuantizedWeight, SplitScales, Weight
 
 
 class WeightStream(Mapping[str, Weight | PackedWeight]):
@@ -27,6 +28,8 @@ class WeightStream(Mapping[str, Weight | PackedWeight]):
     Whoever packs a parameter before asking for the next one has only one of them in memory in two forms: asking for
     the next gives the file's pages of the last one back to the kernel. A view that is kept is not hurt by that, its
     pages come again with the next look at it.
+
+    `upload` brings tensors to a device that is not the CPU; torch does otherwise.
 
     `packed`: by path, those that the kernels have packed before. They are handed out as they are, and not read.
     """
@@ -39,12 +42,14 @@ class WeightStream(Mapping[str, Weight | PackedWeight]):
         device: torch.device,
         *,
         rounding: CpuRounding | None = None,
+        upload: Upload | None = None,
         packed: Mapping[str, Any] | None = None,
     ) -> None:
         self._source = CheckpointTensors(checkpoint)
         self._parameters = {parameter.path: parameter for parameter in parameters}
         self._dtype = dtype
         self._device = device
+        self._upload = upload or (lambda tensor: tensor.to(device))
         self._rounding = rounding
         self._packed = packed or {}
         self._last: Parameter | None = None
@@ -57,7 +62,7 @@ class WeightStream(Mapping[str, Weight | PackedWeight]):
         parameter = self._parameters[path]
         self.drop_pages()
         self._last = parameter
-        return _moved(self._read(parameter), self._device)
+        return self._moved(self._read(parameter))
 
     def __contains__(self, path: object) -> bool:
         return path in self._parameters or path in self._packed
@@ -82,6 +87,23 @@ class WeightStream(Mapping[str, Weight | PackedWeight]):
         if not isinstance(held, Tensor):
             return False
         return held.data_ptr() == cut_out(self._source.get(parameter.tensor), parameter.cut).data_ptr()
+
+    def _moved(self, weight: Weight) -> Weight:
+        if self._device.type == "cpu":
+            return weight
+        if isinstance(weight, Tensor):
+            return self._upload(weight)
+        moved: QuantizedWeight = self._parts_moved(weight)
+        return moved
+
+    def _parts_moved(self, parts: Any) -> Any:
+        """A dataclass, and those in it, with its tensors on the device."""
+        values = {field.name: getattr(parts, field.name) for field in fields(parts)}
+        moved: dict[str, Any] = {
+            name: self._upload(value) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        moved |= {name: self._parts_moved(value) for name, value in values.items() if isinstance(value, SplitScales)}
+        return replace(parts, **moved)
 
     def _read(self, parameter: Parameter) -> Weight:
         if parameter.storage is not None:
@@ -154,13 +176,3 @@ def at_path(tree: object, path: str) -> object:
     for name in path.split("."):
         tree = tree[int(name)] if isinstance(tree, list) else getattr(tree, name)
     return tree
-
-
-def _moved(weight: Weight, device: torch.device) -> Weight:
-    if isinstance(weight, Tensor):
-        return weight.to(device)
-    if device.type == "cpu":
-        return weight
-    values = {field.name: getattr(weight, field.name) for field in fields(weight)}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(weight, **moved)

@@ -16,11 +16,6 @@ from torch import Tensor
 
 from quire.core.errors import NotEnoughMemory
 
-Pairs = Sequence[tuple[int, int]]
-
-_COPY_BYTES = 64 << 20
-"""Blocks are swapped in pieces of this size: the copy on its way takes no more memory."""
-
 
 class KVCache:
     """Keys and values of all layers, `[l, p, h, n, b]` bytes, allocated once. Which block is whose is not known here,
@@ -83,24 +78,21 @@ class KVCache:
         shape, place = self._places[index]
         return self.tensors[shape][place]
 
-    def swap_out(self, pairs: Pairs, host: KVCache) -> None:
-        """Copies (block here, block of `host`)."""
-        for shape, tensor in self.tensors.items():
-            _copy(tensor, host.tensors[shape], pairs)
-
-    def swap_in(self, pairs: Pairs, host: KVCache) -> None:
-        """Copies (block of `host`, block here)."""
-        for shape, tensor in self.tensors.items():
-            _copy(host.tensors[shape], tensor, pairs)
-
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return _untouched_zeros(shape)
-    return torch.zeros(shape, dtype=torch.uint8, device=device)
+        return untouched_zeros(shape)
+    try:
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughMemory(
+            f"A KV cache of {math.prod(shape) / 2**30:.2f} GiB does not fit on {device}: {str(error).splitlines()[0]}",
+            param="memory_utilization",
+            remedy="Lower memory_utilization or kv_cache_memory; another process may hold the GPU's memory.",
+        ) from error
 
 
-def _untouched_zeros(shape: tuple[int, ...]) -> Tensor:
+def untouched_zeros(shape: tuple[int, ...]) -> Tensor:
     """Zeros in anonymous memory that the kernel hands out page by page, as it is written. The tensor keeps the map."""
     num_bytes = math.prod(shape)
     try:
@@ -117,13 +109,3 @@ def _untouched_zeros(shape: tuple[int, ...]) -> Tensor:
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
-
-
-def _copy(source: Tensor, destination: Tensor, pairs: Pairs) -> None:
-    at_once = max(1, _COPY_BYTES * source.shape[3] // source.nbytes)
-    for first in range(0, len(pairs), at_once):
-        sources, destinations = (
-            torch.tensor(blocks, dtype=torch.int64) for blocks in zip(*pairs[first : first + at_once], strict=True)
-        )
-        blocks = source.index_select(3, sources.to(source.device))
-        destination.index_copy_(3, destinations.to(destination.device), blocks.to(destination.device))

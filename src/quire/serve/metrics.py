@@ -131,7 +131,8 @@ class Metrics:
             "generation_tokens": self._counter("vllm:generation_tokens", "Tokens generated."),
             "kv_event_batches": self._counter("quire_kv_event_batches", "Batches of KV events published."),
             "kv_event_batches_dropped": self._counter(
-                "quire_kv_event_batches_dropped", "Batches of KV events that found the publisher's queue full."
+                "quire_kv_event_batches_dropped",
+                "Batches of KV events that were lost: the queue was full, or publishing failed.",
             ),
         }
         self._iteration_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens per engine step.", _ITERATION)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from quire.gateway.kv import index as index_of_blocks
 from quire.gateway.kv.index import MAX_GONE, MAX_TIERS, KVIndex
 from quire.gateway.request import PrefixMatch
 from quire.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch, encode_extra_keys
@@ -270,6 +271,50 @@ def test_events_that_make_no_sense_are_counted_and_nothing_else(bad):
     index.apply("a", batch(bad, stored([7], None, [8, 8])))
     assert (index.num_blocks, index.health()["a"].bad_events) == (1, 1)
     assert index.lookup([8, 8])
+
+
+@pytest.mark.parametrize("size", [0, 2])
+@pytest.mark.parametrize("group", [None, 0, 3])
+def test_an_event_of_no_blocks_is_nothing(size, group):
+    index = KVIndex()
+    index.apply("a", batch(stored([], None, [], size, group_idx=group)))
+    assert (index.block_sizes, index.lookup([1, 2])) == ((), {})
+    index.apply("a", batch(stored([7], None, [8, 8], group_idx=1, kv_cache_spec_kind="full_attention")))
+    assert index.lookup([8, 8])["a"].tokens == 2
+
+
+hashes = st.lists(st.integers(0, 3), max_size=3)
+odd_events = st.builds(
+    BlockStored,
+    hashes,
+    st.none() | st.integers(0, 3),
+    st.lists(st.integers(0, 1), max_size=6),
+    st.integers(0, 3),
+    medium=st.sampled_from([None, "GPU", "cpu"]),
+    group_idx=st.sampled_from([None, 0, 1]),
+) | st.builds(BlockRemoved, hashes, st.sampled_from([None, "cpu"]))
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), odd_events), max_size=12))
+def test_whatever_is_told_prompts_can_be_looked_up(told):
+    index = KVIndex()
+    for endpoint, one in told:
+        index.apply(endpoint, batch(one))
+        assert 0 not in index.block_sizes
+        for match in index.lookup([0, 1, 0, 1, 0, 0]).values():
+            assert 0 < match.tokens <= 6
+
+
+def test_adapters_that_nobody_names_any_more_give_way(monkeypatch):
+    monkeypatch.setattr(index_of_blocks, "MAX_ADAPTERS", 3)
+    index = KVIndex()
+    for number in range(10):
+        index.apply("a", batch(stored([number], None, [number, 0], lora_name=f"adapter-{number}")))
+        assert len(index._adapters) <= 3
+        if number >= 1:
+            assert index.lookup([1, 0], model="adapter-1")  # asked for all the time
+    assert index.lookup([9, 0], model="adapter-9")
+    assert not index.lookup([5, 0], model="adapter-5")
 
 
 def test_there_are_not_more_tiers_than_can_be():

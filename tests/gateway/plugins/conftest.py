@@ -33,7 +33,7 @@ def make() -> Make:
 def endpoint() -> Make:
     def one(name: str, *, labels: dict[str, str] | None = None, load: Load | None = None, **metrics: Any) -> Endpoint:
         found = Endpoint(name, "10.0.0.1", 8000 + ord(name[0]), labels=labels or {}, load=load or Load())
-        found.metrics = EndpointMetrics(time=0, **metrics) if metrics else None
+        found.metrics = EndpointMetrics(**{"time": 0.0} | metrics) if metrics else None
         return found
 
     return one

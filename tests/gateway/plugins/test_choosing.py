@@ -223,5 +223,33 @@ def test_latency_admitter(make: Any, endpoint: Any, request_for: Any) -> None:
         admitter.admit(request_for(priority=-1, slo_ttft=1.0, predictions=late), busy)
     for let_in in ({"priority": 0}, {"slo_ttft": 3.0}, {"predictions": {}}, {"slo_ttft": None}):
         admitter.admit(request_for(**({"priority": -1, "slo_ttft": 1.0, "predictions": late} | let_in)), busy)
-    for one in (endpoint("b", running=0, kv_usage=0.5), endpoint("b", running=1, kv_usage=0.01), endpoint("b")):
-        admitter.admit(request_for(priority=-1, slo_ttft=1.0, predictions=late), [*busy, one])
+    for others in ({"running": 0, "kv_usage": 0.5}, {"running": 1, "kv_usage": 0.01}):
+        admitter.admit(request_for(priority=-1, slo_ttft=1.0, predictions=late), [*busy, endpoint("b", **others)])
+    silent = endpoint("b", running=0, kv_usage=0.0, time=-60.0)
+    for nobody in (silent, endpoint("b")):
+        admitter.admit(request_for(priority=-1, slo_ttft=1.0, predictions=late), [nobody])
+        with pytest.raises(Saturated):
+            admitter.admit(request_for(priority=-1, slo_ttft=1.0, predictions=late), [*busy, nobody])
+
+
+def test_who_fell_silent_while_idle_lets_nobody_in(make: Any, endpoint: Any, request_for: Any) -> None:
+    busy, silent = endpoint("a", waiting=50, kv_usage=1.0), endpoint("b", waiting=0, kv_usage=0.0, time=-60.0)
+    for parameters in ({}, {"power": 1000.0}):  # whose power of a large number is none
+        admitter = make("probabilistic-admitter", **parameters)
+        for some in ([busy, silent], [busy, endpoint("c")], [endpoint("a", waiting=10**15), silent], [silent]):
+            with pytest.raises(Saturated):
+                admitter.admit(request_for(priority=-1), some)
+    admitter.admit(request_for(priority=-1), [endpoint("a", waiting=0), endpoint("b", waiting=50, time=-60.0)])
+
+
+def test_filters_by_reports_do_not_believe_old_ones(make: Any, endpoint: Any, request_for: Any) -> None:
+    busy, idle = endpoint("a", waiting=9), endpoint("b", waiting=0)
+    old, never = endpoint("c", waiting=0, time=-60.0), endpoint("d")
+    utilization = make("utilization-filter", conditions=[{"metric": "waiting-queue", "maxValue": 5}])
+    assert utilization.filter(request_for(), [busy, idle, old, never]) == [idle, old, never]  # their mean is 4.5
+    assert utilization.filter(request_for(), [busy, old, never]) == []
+    assert utilization.filter(request_for(), [old, never]) == [old, never]
+    algorithm = {"type": "threshold", "threshold": {"operator": "LessThan", "value": 5}}
+    for missing, left in (("Pass", [idle, old, never]), ("Fail", [idle])):
+        wanted = make("endpoint-attribute-filter", attribute="waiting-queue", algorithm=algorithm, onMissing=missing)
+        assert wanted.filter(request_for(), [busy, idle, old, never]) == left

@@ -32,6 +32,38 @@ def test_reports(make: Any, endpoint: Any, request_for: Any) -> None:
     assert make("load-aware-scorer", threshold=0).score(request, three) == [0.5, 0.5 * 125 / 128, 0.5 * 116 / 128]
 
 
+WAITING = {"attributeKey": "waiting-queue", "algorithm": {"type": "linear_lower_is_better"}}
+
+
+@pytest.mark.parametrize(
+    ("type_name", "parameters"),
+    [
+        ("queue-scorer", {}),
+        ("running-requests-size-scorer", {}),
+        ("kv-cache-utilization-scorer", {}),
+        ("load-aware-scorer", {}),
+        ("latency-scorer", {}),
+        ("lora-affinity-scorer", {}),
+        ("endpoint-attribute-scorer", WAITING),
+    ],
+)
+def test_who_fell_silent_while_idle_counts_as_the_mean_of_the_others(
+    make: Any, endpoint: Any, request_for: Any, type_name: str, parameters: dict[str, Any]
+) -> None:
+    scorer, request = make(type_name, **parameters), request_for(matches={})
+    idle = {"waiting": 0, "running": 0, "kv_usage": 0.0, "active_adapters": frozenset({"m"})}
+    busy = {"waiting": 20, "running": 40, "kv_usage": 0.5, "active_adapters": frozenset()}
+    half = {"waiting": 10, "running": 20, "kv_usage": 0.25, "waiting_adapters": frozenset({"m"})}
+    old, never = endpoint("c", time=-5.1, **idle), endpoint("d")
+    best, worst, *others = scorer.score(
+        request, [endpoint("a", **idle), endpoint("b", **busy), old, never, endpoint("e", time=-4.9, **half)]
+    )
+    assert worst < min(others) <= max(others) < best
+    assert others[0] == others[1]
+    alike = scorer.score(request, [old, never])
+    assert alike[0] == alike[1]
+
+
 def test_what_is_open(make: Any, endpoint: Any, request_for: Any) -> None:
     loads = [Load(requests=0), Load(requests=1, tokens=1024), Load(requests=4, tokens=5000)]
     three = [endpoint(name, load=load) for name, load in zip("abc", loads, strict=True)]

@@ -56,6 +56,7 @@ _WITHOUT_EFFECT: Mapping[str, str] = {
     **dict.fromkeys(("disable-log-stats", "disable-uvicorn-access-log", "max-log-len"), _LOGS),
     "trust-remote-code": _NO_CODE,
 }
+_FETCHING = frozenset({"HF_ENDPOINT", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"})
 _REFERENCE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
 _CLASSES: tuple[type[Any], ...] = (EngineConfig, ServerConfig)
 
@@ -189,6 +190,12 @@ def _unknown(name: str, path: str, hints: Mapping[str, object]) -> ConfigError:
 
 
 def _take_variable(item: EnvVar, path: str, found: EngineArguments) -> None:
+    if not item.name or "=" in item.name or "\0" in item.name:
+        raise ConfigError(
+            f"{path}.name is {item.name[:80]!r}, which no variable can be called.",
+            param=f"{path}.name",
+            remedy="Leave '=' and NUL out of it.",
+        )
     if item.value_from is not None:
         found.warnings.append(
             f"{path}.valueFrom: not used by provider processes, because Secrets and ConfigMaps are the cluster's: "
@@ -203,4 +210,15 @@ def _take_variable(item: EnvVar, path: str, found: EngineArguments) -> None:
             raise ConfigError(
                 f"{path}: {item.name} is the fleet's to say.", param=item.name, remedy="Remove the variable."
             )
+        if (reach := _reach(item.name)) is not None:
+            found.warnings.append(f"{path}: {item.name} decides {reach}: make sure that you trust who wrote it.")
         found.environment[item.name] = item.value or ""
+
+
+def _reach(variable: str) -> str | None:
+    """What a variable decides that nobody would look for in a manifest."""
+    if variable.startswith(("LD_", "PYTHON")) or variable == "PATH":
+        return "which code the engine runs"
+    if variable in _FETCHING or variable.startswith("AWS_ENDPOINT") or variable.upper().endswith("_PROXY"):
+        return "where the engine fetches its model, and who sees the token"
+    return None

@@ -17,12 +17,14 @@ from quire.fleet.spec import DEFAULT_DRAIN_TIMEOUT, DEFAULT_STOP_TIMEOUT, Role, 
 MAIN = "main"
 """KServe's name for the container with the engine."""
 DEFAULT_SHUTDOWN = 30.0
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _PERCENT = re.compile(r"\d{1,3}%")
 
 
 def model_arguments(uri: str, base: Path, pvc_dir: Path | None) -> list[str]:
     """The arguments of `quire serve` that name the model: `hf://org/name[:revision]`, `s3://`, `file://`,
     `pvc://claim/path`, a path (relative to `base`, the manifest's directory), or the built-in model's name."""
+    _refuse_what_no_process_takes(uri, "spec.model.uri")
     if uri == BUILTIN_MODEL:
         return [uri]
     scheme, separator, rest = uri.partition("://")
@@ -30,10 +32,22 @@ def model_arguments(uri: str, base: Path, pvc_dir: Path | None) -> list[str]:
         return [str(base / Path(uri).expanduser())]
     if scheme == "hf":
         name, _, revision = rest.partition(":")
+        if _HUB_NAME.fullmatch(name) is None:
+            raise ConfigError(
+                f"spec.model.uri is {uri[:200]!r}, which names no model of the Hugging Face Hub.",
+                param="spec.model.uri",
+                remedy="Write hf://org/name or hf://org/name:revision.",
+            )
         return [name, f"--revision={revision}"] if revision else [name]
     if scheme == "s3":
         return [uri]
     if scheme == "file":
+        if not rest.startswith("/"):
+            raise ConfigError(
+                f"spec.model.uri is {uri[:200]!r}, which names another machine.",
+                param="spec.model.uri",
+                remedy="Write file:///PATH.",
+            )
         return [unquote(urlsplit(uri).path)]
     if scheme == "pvc":
         claim, _, path = rest.partition("/")
@@ -63,20 +77,31 @@ def role_spec(role: Role, workload: types.Workload, path: str, *, model: list[st
     cpu, memory = _limits(None if container is None else container.resources, f"{where}.resources", notes)
     grace = None if workload.template is None else workload.template.termination_grace_period_seconds
     shutdown = float(str(said.flags.get("shutdown_timeout", DEFAULT_SHUTDOWN)))
+    arguments = (*model, *said.as_list())
+    labels = workload.labels or {}
+    for text in (*arguments, *said.environment, *said.environment.values(), *labels, *labels.values()):
+        _refuse_what_no_process_takes(text, where or path)
     surge, unavailable = _rollout(workload.rollout_strategy, f"{path}.rolloutStrategy")
     return RoleSpec(
         role=role,
         replicas=_replicas(workload, path),
-        arguments=(*model, *said.as_list()),
+        arguments=arguments,
         environment=said.environment,
         cpu=cpu,
         memory=memory,
-        labels=workload.labels or {},
+        labels=labels,
         max_surge=surge,
         max_unavailable=unavailable,
         drain_timeout=DEFAULT_DRAIN_TIMEOUT if grace is None else float(grace),
         stop_timeout=shutdown + DEFAULT_STOP_TIMEOUT - DEFAULT_SHUTDOWN,
     )
+
+
+def _refuse_what_no_process_takes(text: str, path: str) -> None:
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(
+            f"{path}: {text[:80]!r} cannot be handed to a process.", param=path, remedy="Leave NUL and surrogates out."
+        )
 
 
 def _replicas(workload: types.Workload, path: str) -> int:

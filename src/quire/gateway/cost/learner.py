@@ -27,6 +27,10 @@ SAME_SPEED: Final = math.log(1.2)
 LEAST_SLOPE: Final = 0.1
 WHOLE_RATE: Final = 0.05
 """How far one answer of which only the whole is known moves the lines."""
+PREFILL_HINTS: Final = (1e-7, 1.0)
+"""Seconds per prompt token that an endpoint may say of itself; what lies outside says nothing."""
+STEP_HINTS: Final = (1e-5, 10.0)
+"""Seconds per decode step, likewise."""
 MIDDLE_EVERY: Final = 1.0
 """Seconds between two looks for the endpoint in the middle."""
 
@@ -158,10 +162,10 @@ class Learner:
         )
 
     def hint(self, prefill: float | None, step: float | None) -> None:
-        """What an endpoint says of its paces; believed until something was seen."""
-        if prefill and not self._ttft.n:
+        """What an endpoint says of its paces; believed until something was seen, if it can be."""
+        if prefill is not None and not self._ttft.n and PREFILL_HINTS[0] <= prefill <= PREFILL_HINTS[1]:
             self._ttft.slope = prefill
-        if step and not self._tpot.n:
+        if step is not None and not self._tpot.n and STEP_HINTS[0] <= step <= STEP_HINTS[1]:
             self._tpot.intercept = step
 
     def saw_first(self, key: str, tokens: float, ttft: float, now: float) -> None:

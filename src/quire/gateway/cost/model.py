@@ -10,14 +10,17 @@ from quire.gateway.cost.learner import Costs, Learner
 from quire.gateway.cost.queue import PrefillQueue
 from quire.gateway.endpoint import Endpoint, EndpointMetrics
 from quire.gateway.plugin import Services
-from quire.gateway.request import InferenceRequest, Outcome, Prediction
+from quire.gateway.plugins.reports import staleness_of
+from quire.gateway.request import InferenceRequest, Outcome, Prediction, plausible_prompt_tokens
 
-STALE: Final = 5.0
-"""Seconds after which what an endpoint reported counts no more."""
 GIVEN_HALF_LIFE: Final = 600.0
 FORGET: Final = 0.05
 DEFAULT_OUTPUT: Final = 128.0
 """Tokens of an answer, until some were seen."""
+OUTPUT_FACTOR: Final = 16.0
+OUTPUT_SLACK: Final = 1024.0
+"""An answer counts for at most so many times the mean's tokens, and so many more."""
+LEAST_SECONDS: Final = 1e-6
 DEFAULT_UNCACHED: Final = 256.0
 """Prompt tokens to be computed for a request of others, of whom only the number is known."""
 
@@ -36,6 +39,11 @@ class Open:
     time: float = 0.0
     """When those were counted."""
 
+    def turn(self, page: EndpointMetrics | None) -> None:
+        """Called before each change of what is open there, so that what was open when the page was read is known."""
+        if self.page is not page:
+            self.page, self.at_page = page, self.requests
+
     def given_at(self, now: float) -> float:
         kept: float = 0.5 ** (max(now - self.time, 0.0) / GIVEN_HALF_LIFE)
         return self.given * kept
@@ -48,6 +56,8 @@ class Open:
 class Sent:
     """One request at one endpoint."""
 
+    where: Open
+    """As it was when the request was sent: an endpoint that comes back under its name is another one."""
     ticket: int
     before: float
     own: float
@@ -80,10 +90,13 @@ class CostModel:
 
     def __init__(self, services: Services) -> None:
         self._clock = services.clock
+        self._staleness = staleness_of(services)
         self._learner = Learner()
         self._output = DEFAULT_OUTPUT
         self._uncached = DEFAULT_UNCACHED
+        self._pool = services.pool
         self._open: dict[str, Open] = {}
+        """Of endpoints that the pool has."""
         services.pool.watch(lambda _: None, self._left)
 
     def _left(self, endpoint: Endpoint) -> None:
@@ -109,7 +122,7 @@ class CostModel:
 
     def _costs(self, endpoint: Endpoint, now: float) -> Costs:
         metrics = endpoint.metrics
-        if metrics is not None:
+        if metrics is not None and (metrics.prefill_seconds_per_token or metrics.decode_seconds_per_step):
             self._learner.hint(metrics.prefill_seconds_per_token, metrics.decode_seconds_per_step)
         return self._learner.costs(endpoint.key, now)
 
@@ -117,18 +130,18 @@ class CostModel:
         """Prompt tokens to be computed before a request that comes now, and requests beside it: ours, and of what the
         endpoint reports those that are not."""
         tokens, beside = mine.queue.left(now, costs.prefill), mine.requests
-        if metrics is None or now - metrics.time > STALE:
+        if metrics is None or now - metrics.time > self._staleness:
             return tokens, beside
         others = max(metrics.waiting + metrics.running - mine.at_page, 0)
         return tokens + min(others, metrics.waiting) * self._uncached, beside + others
 
     def _at(self, endpoint: Endpoint) -> Open:
-        """Called before each change of what is open there, so that what was open when the page was read is known."""
         found = self._open.get(endpoint.key)
         if found is None:
-            found = self._open[endpoint.key] = Open()
-        if found.page is not endpoint.metrics:
-            found.page, found.at_page = endpoint.metrics, found.requests
+            found = Open()
+            if self._pool.get(endpoint.key) is endpoint:  # else it has left, and nobody would forget it again
+                self._open[endpoint.key] = found
+        found.turn(endpoint.metrics)
         return found
 
     # --- learning ---------------------------------------------------------------------------------------------------
@@ -142,36 +155,40 @@ class CostModel:
         mine.requests += 1
         mine.give(own, now)
         self._uncached += FORGET * (own - self._uncached)
-        _notes(name, request)[endpoint.key] = Sent(ticket, before, own, beside, now)
+        _notes(name, request)[endpoint.key] = Sent(mine, ticket, before, own, beside, now)
 
     def first_byte(self, name: str, request: InferenceRequest, endpoint: Endpoint) -> None:
         sent = _notes(name, request).get(endpoint.key)
         if sent is not None:
             sent.first = self._clock()
-            self._at(endpoint).queue.first(sent.ticket)
+            sent.where.queue.first(sent.ticket)
 
     def finished(self, name: str, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
         sent = _notes(name, request).pop(endpoint.key, None)
         if sent is None:
             return
-        mine = self._at(endpoint)
+        mine = sent.where
+        mine.turn(endpoint.metrics)
         mine.requests = max(mine.requests - 1, 0)
         mine.queue.gone(sent.ticket, sent.own)
+        if self._open.get(endpoint.key) is not mine:
+            return  # it has left, and what is known of it with it
         if outcome.status == 200 and not outcome.error and outcome.output_tokens and sent.first is not None:
             self._learn(request, endpoint, sent, outcome)
 
     def _learn(self, request: InferenceRequest, endpoint: Endpoint, sent: Sent, outcome: Outcome) -> None:
-        now, output = self._clock(), outcome.output_tokens or 1
         assert sent.first is not None
+        now = self._clock()
+        output = min(max(float(outcome.output_tokens or 1), 1.0), OUTPUT_FACTOR * self._output + OUTPUT_SLACK)
         self._output += FORGET * (output - self._output)
         own = sent.own
         if outcome.cached_tokens is not None and outcome.prompt_tokens:
-            own = max(outcome.prompt_tokens - outcome.cached_tokens, 0)
+            own = max(plausible_prompt_tokens(request, outcome.prompt_tokens) - outcome.cached_tokens, 0.0)
         tokens = sent.before + own
         if not request.stream:
             costs = self._learner.costs(endpoint.key, now)
             expected = costs.base + costs.prefill * tokens + (output - 1) * (costs.step + costs.sequence * sent.beside)
-            self._learner.saw_whole(endpoint.key, (now - sent.time) / expected, now)
+            self._learner.saw_whole(endpoint.key, (now - sent.time) / max(expected, LEAST_SECONDS), now)
             return
         self._learner.saw_first(endpoint.key, tokens, sent.first - sent.time, now)
         if output > 1:

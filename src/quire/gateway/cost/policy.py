@@ -19,8 +19,8 @@ fewest tokens to compute of late, so that all caches fill alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, overload
 
 from quire.gateway.cost.model import CostModel, Estimate, expected_cached
 from quire.gateway.endpoint import Endpoint
@@ -50,7 +50,7 @@ class ExpectedCost(Scorer, Observer):
         return scores(estimates)
 
     def details(self) -> Sequence[object] | None:
-        return None if self._estimates is None else [_detail(estimate) for estimate in self._estimates]
+        return None if self._estimates is None else Details(self._estimates)
 
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
         self._model.sent(self.name, request, endpoint)
@@ -74,6 +74,27 @@ def scores(estimates: Sequence[Estimate]) -> Sequence[float]:
         else (1.0 - 2 * BETWEEN_EQUALS) * least / estimate.cost
         for estimate in estimates
     ]
+
+
+class Details(Sequence[Mapping[str, float]]):
+    """What each cost is made of. Made when somebody looks: every request has some, and few are asked about."""
+
+    def __init__(self, estimates: Sequence[Estimate]) -> None:
+        self._estimates = estimates
+
+    def __len__(self) -> int:
+        return len(self._estimates)
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, float]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Details: ...
+
+    def __getitem__(self, index: int | slice) -> Mapping[str, float] | Details:
+        if isinstance(index, slice):
+            return Details(self._estimates[index])
+        return _detail(self._estimates[index])
 
 
 def _detail(estimate: Estimate) -> dict[str, float]:

@@ -8,7 +8,7 @@ holders of its first blocks are those whose bit is in all of these blocks' sums.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from quire.gateway.kv.health import KVHealth
@@ -37,7 +37,8 @@ class KVIndex:
         self._holders: dict[int, int] = {}
         self._slots = Slots()
         self._sizes: Counter[int] = Counter()
-        self._adapters: set[str] = set()
+        self._adapters: OrderedDict[str, None] = OrderedDict()
+        """Those that engines named, and requests asked for, last at the back."""
         self._matched: set[int] = set()
         self._num_blocks = 0
         self.queries = 0
@@ -83,7 +84,10 @@ class KVIndex:
         packed = {number: extra_bytes(extra) for number, extra in (extras or {}).items()}
         if cache_salt:
             packed[0] = extra_bytes([*(extras or {}).get(0, ()), cache_salt])
-        return chain(root_key(model if model in self._adapters else ""), token_ids, block_size, packed)
+        adapter = model if model in self._adapters else ""
+        if adapter:
+            self._adapters.move_to_end(adapter)
+        return chain(root_key(adapter), token_ids, block_size, packed)
 
     def match(self, keys: Iterable[int]) -> dict[str, dict[str, int]]:
         """How many blocks from the first one on each endpoint holds without a gap, by tier; `""` for all its tiers
@@ -200,6 +204,8 @@ class KVIndex:
 
     def _store(self, endpoint: str, holdings: Holdings, event: BlockStored) -> None:
         health = holdings.health
+        if not event.block_hashes and not event.token_ids:
+            return
         if not holdings.follows(event.group_idx, event.kv_cache_spec_kind):
             health.skipped += len(event.block_hashes)
             return
@@ -245,8 +251,8 @@ class KVIndex:
             return known if len(known) == len(moved) else None
         adapter = event.lora_name or (f"#{event.lora_id}" if event.lora_id is not None else "")
         if event.parent_block_hash is None:
-            if adapter and len(self._adapters) < MAX_ADAPTERS:
-                self._adapters.add(adapter)
+            if adapter:
+                self._know(adapter)
             parent: int | None = root_key(adapter)
         else:
             parent = holdings.key_of(event.parent_block_hash)
@@ -255,6 +261,12 @@ class KVIndex:
         return list(
             chain(parent, event.token_ids, event.block_size, extras_of_event(event.extra_keys, event.lora_name))
         )
+
+    def _know(self, adapter: str) -> None:
+        self._adapters[adapter] = None
+        self._adapters.move_to_end(adapter)
+        if len(self._adapters) > MAX_ADAPTERS:
+            self._adapters.popitem(last=False)
 
     def _take_away(self, holdings: Holdings, event: BlockRemoved) -> None:
         if event.group_idx is not None and event.group_idx != holdings.group:
@@ -307,6 +319,8 @@ class KVIndex:
         if len(holdings.shelves) >= MAX_TIERS:
             raise BadKVEvents(f"more than {MAX_TIERS} tiers")
         if not holdings.shelves:
+            if holdings.health.block_size <= 0:  # with which no prompt could be cut into blocks
+                raise BadKVEvents(f"blocks of {holdings.health.block_size} tokens")
             self._sizes[holdings.health.block_size] += 1
         elif not holdings.any_bit:
             holdings.any_bit = self._slots.take(endpoint, None)

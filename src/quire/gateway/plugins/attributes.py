@@ -1,7 +1,7 @@
 """Choosing by one number that is known of each endpoint.
 
 Definitions: llm-d-router, …/scorer/endpointattribute, …/filter/endpointattribute, …/filter/utilization. A number is
-what a plugin left in `Endpoint.attributes` under the key, or else one of `MEASURES`.
+what a plugin left in `Endpoint.attributes` under the key, or else `ACTIVE` or one of `MEASURES`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
 from quire.core.errors import ConfigError
-from quire.gateway.endpoint import Endpoint
+from quire.gateway.endpoint import Endpoint, EndpointMetrics
 from quire.gateway.plugin import Filter, NoParameters, Parameters, Scorer
+from quire.gateway.plugins.reports import Reports, fill
 from quire.gateway.request import InferenceRequest
 
-MEASURES: Final[Mapping[str, Callable[[Endpoint], float | None]]] = {
-    "active-requests": lambda one: one.load.requests,
-    "running-requests": lambda one: None if one.metrics is None else one.metrics.running,
-    "waiting-queue": lambda one: None if one.metrics is None else one.metrics.waiting,
-    "kv-cache-utilization": lambda one: None if one.metrics is None else one.metrics.kv_usage,
+ACTIVE: Final = "active-requests"
+"""What this gateway has open there."""
+MEASURES: Final[Mapping[str, Callable[[EndpointMetrics], float]]] = {
+    "running-requests": lambda metrics: metrics.running,
+    "waiting-queue": lambda metrics: metrics.waiting,
+    "kv-cache-utilization": lambda metrics: metrics.kv_usage,
 }
+"""What endpoints report."""
 _OPERATORS: Final[Mapping[str, Callable[[float, float], bool]]] = {
     "LessThan": operator.lt,
     "LessThanOrEqual": operator.le,
@@ -32,12 +35,36 @@ _OPERATORS: Final[Mapping[str, Callable[[float, float], bool]]] = {
 }
 
 
-def number_of(endpoint: Endpoint, key: str) -> float | None:
+def numbers_of(endpoints: Sequence[Endpoint], key: str, reports: Reports) -> Sequence[float | None]:
+    """For each endpoint; None where nobody knows, or not of late."""
+    numbers = [_attribute(endpoint, key) for endpoint in endpoints]
+    if None not in numbers:
+        return numbers
+    if key == ACTIVE:
+        others: Sequence[float | None] = [endpoint.load.requests for endpoint in endpoints]
+    elif key in MEASURES:
+        of = MEASURES[key]
+        others = [None if metrics is None else of(metrics) for metrics in reports.fresh(endpoints)]
+    else:
+        return numbers
+    return [other if number is None else number for number, other in zip(numbers, others, strict=True)]
+
+
+def numbers_or_mean(endpoints: Sequence[Endpoint], key: str, reports: Reports) -> Sequence[float | None]:
+    """Of what endpoints report, the mean of the others in place of what one did not."""
+    numbers = numbers_of(endpoints, key, reports)
+    return fill(numbers) if key in MEASURES and any(number is not None for number in numbers) else numbers
+
+
+def _attribute(endpoint: Endpoint, key: str) -> float | None:
+    """What a plugin left there, if it is a number that can be compared."""
     found = endpoint.attributes.get(key)
-    if isinstance(found, int | float) and not math.isnan(found):
-        return float(found)
-    measure = MEASURES.get(key)
-    return None if measure is None else measure(endpoint)
+    if not isinstance(found, int | float):
+        return None
+    try:
+        return float(found) if math.isfinite(found) else None
+    except OverflowError:
+        return None
 
 
 class FixedRange(Parameters, frozen=True):
@@ -64,12 +91,15 @@ class AttributeScorer(Scorer):
     """`endpoint-attribute-scorer`: where the number lies between the least and the most: of the candidates, or of a
     fixed range. Who has none gets 0; all alike get 1."""
 
-    def __init__(self, parameters: AttributeScorerParameters) -> None:
+    def __init__(self, parameters: AttributeScorerParameters, reports: Reports) -> None:
+        self._reports = reports
         normalization = parameters.algorithm.normalization
         fixed = normalization.fixed_range
-        if fixed is not None and (normalization.adaptive_range is not None or not fixed.min < fixed.max):
+        if fixed is not None and (
+            normalization.adaptive_range is not None or not -math.inf < fixed.min < fixed.max < math.inf
+        ):
             raise ConfigError(
-                "endpoint-attribute-scorer: fixedRange stands alone, and its min is below its max.",
+                "endpoint-attribute-scorer: fixedRange stands alone, is finite, and its min is below its max.",
                 param="plugins",
                 remedy="Correct algorithm.normalization.",
             )
@@ -78,7 +108,7 @@ class AttributeScorer(Scorer):
         self._fixed = fixed
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        numbers = [number_of(endpoint, self._key) for endpoint in candidates]
+        numbers = numbers_or_mean(candidates, self._key, self._reports)
         known = [number for number in numbers if number is not None]
         if not known:
             return [0.0] * len(numbers)
@@ -115,13 +145,15 @@ class AttributeFilterParameters(Parameters, frozen=True):
 class AttributeFilter(Filter):
     """`endpoint-attribute-filter`: those whose number compares as wanted."""
 
-    def __init__(self, parameters: AttributeFilterParameters) -> None:
+    def __init__(self, parameters: AttributeFilterParameters, reports: Reports) -> None:
+        self._reports = reports
         threshold = parameters.algorithm.threshold
         self._parameters = parameters
         self._holds, self._value = _OPERATORS[threshold.operator], threshold.value
 
     def filter(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[Endpoint]:
-        left = [endpoint for endpoint in candidates if self._fits(number_of(endpoint, self._parameters.attribute))]
+        numbers = numbers_of(candidates, self._parameters.attribute, self._reports)
+        left = [endpoint for endpoint, number in zip(candidates, numbers, strict=True) if self._fits(number)]
         return candidates if not left and self._parameters.fallback_on_empty else left
 
     def _fits(self, number: float | None) -> bool:
@@ -139,9 +171,10 @@ class UtilizationParameters(Parameters, frozen=True):
 
 
 class UtilizationFilter(Filter):
-    """`utilization-filter`: not who is above any of the bounds; who has not reported yet is not."""
+    """`utilization-filter`: not who is above any of the bounds; where nobody's report is fresh nobody is."""
 
-    def __init__(self, parameters: UtilizationParameters) -> None:
+    def __init__(self, parameters: UtilizationParameters, reports: Reports) -> None:
+        self._reports = reports
         if not parameters.conditions:
             raise ConfigError("utilization-filter lacks conditions.", param="plugins", remedy="Give one or more.")
         for condition in parameters.conditions:
@@ -155,9 +188,9 @@ class UtilizationFilter(Filter):
         self._parameters = parameters
 
     def filter(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[Endpoint]:
-        left = [endpoint for endpoint in candidates if self._fits(endpoint)]
+        fits = [True] * len(candidates)
+        for one in self._parameters.conditions:
+            for index, number in enumerate(numbers_or_mean(candidates, one.metric, self._reports)):
+                fits[index] &= number is None or number <= one.max_value
+        left = [endpoint for endpoint, fit in zip(candidates, fits, strict=True) if fit]
         return candidates if not left and self._parameters.fallback_on_empty else left
-
-    def _fits(self, endpoint: Endpoint) -> bool:
-        numbers = [(MEASURES[one.metric](endpoint), one.max_value) for one in self._parameters.conditions]
-        return all(number is None or number <= most for number, most in numbers)

@@ -6,6 +6,7 @@ an objective that was not given counts as 0, so that everybody misses it, and th
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Literal
@@ -16,6 +17,7 @@ from quire.core.errors import ConfigError
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.plugin import Filter, Parameters, Scorer
 from quire.gateway.plugins.affinity_scorers import NO_MATCH, match_ratio, matches_of
+from quire.gateway.plugins.reports import Reports
 from quire.gateway.request import InferenceRequest
 
 Headroom = tuple[float, float]
@@ -49,17 +51,20 @@ class LatencyScorer(Scorer):
     else TTFT alone, else both; among these who misses by the least. Without any prediction a mean of free KV cache,
     short queue and matched prefix."""
 
-    def __init__(self, parameters: LatencyParameters) -> None:
+    def __init__(self, parameters: LatencyParameters, reports: Reports) -> None:
         weights = (parameters.ttft_weight, parameters.tpot_weight)
         composite = (
             parameters.composite_kv_weight,
             parameters.composite_queue_weight,
             parameters.composite_prefix_weight,
         )
-        if min(*weights, *composite) < 0:
-            raise ConfigError("latency-scorer: a weight is negative.", param="plugins", remedy="They are 0 or more.")
+        if not all(0.0 <= weight < math.inf for weight in (*weights, *composite)):
+            raise ConfigError(
+                "latency-scorer: a weight is negative or infinite.", param="plugins", remedy="They are 0 or more."
+            )
         self._weights = _shares(weights, (1.0, 0.0))
         self._composite = _shares(composite, (1.0, 0.0, 0.0))
+        self._reports = reports
         self._most = parameters.headroom_selection_strategy == "most"
         self._prefix_producer = parameters.prefix_match_info_producer_name
 
@@ -101,16 +106,16 @@ class LatencyScorer(Scorer):
         return [min((int((b if most else 1.0 - b) * GRADES) + 1) / GRADES, 1.0) for b in blends]
 
     def _composite_scores(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        waiting = [0 if one.metrics is None else one.metrics.waiting for one in candidates]
+        waiting = self._reports.numbers(candidates, lambda metrics: metrics.waiting)
+        usage = self._reports.numbers(candidates, lambda metrics: min(metrics.kv_usage, 1.0))
         longest = max(waiting)
         matches = matches_of(request, self._prefix_producer)
         kv, queue, prefix = self._composite
         scores: list[float] = []
-        for endpoint, length in zip(candidates, waiting, strict=True):
-            free = 1.0 if endpoint.metrics is None else 1.0 - min(endpoint.metrics.kv_usage, 1.0)
+        for endpoint, length, used in zip(candidates, waiting, usage, strict=True):
             short = (longest - length) / longest if longest else 1.0
             ratio = match_ratio(request, matches.get(endpoint.key, NO_MATCH))
-            scores.append(round(GRADES * (kv * free + queue * short + prefix * ratio)) / GRADES)
+            scores.append(round(GRADES * (kv * (1.0 - used) + queue * short + prefix * ratio)) / GRADES)
         return scores
 
 

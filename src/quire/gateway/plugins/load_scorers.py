@@ -1,7 +1,7 @@
 """Scorers that look at how busy an endpoint is, by what it reported and by what this gateway has open there.
 
-Definitions: llm-d-router, pkg/epp/framework/plugins/scheduling/scorer. An endpoint whose metrics were never read counts
-as idle for those that compare reports: it has just come.
+Definitions: llm-d-router, pkg/epp/framework/plugins/scheduling/scorer. For those that compare reports, an endpoint
+whose metrics are not fresh counts as the mean of the others (`reports`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from quire.gateway.endpoint import Endpoint
+from quire.gateway.endpoint import Endpoint, EndpointMetrics
 from quire.gateway.plugin import Parameters, Scorer
+from quire.gateway.plugins.reports import Reports, fill
 from quire.gateway.request import InferenceRequest
 
 
@@ -25,22 +26,31 @@ def _between(values: Sequence[float]) -> Sequence[float]:
 class QueueScorer(Scorer):
     """`queue-scorer`"""
 
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        return _between([0 if one.metrics is None else one.metrics.waiting for one in candidates])
+        return _between(self._reports.numbers(candidates, lambda metrics: metrics.waiting))
 
 
 class RunningRequestsScorer(Scorer):
     """`running-requests-size-scorer`"""
 
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        return _between([0 if one.metrics is None else one.metrics.running for one in candidates])
+        return _between(self._reports.numbers(candidates, lambda metrics: metrics.running))
 
 
 class KvCacheUtilizationScorer(Scorer):
     """`kv-cache-utilization-scorer`"""
 
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        return [1.0 if one.metrics is None else 1.0 - min(one.metrics.kv_usage, 1.0) for one in candidates]
+        return [1.0 - used for used in self._reports.numbers(candidates, lambda metrics: min(metrics.kv_usage, 1.0))]
 
 
 class LoadAwareParameters(Parameters, frozen=True):
@@ -50,11 +60,12 @@ class LoadAwareParameters(Parameters, frozen=True):
 class LoadAwareScorer(Scorer):
     """`load-aware-scorer`: half the score for an empty queue, falling to nothing at `threshold` waiting requests."""
 
-    def __init__(self, threshold: int) -> None:
+    def __init__(self, threshold: int, reports: Reports) -> None:
         self._threshold = threshold if threshold > 0 else LoadAwareParameters().threshold
+        self._reports = reports
 
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        waiting = [0 if one.metrics is None else one.metrics.waiting for one in candidates]
+        waiting = self._reports.numbers(candidates, lambda metrics: metrics.waiting)
         return [0.5 * (1.0 - min(number, self._threshold) / self._threshold) for number in waiting]
 
 
@@ -97,14 +108,16 @@ class TokenLoadScorer(Scorer):
 class LoraAffinityScorer(Scorer):
     """`lora-affinity-scorer`: the adapter runs there 1, there is room for it 0.8, it waits there 0.6, else 0."""
 
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+
     def score(self, request: InferenceRequest, candidates: Sequence[Endpoint]) -> Sequence[float]:
-        return [self._one(request.target_model, endpoint) for endpoint in candidates]
+        adapter = request.target_model
+        known = self._reports.fresh(candidates)
+        return fill([None if metrics is None else self._one(adapter, metrics) for metrics in known])
 
     @staticmethod
-    def _one(adapter: str, endpoint: Endpoint) -> float:
-        metrics = endpoint.metrics
-        if metrics is None:
-            return 0.0
+    def _one(adapter: str, metrics: EndpointMetrics) -> float:
         if adapter in metrics.active_adapters:
             return 1.0
         if len(metrics.active_adapters) + len(metrics.waiting_adapters) < metrics.max_lora:

@@ -21,6 +21,7 @@ from quire.gateway.plugins import (
     profiles,
     sessions,
 )
+from quire.gateway.plugins.reports import Reports
 from quire.gateway.producers.known import InflightLoad, InflightLoadParameters, SessionId, SessionIdParameters
 from quire.gateway.producers.latency import LatencyParameters, PredictedLatency
 from quire.gateway.producers.precise import PreciseParameters, PrecisePrefix
@@ -56,6 +57,12 @@ def plain(type_name: str, kind: Callable[[], Plugin]) -> StockPlugin:
     return StockPlugin(type_name, NoParameters, lambda _parameters, _services: kind(), kind)
 
 
+def reporting(type_name: str, kind: Callable[[Reports], Plugin]) -> StockPlugin:
+    """One without parameters that looks at what endpoints report."""
+    assert isinstance(kind, type)
+    return StockPlugin(type_name, NoParameters, lambda _, services: kind(Reports.of(services)), kind)
+
+
 def _picker(type_name: str, kind: type[pickers.Cut]) -> StockPlugin:
     return stock(type_name, kind, pickers.PickerParameters, lambda p, s: kind(p.max_num_of_endpoints, s.rng))
 
@@ -65,15 +72,15 @@ def _role(type_name: str, roles: frozenset[str], *, without: bool) -> StockPlugi
 
 
 SCORERS: Final[Sequence[StockPlugin]] = (
-    plain("queue-scorer", load_scorers.QueueScorer),
-    plain("running-requests-size-scorer", load_scorers.RunningRequestsScorer),
-    plain("kv-cache-utilization-scorer", load_scorers.KvCacheUtilizationScorer),
-    plain("lora-affinity-scorer", load_scorers.LoraAffinityScorer),
+    reporting("queue-scorer", load_scorers.QueueScorer),
+    reporting("running-requests-size-scorer", load_scorers.RunningRequestsScorer),
+    reporting("kv-cache-utilization-scorer", load_scorers.KvCacheUtilizationScorer),
+    reporting("lora-affinity-scorer", load_scorers.LoraAffinityScorer),
     stock(
         "load-aware-scorer",
         load_scorers.LoadAwareScorer,
         load_scorers.LoadAwareParameters,
-        lambda p, _: load_scorers.LoadAwareScorer(p.threshold),
+        lambda p, s: load_scorers.LoadAwareScorer(p.threshold, Reports.of(s)),
     ),
     stock(
         "active-request-scorer",
@@ -109,7 +116,7 @@ SCORERS: Final[Sequence[StockPlugin]] = (
         "latency-scorer",
         latency.LatencyScorer,
         latency.LatencyParameters,
-        lambda p, _: latency.LatencyScorer(p),
+        lambda p, s: latency.LatencyScorer(p, Reports.of(s)),
     ),
     stock(
         "context-length-aware",
@@ -127,7 +134,7 @@ SCORERS: Final[Sequence[StockPlugin]] = (
         "endpoint-attribute-scorer",
         attributes.AttributeScorer,
         attributes.AttributeScorerParameters,
-        lambda p, _: attributes.AttributeScorer(p),
+        lambda p, s: attributes.AttributeScorer(p, Reports.of(s)),
     ),
 )
 FILTERS: Final[Sequence[StockPlugin]] = (
@@ -157,13 +164,13 @@ FILTERS: Final[Sequence[StockPlugin]] = (
         "utilization-filter",
         attributes.UtilizationFilter,
         attributes.UtilizationParameters,
-        lambda p, _: attributes.UtilizationFilter(p),
+        lambda p, s: attributes.UtilizationFilter(p, Reports.of(s)),
     ),
     stock(
         "endpoint-attribute-filter",
         attributes.AttributeFilter,
         attributes.AttributeFilterParameters,
-        lambda p, _: attributes.AttributeFilter(p),
+        lambda p, s: attributes.AttributeFilter(p, Reports.of(s)),
     ),
     stock(
         "session-affinity-filter",
@@ -207,13 +214,13 @@ ADMITTERS: Final[Sequence[StockPlugin]] = (
         "probabilistic-admitter",
         admitters.Probabilistic,
         admitters.ProbabilisticParameters,
-        lambda p, s: admitters.Probabilistic(p, s.rng),
+        lambda p, s: admitters.Probabilistic(p, s.rng, Reports.of(s)),
     ),
     stock(
         "latency-slo-admitter",
         admitters.LatencySlo,
         admitters.LatencySloParameters,
-        lambda _p, _s: admitters.LatencySlo(),
+        lambda _, s: admitters.LatencySlo(Reports.of(s)),
     ),
 )
 PRODUCERS: Final[Sequence[StockPlugin]] = (

@@ -22,6 +22,8 @@ from quire.gateway.request import InferenceRequest, Outcome, PrefixMatch
 BYTES_PER_TOKEN: Final = 4
 MIN_BLOCK_TOKENS: Final = 64
 MAX_TOKENS: Final = 131_072
+MAX_BLOCK_TOKENS: Final = 256
+"""However large the blocks that an endpoint reports: what is shared within one block counts for nothing."""
 DEFAULT_CAPACITY: Final = 31_250
 MIN_CAPACITY: Final = 64
 CORRECTION: Final = 0.03
@@ -86,7 +88,7 @@ class ApproxPrefix(Producer, Observer):
         if self._block_tokens and not self._parameters.auto_tune:
             return self._block_tokens
         reported = [one.metrics.block_size for one in self._pool if one.metrics and one.metrics.block_size]
-        return max(*reported, self._block_tokens or MIN_BLOCK_TOKENS, 1)
+        return max(min(max(reported, default=0), MAX_BLOCK_TOKENS), self._block_tokens or MIN_BLOCK_TOKENS)
 
     def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
         size = self.block_tokens()
@@ -133,6 +135,7 @@ class ApproxPrefix(Producer, Observer):
             or outcome.cached_tokens is None
             or not self._parameters.auto_tune
             or self._reported(endpoint)
+            or self._pool.get(endpoint.key) is not endpoint
         ):
             return
         match = request.prefix.get(self.name, {}).get(endpoint.key)

@@ -17,7 +17,7 @@ import msgspec
 from quire.gateway.endpoint import Endpoint
 from quire.gateway.flow.units import parse_duration
 from quire.gateway.plugin import Observer, Parameters, Producer, Services
-from quire.gateway.request import Api, InferenceRequest, Outcome
+from quire.gateway.request import Api, InferenceRequest, Outcome, plausible_prompt_tokens
 
 BYTES_PER_TOKEN: Final = 4.0
 MAX_MODELS: Final = 1000
@@ -106,7 +106,7 @@ class TokenProducer(Producer, Observer):
         size, tokens = self._seen.get(request.target_model, _PRIOR)
         self._seen[request.target_model] = (
             size * (1.0 - FORGET) + len(request.prompt),
-            tokens * (1.0 - FORGET) + outcome.prompt_tokens,
+            tokens * (1.0 - FORGET) + plausible_prompt_tokens(request, outcome.prompt_tokens),
         )
         self._seen.move_to_end(request.target_model)
         while len(self._seen) > MAX_MODELS:

@@ -11,8 +11,21 @@ from quire.ops.target import Target
 
 # op, module here, class, its method ("" for the object itself), what `quire kernels` says
 _SERVED = (
-    ("add_rms_norm", "rows", "TritonNorm", "add_rms_norm", "a row per program, in float32"),
-    ("rms_norm", "rows", "TritonNorm", "rms_norm", "a row per program, in float32"),
+    (
+        "attention",
+        "attention",
+        "TritonAttention",
+        "",
+        "paged, contexts split at fixed positions; lengths from the device",
+    ),
+    ("activation", "rows", "TritonActivation", "activation", "a piece of a row per program, in float32"),
+    ("add_layer_norm", "rows", "TritonNorm", "add_layer_norm", "whole rows per program, in float32"),
+    ("add_rms_norm", "rows", "TritonNorm", "add_rms_norm", "whole rows per program, in float32"),
+    ("embedding", "rows", "TritonEmbedding", "", "a piece of a row per program"),
+    ("gated_activation", "rows", "TritonActivation", "gated_activation", "a piece of a row per program, in float32"),
+    ("layer_norm", "rows", "TritonNorm", "layer_norm", "whole rows per program, in float32"),
+    ("rms_norm", "rows", "TritonNorm", "rms_norm", "whole rows per program, in float32"),
+    ("rope", "rows", "TritonRope", "", "some heads of a row per program, in float32"),
 )
 
 
