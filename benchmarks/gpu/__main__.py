@@ -46,7 +46,7 @@ def main() -> int:
         limits = Limits(bandwidth=arguments.bandwidth or limits.bandwidth, flops=arguments.flops or limits.flops)
         print(f"limits: copy {limits.bandwidth / GB:,.0f} GB/s, bf16 {limits.flops / TERA:,.0f} TFLOP/s", flush=True)
         for name in arguments.models or MODELS:
-            model = write_hollow(Path(scratch) / name, name)
+            model = write_hollow(Path(scratch) / name, SHAPES[name])
             report["models"][name] = found = one_model(arguments, model, limits)
             report["failures"] += found.pop("failures")
             if arguments.out is not None:  # after each model: a run may be cut off

@@ -14,15 +14,14 @@ from unittest import mock
 
 import numpy as np
 
-from tools.make_checkpoint import DTYPES, SHAPES, config, tensors, write_json
+from tools.make_checkpoint import DTYPES, Shape, config, tensors, write_json
 
 STD = 0.02
 SEED = 20261123
 
 
-def write_hollow(directory: Path, shape_name: str) -> Path:
-    """A checkpoint of one of `tools.make_checkpoint.SHAPES` whose weights are a hole in the file: it takes no room."""
-    shape = SHAPES[shape_name]
+def write_hollow(directory: Path, shape: Shape) -> Path:
+    """A checkpoint whose weights are a hole in the file: it takes no room."""
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config(shape, "bfloat16"))
     type_name, size = DTYPES["bfloat16"]

@@ -19,6 +19,7 @@ from benchmarks.gpu.hollow import random_weights, write_hollow
 from benchmarks.gpu.report import lines, medians, rows, table
 from benchmarks.gpu.workloads import Prompts, Work, decode_seconds, measure, nano_vllm, shortened
 from quire.models.load import load_model
+from tools.make_checkpoint import SHAPES
 
 ROOT = Path(__file__).parents[2]
 H200 = Limits(bandwidth=4.3e12, flops=788e12)
@@ -35,7 +36,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_roofline_is_the_one_worked_out_by_hand(tmp_path, name):
-    counts = count(write_hollow(tmp_path / name, name))
+    counts = count(write_hollow(tmp_path / name, SHAPES[name]))
     work = nano_vllm()
     found = [counts.decode(batch, 1024).seconds(H200) * 1e3 for batch in (1, 64, 256)]
     found += [counts.prefill([length]).seconds(H200) * 1e3 for length in (1024, 8192)]
@@ -45,7 +46,7 @@ def test_the_roofline_is_the_one_worked_out_by_hand(tmp_path, name):
 
 
 def test_weights_in_fewer_bits_are_fewer_bytes(tmp_path):
-    model = write_hollow(tmp_path, "qwen3-8b")
+    model = write_hollow(tmp_path, SHAPES["qwen3-8b"])
     plain, fp8, int4 = (count(model, quantization=each) for each in (None, "fp8", "int4"))
     assert fp8.layers_bytes == pytest.approx(plain.layers_bytes / 2, rel=0.01)
     assert fp8.layers_bytes > 1.5 * int4.layers_bytes
@@ -105,7 +106,7 @@ def test_what_has_no_room_is_told_and_left_out(capsys):
 
 
 def test_a_turn_on_the_cpu_and_its_table(tmp_path):
-    model = write_hollow(tmp_path, "tiny")
+    model = write_hollow(tmp_path, SHAPES["tiny"])
     options = {"max_model_len": 128, "kv_cache_memory": 0.01, "threads": 1}
     engine = Quire(model, Settings(batch=4, device="cpu", memory_utilization=0.5, options=options))
     nano = Work(prompts=[[1, 2], [3]], output_lens=[3, 5])
@@ -127,7 +128,7 @@ def test_medians_are_of_the_turns_that_have_the_figure():
 
 
 def test_random_weights_are_the_same_each_time_and_no_two_alike(tmp_path):
-    model = write_hollow(tmp_path, "tiny")
+    model = write_hollow(tmp_path, SHAPES["tiny"])
 
     def load(**options):
         with random_weights():
@@ -164,7 +165,7 @@ def test_little_need_be_installed(tmp_path):
     """The GPU machines that this is for have torch, and not all of our dependencies."""
     task = {
         "engine": "quire",
-        "model": str(write_hollow(tmp_path, "tiny")),
+        "model": str(write_hollow(tmp_path, SHAPES["tiny"])),
         "turn": 0,
         "vocab_size": 512,
         "settings": {
