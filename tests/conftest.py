@@ -6,5 +6,7 @@ server, a benchmark) a step then takes twenty times as long. Set before torch is
 
 import os
 
+from quire.core.machine import has_gpu_driver
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "0" if has_gpu_driver() else "1")

@@ -11,6 +11,7 @@ import pytest
 from quire.cli.checks import cgroup_cpus, check_port, run_checks
 from quire.cli.main import main
 from quire.ops.cpu.library import usable_isas
+from quire.ops.triton.library import is_installed
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("max 100000", None), ("150000 100000", 1.5), ("", None), ("x", None)])
@@ -62,6 +63,23 @@ def test_kernels_of_another_instruction_set(capsys, monkeypatch):
     lines = json.loads(asked)["kernels"]["bfloat16"]
     assert {line["implementation"] for line in lines} == {"reference"}
     assert "switched off" in next(line["reason"] for line in lines if line["op"] == "linear") or not usable_isas()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_kernels_of_a_gpu_are_listed_without_one(capsys, device):
+    assert main(["kernels", "--json", "--device", device]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["device"] == device
+    lines = {line["op"]: line for line in report["kernels"]["bfloat16"]}
+    assert {line["implementation"] for line in lines.values()} <= {"triton", "reference"}
+    served = "triton" if is_installed() else "reference"
+    assert lines["rms_norm"]["implementation"] == served
+    assert "not cpu: it computes on CPUs" in lines["linear"]["reason"]
+
+
+def test_a_device_that_nobody_knows(capsys):
+    assert main(["kernels", "--device", "tpu"]) == 2
+    assert "cuda:N" in capsys.readouterr().err
 
 
 def test_an_instruction_set_that_nobody_knows(capsys):

@@ -130,7 +130,7 @@ FLAGS = {
         "--threads",
         "--config",
     },
-    "kernels": {"--dtype", "--isa", "--json"},
+    "kernels": {"--dtype", "--device", "--isa", "--json"},
     "up": {
         "--manifest",
         "--resume",
@@ -158,7 +158,7 @@ FLAGS = {
     | ENGINE
     | SEED
     | {"--against", "--text", "--max-text-tokens", "--questions-per-skill", "--json"},
-    "bench roofline": {"--threads", "--seconds", "--matmul-size", "--json"},
+    "bench roofline": {"--device", "--threads", "--seconds", "--matmul-size", "--json"},
     "bench serve": PROMPTS
     | REMOTE
     | {

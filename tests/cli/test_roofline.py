@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+import torch
+
 from quire.cli.bench.roofline import CACHE_MULTIPLE, LEAST_BUFFER_BYTES, MOST_BUFFER_BYTES, buffer_bytes
 from quire.cli.main import main
 
@@ -30,3 +33,12 @@ def test_figures_are_positive(capsys, monkeypatch):
 def test_sizes_without_meaning_are_refused(capsys):
     assert main(["bench", "roofline", "--matmul-size", "0"]) == 2
     assert "--matmul-size" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "cuda:x", "tpu"])
+def test_a_gpu_that_is_not_there_is_told(capsys, device):
+    assert main(["bench", "roofline", "--device", device]) == 2
+    told = capsys.readouterr().err
+    assert device in told
+    assert "--device cpu" in told or "cuda:N" in told

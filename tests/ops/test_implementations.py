@@ -76,9 +76,9 @@ def as_tensor(tokens: list[TokenLogprobs | QuireError]) -> Tensor:
 def written(kernel: AttentionKernel, kv_2gnsd: Tensor) -> Tensor:
     """The kernel's own cache with these keys and values in it, all but the null block's."""
     _, g, n, s, d = kv_2gnsd.shape
-    cache = torch.zeros(2, g, n, kernel.block_bytes(s, d), dtype=torch.uint8)
+    cache = torch.zeros(2, g, n, kernel.block_bytes(s, d), dtype=torch.uint8, device=kv_2gnsd.device)
     k_tgd, v_tgd = kv_2gnsd[:, :, 1:].flatten(2, 3).transpose(1, 2)
-    kernel.write(cache, k_tgd, v_tgd, torch.arange(s, n * s))
+    kernel.write(cache, k_tgd, v_tgd, torch.arange(s, n * s, device=kv_2gnsd.device))
     return cache
 
 

@@ -105,7 +105,7 @@ def flags_of(cls: type[Any], group: str, without: frozenset[str] = ARGUMENTS) ->
 if TYPE_CHECKING:
     EngineFlags = Mapping[str, object] | None
     OwnEngineFlags = Mapping[str, object] | None
-    IsaFlag = Mapping[str, object] | None
+    KernelFlags = Mapping[str, object] | None
     ServerFlags = Mapping[str, object] | None
     FleetFlags = Mapping[str, object] | None
     ApplyFlags = Mapping[str, object] | None
@@ -115,7 +115,9 @@ else:
     EngineFlags = flags_of(EngineConfig, "Engine")
     # For commands whose --seed is their one request's, which the engine's would only stand in for.
     OwnEngineFlags = flags_of(EngineConfig, "Engine", ARGUMENTS | {"seed"})
-    IsaFlag = flags_of(EngineConfig, "Engine", frozenset(field.name for field in fields(EngineConfig)) - {"isa"})
+    KernelFlags = flags_of(
+        EngineConfig, "Engine", frozenset(field.name for field in fields(EngineConfig)) - {"device", "isa"}
+    )
     ServerFlags = flags_of(ServerConfig, "Server")
     FleetFlags = flags_of(FleetConfig, "Fleet")
     ApplyFlags = flags_of(FleetConfig, "Fleet", frozenset({"host", "port"}))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 from quire.cli.bench.report import print_json
-from quire.cli.flags import IsaFlag, settings
+from quire.cli.flags import KernelFlags, settings
 from quire.config.engine import EngineConfig
+from quire.config.validate import validate
 
 
 def kernels(
-    *, dtype: Literal["bfloat16", "float32", "float16"] | None = None, json: bool = False, engine: IsaFlag = None
+    *, dtype: Literal["bfloat16", "float32", "float16"] | None = None, json: bool = False, engine: KernelFlags = None
 ) -> None:
-    """List which implementation serves each op on this machine, and why.
+    """List which implementation serves each op on this machine, and why; or on a GPU, whether there is one or not.
 
     Parameters
     ----------
@@ -21,20 +22,24 @@ def kernels(
     json
         Print JSON.
     """
-    isa = settings(EngineConfig, engine, config=None).value.isa
+    config = settings(EngineConfig, engine, config=None).value
+    validate(config)
 
     import torch
 
+    from quire.engine.device import resolve_device
     from quire.ops.kernels import select
     from quire.ops.target import Target
 
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     shown = [dtype] if dtype is not None else ["bfloat16", "float32"]
-    reports = {name: select(Target("cpu", dtypes[name], isa=isa)).report() for name in shown}
+    # A device that is named need not be there: this is also how one learns what another machine would run.
+    device = resolve_device("auto") if config.device == "auto" else torch.device(config.device)
+    reports = {name: select(Target(device, dtypes[name], isa=config.isa)).report() for name in shown}
     if json:
         print_json(
             {
-                "device": "cpu",
+                "device": str(device),
                 "kernels": {
                     name: [dict(zip(("op", "implementation", "reason"), line, strict=True)) for line in report]
                     for name, report in reports.items()
@@ -45,7 +50,7 @@ def kernels(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Kernels on this CPU", title_justify="left")
+    table = Table(title="Kernels on this CPU" if device.type == "cpu" else f"Kernels on {device}", title_justify="left")
     for column in ("op", "dtype", "implementation", "why"):
         table.add_column(column)
     for name, report in reports.items():

@@ -1,4 +1,5 @@
-"""`quire bench roofline`: what this machine's memory and arithmetic can give, by torch and by the compiled kernels.
+"""`quire bench roofline`: what this machine's memory and arithmetic can give, by torch and by the compiled kernels; or
+what a GPU's can (`device_limits`).
 
 A decode step reads all weights and the KV of its requests once, so memory bandwidth over those bytes bounds its rate;
 prefill is bounded by the matmul peak.
@@ -17,6 +18,9 @@ from cyclopts import Parameter
 
 from quire.cli.bench.report import print_json, print_table
 from quire.cli.bench.workload import require
+from quire.config.engine import EngineConfig
+from quire.config.validate import validate
+from quire.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -25,18 +29,21 @@ GIB, MIB = 1024**3, 1024**2
 CACHE_MULTIPLE = 4  # a buffer of so many last-level caches comes from memory
 LEAST_BUFFER_BYTES = 256 * 1024**2
 MOST_BUFFER_BYTES = 4 * GIB
+CPU_MATMUL_SIZE, GPU_MATMUL_SIZE = 2048, 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RooflineOptions:
     """The flags of `quire bench roofline`."""
 
+    device: str = "cpu"
+    """What is measured: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
     threads: int | None = None
     """CPU threads; one per core that may be used otherwise."""
     seconds: float = 1.0
     """For how long each figure is measured, at least."""
-    matmul_size: int = 2048
-    """Rows and columns of the square matrices."""
+    matmul_size: int | None = None
+    """Rows and columns of the square matrices; 2048 otherwise, 8192 of a GPU."""
     json: bool = False
     """Print JSON."""
 
@@ -45,10 +52,22 @@ DEFAULTS = RooflineOptions()
 
 
 def roofline(options: Annotated[RooflineOptions, Parameter(name="*")] = DEFAULTS) -> None:
-    """This machine's measured memory bandwidth and matmul peaks."""
+    """Measured memory bandwidth and matmul peaks of this machine, or of its GPU."""
+    size = options.matmul_size
     require("threads", options.threads, options.threads is None or options.threads >= 1, "at least 1")
     require("seconds", options.seconds, 0 < options.seconds <= 600, "above 0 and at most 600")
-    require("matmul_size", options.matmul_size, 64 <= options.matmul_size <= 16384, "from 64 to 16384")
+    require("matmul_size", size, size is None or 64 <= size <= 16384, "from 64 to 16384")
+    validate(EngineConfig(device=options.device))
+    from quire.engine.device import resolve_device
+
+    device = resolve_device(options.device)
+    if device.type == "cpu":
+        _cpu(options, size or CPU_MATMUL_SIZE)
+    else:
+        _gpu(device, options, size or GPU_MATMUL_SIZE)
+
+
+def _cpu(options: RooflineOptions, matmul_size: int) -> None:
     import torch
 
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
@@ -59,7 +78,7 @@ def roofline(options: Annotated[RooflineOptions, Parameter(name="*")] = DEFAULTS
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache_bytes": cache,
         **measure_memory(buffer_bytes(cache), options.seconds),
-        **measure_matmul(options.matmul_size, options.seconds),
+        **measure_matmul(matmul_size, options.seconds),
         **measure_kernels(options.threads, buffer_bytes(cache), options.seconds),
     }
     if options.json:
@@ -81,6 +100,33 @@ def roofline(options: Annotated[RooflineOptions, Parameter(name="*")] = DEFAULTS
         for name, figure in result["kernels_gop_per_s"].items()
     ]
     print_table("Roofline (medians)", rows)
+
+
+def _gpu(device: torch.device, options: RooflineOptions, matmul_size: int) -> None:
+    from quire.cli.bench.device_limits import measure_device
+
+    if device.type != "cuda":
+        raise ConfigError(
+            f"device is {options.device}, whose limits cannot be measured.",
+            param="device",
+            remedy="Take cpu, or an NVIDIA or AMD GPU: cuda, cuda:1.",
+        )
+    result = {
+        "benchmark": "roofline",
+        **measure_device(device, seconds=options.seconds, matmul_size=matmul_size // 16 * 16),
+    }
+    if options.json:
+        print_json(result)
+        return
+    rows = [("device", f"{result['name']} ({result['device']}, torch {result['torch']})")]
+    rows += [(f"memory {name}", f"{figure:,.0f} GB/s") for name, figure in result["memory_gb_per_s"].items()]
+    rows += [
+        (f"matmul {name}", "not available" if figure is None else f"{figure / 1e3:,.0f} TFLOP/s")
+        for name, figure in result["matmul_gflop_per_s"].items()
+    ]
+    rows += [(f"pinned memory {name}", f"{figure:,.1f} GB/s") for name, figure in result["host_gb_per_s"].items()]
+    rows += [(f"kernel gap {name}", f"{figure:,.2f} us") for name, figure in result["kernel_gap_us"].items()]
+    print_table("Roofline (medians)", [(name.replace("_", " "), text) for name, text in rows])
 
 
 def buffer_bytes(cache: int) -> int:
