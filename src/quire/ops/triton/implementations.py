@@ -12,6 +12,7 @@ from quire.ops.target import Target
 # op, module here, class, its method ("" for the object itself), what `quire kernels` says
 _SERVED = (
     ("add_rms_norm", "rows", "TritonNorm", "add_rms_norm", "a row per program, in float32"),
+    ("attention", "attention", "TritonAttention", "", "split decodes and tiles of prompts, in one order"),
     ("rms_norm", "rows", "TritonNorm", "rms_norm", "a row per program, in float32"),
 )
 
