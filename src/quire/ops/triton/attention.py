@@ -29,7 +29,6 @@ _STORED = {
 }
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _MULTIPLIED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_TOKENS_WRITTEN_AT_ONCE = 4
 _INTERPRETED_PROGRAMS = 3
 
 
@@ -75,9 +74,11 @@ class TritonAttention:
         k_tgd, v_tgd = (x if x.stride(2) == 1 else x.contiguous() for x in (k_tgd, v_tgd))
         block_size = kv_layer.shape[3] // self.block_bytes(1, d)
         values, scales = self._views(kv_layer, block_size, d)
+        # Few tokens: as many programs as can be. Many: each has something to do.
+        tokens_at_once, num_warps = (4, 1) if t <= 64 else (32, 4)
         self._launch(
             write_kernel,
-            (-(-t // _TOKENS_WRITTEN_AT_ONCE), g),
+            (-(-t // tokens_at_once), g),
             k_tgd,
             v_tgd,
             values,
@@ -92,10 +93,10 @@ class TritonAttention:
             HEAD_DIM=d,
             BLOCK_SIZE=block_size,
             D=max(16, 1 << (d - 1).bit_length()),
-            TOKENS=_TOKENS_WRITTEN_AT_ONCE,
+            TOKENS=tokens_at_once,
             QUANTIZED=self._quantized,
             ROUNDED=self._stored == torch.int8,
-            num_warps=1,
+            num_warps=num_warps,
         )
 
     def plan(self, shape: AttentionShape, requests: PagedRequests) -> TritonPlan:

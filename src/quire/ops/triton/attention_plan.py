@@ -178,6 +178,4 @@ def _work(shape: AttentionShape, tiling: Tiling, r: int, most_items: int, number
     rows = most_items * shape.num_heads
     space = torch.empty(rows * (tiling.padded_dim + 2), dtype=torch.float32, device=numbers.device)
     partial, tops, totals = space.split([rows * tiling.padded_dim, rows, rows])
-    return DecodeWork(
-        requests=r, most_items=most_items, numbers=numbers, partial=partial, tops=tops, totals=totals
-    )
+    return DecodeWork(requests=r, most_items=most_items, numbers=numbers, partial=partial, tops=tops, totals=totals)

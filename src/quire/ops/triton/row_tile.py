@@ -34,9 +34,7 @@ def _alike(kernel: TritonAttention, tiling: Tiling, group: int, context: int) ->
     target = kernel.target
     generator = torch.Generator().manual_seed(context)
     head_dim, kv_heads = tiling.padded_dim, 2
-    shape = AttentionShape(
-        num_heads=group * kv_heads, num_kv_heads=kv_heads, head_dim=head_dim, scale=head_dim**-0.5
-    )
+    shape = AttentionShape(num_heads=group * kv_heads, num_kv_heads=kv_heads, head_dim=head_dim, scale=head_dim**-0.5)
     blocks = -(-context // _BLOCK_SIZE)
     k_tgd, v_tgd = torch.randn(2, context, kv_heads, head_dim, generator=generator).to(target.device, target.dtype)
     q_thd = torch.randn(2, group * kv_heads, head_dim, generator=generator).to(target.device, target.dtype)

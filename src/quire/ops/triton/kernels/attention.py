@@ -183,7 +183,7 @@ def decode_kernel(
         top = tl.full([ROWS], _HIDDEN, tl.float32)
         total = tl.zeros([ROWS, 16], tl.float32)
         weighted = tl.zeros([ROWS, D], tl.float32)
-        g_64 = g.to(tl.int64)
+        g_64 = tl.full([], 0, tl.int64) + g
         for tile in range(first, stop, TILE):
             top, total, weighted = attend_tile(
                 q_rd,
@@ -218,7 +218,7 @@ def decode_kernel(
                 SLOPES,
                 BIAS,
             )
-        place = item.to(tl.int64) * (KV_HEADS * GROUP) + head
+        place = (tl.full([], 0, tl.int64) + item) * (KV_HEADS * GROUP) + head
         tl.store(tops + place, top, mask=real)
         # All sixteen columns are alike.
         tl.store(totals + place, tl.max(total, axis=1), mask=real)
@@ -250,9 +250,7 @@ def combine_kernel(
     row = tl.program_id(0)
     if request >= 0:
         row = tl.load(plan + request)
-        for item in range(
-            tl.load(plan + 3 * requests + request), tl.load(plan + 3 * requests + request + 1)
-        ):
+        for item in range(tl.load(plan + 3 * requests + request), tl.load(plan + 3 * requests + request + 1)):
             place = tl.zeros([HEADS_AT_ONCE], tl.int64) + item
             place = place * HEADS + head
             top_2 = tl.load(tops + place, mask=real, other=0.0)
