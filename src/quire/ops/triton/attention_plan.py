@@ -40,7 +40,7 @@ class Tiling:
         rows = 16 if wide else 128 if padded <= 128 else 64
         return Tiling(
             padded_dim=padded,
-            keys=32 if wide else 64,
+            keys=32 if wide or padded > 128 else 64,
             decode_rows=heads,
             prefill_rows=max(rows, heads),
             prefill_warps=4 if wide else 8,
