@@ -85,6 +85,9 @@ def attend_tile(
     inside = there[:, None] & (i_d < HEAD_DIM)[None, :]
     k = tl.load(keys + place, mask=inside, other=0.0)
     v = tl.load(values + place, mask=inside, other=0.0)
+    if QUANTIZED:
+        # By way of float32, as the interpreter converts nothing else to bfloat16.
+        k = k.to(tl.float32)
     scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], TILE], tl.float32))
     if QUANTIZED:
         scale_place = block * scale_stride + offset
