@@ -491,4 +491,10 @@ def quantized(x, largest, ROUNDED: tl.constexpr):
     if ROUNDED:
         # To the nearest whole number, halves to even ones: the sum has no bits left for a fraction.
         numbers = (numbers + 12582912.0) - 12582912.0
+    else:
+        # To three bits after the first, or to 2**-9: the interpreter's own conversion loses a carry.
+        bits = numbers.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576
+        coarse = (numbers + 24576.0) - 24576.0
+        numbers = tl.where(tl.abs(numbers) < 0.015625, coarse, bits.to(tl.float32, bitcast=True))
     return numbers, tl.where(sound, scale, float("nan"))
