@@ -1,331 +1,238 @@
-"""`attention` by Triton. See `kernels.attention` for how a row's sums are ordered.
+"""`attention` by Triton: split-KV decoding (Dao et al., Flash-Decoding, 2023) and tiles of prompts, bit for bit alike.
 
-Legend: t tokens, h query heads, g KV heads, d head dim, r requests, n those that decode, b bytes of a block.
+Legend: t tokens, h query heads, g KV heads, d head dim, r requests, n blocks, s tokens per block, b bytes of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from quire.core.kv_format import QUANTIZED, kv_block_bytes
 from quire.ops.attention import AttentionShape, PagedRequests
 from quire.ops.target import Target
-from quire.ops.triton.kernels.attention import (
-    combine_kernel,
-    decode_kernel,
-    plan_kernel,
-    prefill_kernel,
-    write_kernel,
-)
+from quire.ops.triton.attention_plan import SPLIT, Tiling, TritonPlan, plan_attention
+from quire.ops.triton.kernels.attention import combine_kernel, decode_kernel, prefill_kernel, write_kernel
 from quire.ops.triton.launch import Launch
-from quire.ops.triton.row_view import next_power_of_2
+from quire.ops.triton.row_tile import choose_decode_rows
 
-SPLIT = 256
-"""Tokens of a context that a decoding row folds as one; half a block of the largest size at least."""
-MOST_ITEMS = 2048
-"""Splits of a step whose results are kept apart. Where there are more, there is work enough for all processors without
-cutting contexts, and a program walks through the whole of one."""
-PROGRAMS_PER_PROCESSOR = 4
-MOST_WRITTEN = 16
-"""Tokens that one program writes."""
-_PROCESSORS_OF_NO_GPU = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tensors:
-    """What a shape adds to scores, float32; empty where it does not."""
-
-    slopes_h: Tensor
-    bias_hf: Tensor
-    sinks_h: Tensor
+_STORED = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+_MULTIPLIED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_INTERPRETED_PROGRAMS = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TritonPlan:
-    """`request_ids`: those that decode. `items`: (header, request of each item, its split, first item of each request,
-    its first split). `tiles`: (request, first row) of each tile of rows of those that do not decode."""
+@dataclass(frozen=True, slots=True)
+class _Constants:
+    """What kernels need of a shape, on the device."""
 
-    shape: AttentionShape
-    requests: PagedRequests
-    added: Tensors
-    query_start: Tensor
-    context_lens: Tensor
-    request_ids: Tensor
-    items: tuple[Tensor, ...]
-    most_items: int
-    tile_request: Tensor
-    tile_row: Tensor
-    part_ml: Tensor
-    part_acc: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tiling:
-    """`few`: rows of a program that decodes one request, `many`: of one that does not; `width`: keys of a tile."""
-
-    few: int
-    many: int
-    width: int
-    columns: int
+    slopes: Tensor | None
+    sinks: Tensor | None
+    bias: Tensor | None
 
 
 class TritonAttention:
-    """`AttentionKernel` for a cache in the layout of `ops.reference.kv_layout`."""
+    """An `AttentionKernel` for caches of one dtype. Head dims up to 256. `row_tile`: rows that a decode is padded to;
+    None finds out, once for each head shape, how few have the bits of a prefill's."""
 
-    block_sizes = (8, 16, 32, 64, 128, 256)
+    block_sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     reads_lengths = True
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, *, row_tile: int | None = None) -> None:
         self._launch: Launch = target.launch
-        self._device = target.device
-        self._dtype = target.dtype
-        self._kv_dtype = target.kv_dtype
-        self._added: dict[AttentionShape, Tensors] = {}
+        self.target = target
+        self._quantized = target.kv_dtype in QUANTIZED
+        self._stored = _STORED[target.kv_dtype]
+        # Where the cache holds other numbers than the model has, both are widened.
+        self._multiplied = target.dtype if self._quantized or self._stored == target.dtype else torch.float32
+        self._row_tile = row_tile
+        self._programs = _INTERPRETED_PROGRAMS
         if target.device.type == "cuda":
-            processors = torch.cuda.get_device_properties(target.device).multi_processor_count
-        else:
-            processors = _PROCESSORS_OF_NO_GPU
-        self._programs = PROGRAMS_PER_PROCESSOR * processors
+            # Two programs fit a multiprocessor, and one's loads run while the other computes.
+            self._programs = 2 * torch.cuda.get_device_properties(target.device).multi_processor_count
+        elif target.device.type == "xpu":
+            self._programs = 2 * torch.xpu.get_device_properties(target.device).max_compute_units
+        self._tilings: dict[tuple[int, int], Tiling] = {}
+        self._constants: dict[AttentionShape, _Constants] = {}
 
     def block_bytes(self, block_size: int, head_dim: int) -> int:
-        return kv_block_bytes(self._kv_dtype, block_size=block_size, head_dim=head_dim)
+        return kv_block_bytes(self.target.kv_dtype, block_size=block_size, head_dim=head_dim)
 
     def write(self, kv_layer: Tensor, k_tgd: Tensor, v_tgd: Tensor, slots_t: Tensor) -> None:
         t, g, d = k_tgd.shape
         if not t:
             return
-        k_tgd, v_tgd = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_tgd, v_tgd))
-        cache, scales = self._views(kv_layer)
-        tokens = min(MOST_WRITTEN, next_power_of_2(t))
+        k_tgd, v_tgd = (x if x.stride(2) == 1 else x.contiguous() for x in (k_tgd, v_tgd))
+        block_size = kv_layer.shape[3] // self.block_bytes(1, d)
+        values, scales = self._views(kv_layer, block_size, d)
+        # Few tokens: as many programs as can be. Many: each has something to do.
+        tokens_at_once, num_warps = (4, 1) if t <= 64 else (32, 4)
         self._launch(
             write_kernel,
-            (-(-t // tokens), g, 2),
+            (-(-t // tokens_at_once), g),
             k_tgd,
             v_tgd,
-            cache,
+            values,
             scales,
             slots_t,
             t,
-            d,
-            d + d % 2,
-            kv_layer.shape[-1] // self.block_bytes(1, d),
             *k_tgd.stride()[:2],
             *v_tgd.stride()[:2],
-            *cache.stride()[:3],
-            T=tokens,
-            D=max(16, next_power_of_2(d)),
-            KV=self._form,
-            num_warps=4 if tokens > 1 else 1,
+            *values.stride()[:3],
+            *scales.stride()[:3],
+            _LARGEST.get(self.target.kv_dtype, 1.0),
+            HEAD_DIM=d,
+            BLOCK_SIZE=block_size,
+            D=max(16, 1 << (d - 1).bit_length()),
+            TOKENS=tokens_at_once,
+            QUANTIZED=self._quantized,
+            ROUNDED=self._stored == torch.int8,
+            num_warps=num_warps,
         )
 
     def plan(self, shape: AttentionShape, requests: PagedRequests) -> TritonPlan:
-        """Reads nothing from the device. With `requests.lengths`, nothing from the host's numbers but how many and how
-        long at most."""
-        tiling = tiling_of(shape)
-        lengths = requests.lengths
-        if lengths is None:
-            query_start, context_lens, request_ids, tile_request, tile_row = self._uploaded(requests, tiling, shape)
-        else:
-            query_start, context_lens = lengths.query_start, lengths.context_lens
-            request_ids = torch.arange(len(context_lens), dtype=torch.int32, device=self._device)
-            tile_request = tile_row = request_ids[:0]
-        n = len(request_ids)
-        most = max(MOST_ITEMS, n)
-        longest = max(requests.context_lens, default=0)
-        kept = min(most, n * -(-longest // SPLIT))
-        items = self._room(2, torch.int32), *(self._room(size, torch.int32) for size in (most, most, n, n))
-        plan = TritonPlan(
-            shape=shape,
-            requests=requests,
-            added=self._tensors(shape),
-            query_start=query_start,
-            context_lens=context_lens,
-            request_ids=request_ids,
-            items=items,
-            most_items=most,
-            tile_request=tile_request,
-            tile_row=tile_row,
-            part_ml=self._room(kept * shape.num_kv_heads * 2 * tiling.few, torch.float32),
-            part_acc=self._room(kept * shape.num_kv_heads * tiling.few * tiling.columns, torch.float32),
-        )
-        if n:
-            self._launch(
-                plan_kernel,
-                (n,),
-                context_lens,
-                request_ids,
-                *items,
-                n,
-                shape.window or 0,
-                most,
-                SPLIT=SPLIT,
-                WINDOW=shape.window is not None,
-                N=next_power_of_2(n),
-            )
-        return plan
+        return plan_attention(shape, requests, self._tiling(shape), self._launch)
 
     def __call__(self, q_thd: Tensor, kv_layer: Tensor, plan: TritonPlan) -> Tensor:
-        shape, tiling = plan.shape, tiling_of(plan.shape)
-        q_thd = q_thd if q_thd.stride(-1) == 1 else q_thd.contiguous()
-        out_thd = torch.empty(q_thd.shape, dtype=q_thd.dtype, device=q_thd.device)
-        cache, scales = self._views(kv_layer)
-        caches = cache[0], cache[1], scales[0], scales[1]
-        table = plan.requests.block_table_rb
-        strides = (*q_thd.stride()[:2], *out_thd.stride()[:2], *cache.stride()[1:3], table.stride(0))
-        farthest = 0 if shape.distance_bias is None else shape.distance_bias.farthest
-        numbers = (shape.scale, shape.softcap or 0.0, shape.window or 0, farthest, shape.head_dim + shape.head_dim % 2)
-        added = plan.added
-        constants: dict[str, Any] = {
-            "GROUP": shape.num_heads // shape.num_kv_heads,
-            "S": plan.requests.block_size,
+        q_thd = q_thd.contiguous()
+        out_thd = torch.empty_like(q_thd)
+        shape, tiling = plan.shape, plan.tiling
+        g, d = shape.num_kv_heads, shape.head_dim
+        constants = self._constants_of(shape, q_thd.device)
+        values, scales = self._views(kv_layer, plan.block_size, d)
+        cache = (values[0], values[1], scales[0], scales[1], *values.stride()[1:3], *scales.stride()[1:3])
+        bias = q_thd if constants.bias is None else constants.bias
+        slopes = q_thd if constants.slopes is None else constants.slopes
+        sinks = q_thd if constants.sinks is None else constants.sinks
+        # Scores are in base 2. With a soft cap: `tanh(x)` is taken from `2 ** (2 * x * log2(e))`.
+        scale, cap = shape.scale * math.log2(math.e), 0.0
+        if shape.softcap is not None:
+            scale, cap = 2 * scale / shape.softcap, shape.softcap * math.log2(math.e)
+        numbers = (0 if shape.distance_bias is None else shape.distance_bias.farthest, scale, cap, shape.window or 0)
+        table = (plan.block_table_rb, plan.block_table_rb.stride(0))
+        constexprs = {
+            "KV_HEADS": g,
+            "GROUP": shape.num_heads // g,
             "SPLIT": SPLIT,
-            "TILE": tiling.width,
-            "D": tiling.columns,
-            "CAUSAL": shape.causal,
+            "HEAD_DIM": d,
+            "BLOCK_SIZE": plan.block_size,
+            "D": tiling.padded_dim,
+            "TILE": tiling.keys,
+            "QUANTIZED": self._quantized,
             "WINDOW": shape.window is not None,
             "SOFTCAP": shape.softcap is not None,
             "SLOPES": shape.slopes is not None,
             "BIAS": shape.distance_bias is not None,
-            "SINKS": shape.sinks is not None,
-            "KV": self._form,
+            "MULTIPLIED": _MULTIPLIED[self._multiplied],
+            "num_stages": tiling.num_stages,
         }
-        if len(plan.tile_request):
+        if plan.tiles is not None:
             self._launch(
                 prefill_kernel,
-                (shape.num_kv_heads, len(plan.tile_request)),
+                (plan.tiles.shape[0], g),
                 q_thd,
-                *caches,
-                table,
-                plan.query_start,
-                plan.context_lens,
-                plan.tile_request,
-                plan.tile_row,
-                added.slopes_h,
-                added.bias_hf,
-                added.sinks_h,
                 out_thd,
-                shape.head_dim,
-                *strides,
+                plan.tiles,
+                *cache,
+                *table,
+                bias,
+                slopes,
+                sinks,
                 *numbers,
-                **constants,
-                M=tiling.many,
-                num_warps=8 if tiling.many * tiling.columns >= 128 * 128 else 4,
-                num_stages=2,
+                ROWS=tiling.prefill_rows,
+                SINKS=shape.sinks is not None,
+                CAUSAL=shape.causal,
+                num_warps=tiling.prefill_warps,
+                **constexprs,
             )
-        n = len(plan.request_ids)
-        if n:
-            header, item_request, item_split, first_item, first_split = plan.items
+        if plan.work is not None and plan.decodes:
+            work = plan.work
+            programs = max(1, min(self._programs, work.most_items * g))
+            space = (work.partial, work.tops, work.totals)
             self._launch(
                 decode_kernel,
-                (min(self._programs, max(1, plan.most_items * shape.num_kv_heads)),),
+                (programs,),
                 q_thd,
-                *caches,
-                table,
-                plan.query_start,
-                plan.context_lens,
-                plan.request_ids,
-                header,
-                item_request,
-                item_split,
-                first_split,
-                added.slopes_h,
-                added.bias_hf,
-                added.sinks_h,
                 out_thd,
-                plan.part_ml,
-                plan.part_acc,
-                shape.head_dim,
-                *strides,
+                *space,
+                work.numbers,
+                *cache,
+                *table,
+                bias,
+                slopes,
                 *numbers,
-                **constants,
-                HEADS=shape.num_kv_heads,
-                M=tiling.few,
+                sinks,
+                work.requests,
+                work.most_items,
+                programs,
+                ROWS=tiling.decode_rows,
+                SINKS=shape.sinks is not None,
                 num_warps=4,
-                num_stages=3,
+                **constexprs,
             )
+            heads_at_once = 4
             self._launch(
                 combine_kernel,
-                (n, shape.num_kv_heads),
-                plan.query_start,
-                plan.context_lens,
-                plan.request_ids,
-                header,
-                first_item,
-                first_split,
-                added.sinks_h,
+                (plan.decodes, -(-shape.num_heads // heads_at_once)),
                 out_thd,
-                plan.part_ml,
-                plan.part_acc,
-                shape.head_dim,
-                *out_thd.stride()[:2],
-                GROUP=constants["GROUP"],
-                HEADS=shape.num_kv_heads,
-                SPLIT=SPLIT,
-                D=tiling.columns,
-                M=tiling.few,
-                SINKS=constants["SINKS"],
-                num_warps=4,
+                *space,
+                work.numbers,
+                sinks,
+                work.requests,
+                work.most_items,
+                HEADS=shape.num_heads,
+                HEAD_DIM=d,
+                D=tiling.padded_dim,
+                SINKS=shape.sinks is not None,
+                HEADS_AT_ONCE=heads_at_once,
             )
         return out_thd
 
-    def _uploaded(self, requests: PagedRequests, tiling: Tiling, shape: AttentionShape) -> Sequence[Tensor]:
-        """Query starts, contexts, those that decode, and the tiles of the others: in one copy to the device."""
-        starts, contexts = list(requests.query_start), list(requests.context_lens)
-        tokens = tiling.many // (shape.num_heads // shape.num_kv_heads)
-        decoding: list[int] = []
-        tile_request: list[int] = []
-        tile_row: list[int] = []
-        for request in range(len(contexts)):
-            first, end = starts[request], starts[request + 1]
-            if end - first == 1 and shape.causal:
-                decoding.append(request)
-            else:
-                rows = range(first, end, tokens)
-                tile_request += [request] * len(rows)
-                tile_row += rows
-        parts = (starts, contexts, decoding, tile_request, tile_row)
-        numbers = torch.tensor([number for part in parts for number in part], dtype=torch.int32)
-        return torch.split(numbers.to(self._device), [len(part) for part in parts])
+    def _tiling(self, shape: AttentionShape) -> Tiling:
+        group = shape.num_heads // shape.num_kv_heads
+        key = (group, shape.head_dim)
+        if key not in self._tilings:
+            tiling = Tiling.of(group, shape.head_dim, self._multiplied)
+            device = self.target.device
+            if self._row_tile is not None:
+                tiling = tiling.with_decode_rows(self._row_tile)
+            elif device.type != "cpu":
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    # Nothing can be tried out here; as many rows as a prefill has are always right.
+                    return tiling.with_decode_rows(tiling.prefill_rows)
+                tiling = choose_decode_rows(lambda rows: TritonAttention(self.target, row_tile=rows), tiling, group)
+            self._tilings[key] = tiling
+        return self._tilings[key]
 
-    def _tensors(self, shape: AttentionShape) -> Tensors:
-        if shape not in self._added:
-
-            def tensor(values: Sequence[float] | None) -> Tensor:
-                return torch.tensor(values or (0.0,), dtype=torch.float32).to(self._device)
-
-            bias = shape.distance_bias
-            self._added[shape] = Tensors(
-                slopes_h=tensor(shape.slopes),
-                bias_hf=tensor(None) if bias is None else bias.table_hf.float().contiguous().to(self._device),
-                sinks_h=tensor(shape.sinks),
+    def _constants_of(self, shape: AttentionShape, device: torch.device) -> _Constants:
+        if shape not in self._constants:
+            bias = None if shape.distance_bias is None else shape.distance_bias.table_hf
+            self._constants[shape] = _Constants(
+                slopes=_in_base_2(shape.slopes, device),
+                sinks=_in_base_2(shape.sinks, device),
+                bias=None if bias is None else bias.to(device=device, dtype=torch.float32).contiguous(),
             )
-        return self._added[shape]
+        return self._constants[shape]
 
-    @property
-    def _form(self) -> str:
-        return self._kv_dtype if self._kv_dtype in QUANTIZED else "wide"
-
-    def _views(self, kv_layer: Tensor) -> tuple[Tensor, Tensor]:
-        """`[2, g, n, b]` of the cache's numbers, 8 bits of them as int8, and the same as float32, for scales."""
-        if self._kv_dtype in QUANTIZED:
-            return kv_layer.view(torch.int8), kv_layer.view(torch.float32)
-        cache = kv_layer.view(getattr(torch, self._kv_dtype))
-        return cache, cache
-
-    def _room(self, size: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(max(1, size), dtype=dtype, device=self._device)
+    def _views(self, kv_2gnb: Tensor, block_size: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """The cache as numbers, and as scales, from the first block's first one."""
+        values = kv_2gnb.view(self._stored)
+        if not self._quantized:
+            return values, values
+        return values, kv_2gnb.view(torch.float32)[..., block_size * (head_dim + head_dim % 2) // 4 :]
 
 
-def tiling_of(shape: AttentionShape) -> Tiling:
-    """By the shape alone. Tiles of rows are as large as registers allow: float32 sums of a tile, one column per
-    dimension, beside the scores."""
-    group = shape.num_heads // shape.num_kv_heads
-    columns = max(16, next_power_of_2(shape.head_dim))
-    few = max(16, next_power_of_2(group))
-    many = max(few, 128 if columns <= 64 else 64)
-    return Tiling(few=few, many=many, width=64 if columns <= 128 else 32, columns=columns)
+def _in_base_2(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
+    if values is None:
+        return None
+    return (torch.tensor(values, dtype=torch.float64) * math.log2(math.e)).float().to(device)

@@ -12,13 +12,7 @@ from quire.ops.target import Target
 _NOTE_OF_SAMPLING = "on the device, without sorting the vocabulary"
 # op, module here, class, its method ("" for the object itself), what `quire kernels` says
 _SERVED = (
-    (
-        "attention",
-        "attention",
-        "TritonAttention",
-        "",
-        "paged, contexts split at fixed positions; lengths from the device",
-    ),
+    ("attention", "attention", "TritonAttention", "", "split decodes and tiles of prompts, in one order"),
     ("activation", "rows", "TritonActivation", "activation", "a piece of a row per program, in float32"),
     ("add_layer_norm", "rows", "TritonNorm", "add_layer_norm", "whole rows per program, in float32"),
     ("add_rms_norm", "rows", "TritonNorm", "add_rms_norm", "whole rows per program, in float32"),

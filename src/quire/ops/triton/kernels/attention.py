@@ -1,506 +1,529 @@
-"""Attention over the paged cache.
+"""Paged attention on the device: one step over a tile of keys, shared by a kernel for rows that decode and one for
+chunks of prompts.
 
-A context is cut at fixed positions into splits, and a split into tiles. Within a split, softmax goes from tile to tile;
-splits are folded together from left to right. Whoever computes a row, and with whatever other rows, does this in the
-same order with the same functions, so that its bits are its own. What a row cannot see weighs exactly nothing: walking
-over more tiles than it needs changes no bit.
+What a row is computed from, and in which order, is fixed by its position alone: the context is cut at multiples of
+SPLIT tokens, a split at multiples of TILE tokens. Inside a split softmax is online over its tiles in order; splits are
+folded left to right. A tile that a row does not see changes none of its bits. Sums over keys are matrix products too
+(weights times ones), as the order of a reduction would depend on how many rows share a tile.
 
-Legend: m rows of a tile (tokens times the query heads of one KV head), d head dim, s tokens per block, w tokens of a
-tile of keys.
+Legend: r rows (query heads of one KV head, of one or several tokens), c keys of a tile, d head dim, padded to D.
 """
 
 import triton
 import triton.language as tl
 
-from quire.ops.triton.kernels.common import dot, rounded
-from quire.ops.triton.kernels.kv_numbers import finite_or_zero, largest_of, scales_of, stored, wide_of
+from quire.ops.triton.kernels.common import dot
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _load_tile(
-    cache,
-    scales,
-    block_w,
-    within_w,
-    d,
-    stride_block,
-    there_w,
-    KV: tl.constexpr,
-    E,
-    D: tl.constexpr,
-    S: tl.constexpr,
-    TO: tl.constexpr,
-):
-    """`[w, D]` of keys or values; zeros where there are none."""
-    i = tl.arange(0, D)
-    there = there_w[:, None] & (i[None, :] < d)
-    numbers = tl.load(
-        cache + block_w[:, None] * stride_block + within_w[:, None] * E + i[None, :], mask=there, other=0.0
-    )
-    if KV == "wide":
-        return numbers
-    else:
-        scale_w = tl.load(scales + (block_w * stride_block + S * E) // 4 + within_w, mask=there_w, other=0.0)
-        return rounded(wide_of(numbers, KV) * scale_w[:, None], TO)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_HIDDEN = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def _tanh(x):
-    """Of any float: what overflows is 1 or -1."""
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+def fold(top, total, weighted, top_2, total_2, weighted_2):
+    """Softmax of later keys into that of earlier ones: `[r]`, `[r, any]`, `[r, D]`. Where either is of no key, the
+    other's bits stay."""
+    both = tl.maximum(top, top_2)
+    base = tl.where(both == _HIDDEN, 0.0, both)
+    decay, gain = tl.exp2(top - base), tl.exp2(top_2 - base)
+    decay, gain = decay[:, None], gain[:, None]
+    return both, total * decay + total_2 * gain, weighted * decay + weighted_2 * gain
 
 
 @triton.jit
-def _shrink(m):
-    """A maximum to subtract: of a row that has seen nothing, 0."""
-    return tl.where(m == float("-inf"), 0.0, m)
+def finish(top, total, weighted, sinks, head, inside, SINKS: tl.constexpr):
+    """The weighted mean, sinks' share taken off; zeros for a row that saw nothing."""
+    if SINKS:
+        sink = tl.load(sinks + head, mask=inside, other=0.0)
+        both = tl.maximum(top, sink)
+        decay = tl.exp2(top - both)
+        total = total * decay + tl.exp2(sink - both)
+        weighted = weighted * decay[:, None]
+    return weighted / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
 @triton.jit
-def fold(m_m, l_m, acc_md, other_m, other_l, other_acc):
-    """(maximum, sum, weighted values) of what has been seen so far and of what comes next."""
-    new_m = tl.maximum(m_m, other_m)
-    safe_m = _shrink(new_m)
-    old = tl.exp2(m_m - safe_m)
-    now = tl.exp2(other_m - safe_m)
-    return new_m, l_m * old + other_l * now, acc_md * old[:, None] + other_acc * now[:, None]
-
-
-@triton.jit
-def _attend_split(
-    q_md,
-    k_cache,
-    v_cache,
-    k_scales,
-    v_scales,
-    table,
-    position_m,
-    head_m,
-    slopes,
-    bias,
+def attend_tile(
+    q,
+    top,
+    total,
+    weighted,
     first,
-    end,
-    d,
-    stride_block,
-    scale,
-    softcap,
-    window,
+    stop,
+    position,
+    limit,
+    head,
+    slope,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    block_stride,
+    scale_stride,
+    table,
+    bias,
     farthest,
-    E,
-    S: tl.constexpr,
-    TILE: tl.constexpr,
+    scale,
+    cap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr,
-    M: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SLOPES: tl.constexpr,
     BIAS: tl.constexpr,
-    KV: tl.constexpr,
 ):
-    """One split: keys `first` to `end`, in tiles. Scores in base 2."""
-    m_m = tl.full((M,), float("-inf"), tl.float32)
-    l_m = tl.zeros((M,), tl.float32)
-    acc_md = tl.zeros((M, D), tl.float32)
-    for start in range(first, end, TILE):
-        token_w = start + tl.arange(0, TILE)
-        there_w = token_w < end
-        block_w = tl.load(table + token_w // S, mask=there_w, other=0).to(tl.int64)
-        within_w = token_w % S
-        k_wd = _load_tile(k_cache, k_scales, block_w, within_w, d, stride_block, there_w, KV, E, D, S, q_md.dtype)
-        score_mw = dot(q_md, tl.trans(k_wd), tl.zeros((M, TILE), tl.float32)) * scale
-        if SOFTCAP:
-            score_mw = softcap * _tanh(score_mw / softcap)
-        distance_mw = token_w[None, :] - position_m[:, None]
-        if SLOPES:
-            slope_m = tl.load(slopes + head_m)
-            score_mw = score_mw - slope_m[:, None] * tl.abs(distance_mw).to(tl.float32)
-        if BIAS:
-            near_mw = tl.minimum(tl.maximum(distance_mw, -farthest), farthest) + farthest
-            score_mw = score_mw + tl.load(bias + head_m[:, None] * (2 * farthest + 1) + near_mw)
-        seen_mw = there_w[None, :]
-        if CAUSAL:
-            seen_mw = seen_mw & (distance_mw <= 0)
-        if WINDOW:
-            seen_mw = seen_mw & (tl.abs(distance_mw) < window)
-        score_mw = tl.where(seen_mw, score_mw * LOG2E, float("-inf"))
-        new_m = tl.maximum(m_m, tl.max(score_mw, axis=1))
-        safe_m = _shrink(new_m)
-        p_mw = tl.exp2(score_mw - safe_m[:, None])
-        old_m = tl.exp2(m_m - safe_m)
-        v_wd = _load_tile(v_cache, v_scales, block_w, within_w, d, stride_block, there_w, KV, E, D, S, q_md.dtype)
-        p_mw = rounded(p_mw, v_wd.dtype)
-        # Added up as the products are: the order of `tl.sum` depends on how a tile lies in registers.
-        sum_mc = dot(p_mw, tl.full((TILE, 16), 1.0, v_wd.dtype), tl.zeros((M, 16), tl.float32))
-        l_m = l_m * old_m + tl.max(sum_mc, axis=1)
-        acc_md = dot(p_mw, v_wd, acc_md * old_m[:, None])
-        m_m = new_m
-    return m_m, l_m, acc_md
-
-
-@triton.jit
-def _beginning(sinks, head_m, real_m, M: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr):
-    """What has been seen before the first key: nothing, or a score without a value."""
-    if SINKS:
-        m_m = tl.load(sinks + head_m, mask=real_m, other=0.0) * LOG2E
-        l_m = tl.full((M,), 1.0, tl.float32)
-    else:
-        m_m = tl.full((M,), float("-inf"), tl.float32)
-        l_m = tl.zeros((M,), tl.float32)
-    return m_m, l_m, tl.zeros((M, D), tl.float32)
-
-
-@triton.jit
-def _quotient(l_m, acc_md):
-    """Zeros for a row that has seen nothing."""
-    return acc_md / tl.where(l_m == 0.0, 1.0, l_m)[:, None]
-
-
-@triton.jit
-def plan_kernel(
-    context_lens,
-    request_ids,
-    header,
-    item_request,
-    item_split,
-    first_item,
-    first_split,
-    n,
-    window,
-    most_items,
-    SPLIT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    N: tl.constexpr,
-):
-    """The work of a step's decoding requests, `request_ids`; a program for each of the n. With more splits than
-    `most_items`, an item is a whole request: `header` is (items, whether they are whole)."""
-    me = tl.program_id(0)
-    i = tl.arange(0, N)
-    ids = tl.load(request_ids + i, mask=i < n, other=0)
-    context = tl.load(context_lens + ids, mask=i < n, other=0)
-    begin = context * 0
+    """The keys from `first` to before `stop`, a tile at most. A row sees those before its `limit`."""
+    stored_dim: tl.constexpr = HEAD_DIM + HEAD_DIM % 2
+    i_c, i_d = first + tl.arange(0, TILE), tl.arange(0, D)
+    there = i_c < stop
+    block = tl.load(table + i_c // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+    offset = i_c % BLOCK_SIZE
+    place = block[:, None] * block_stride + offset[:, None] * stored_dim + i_d[None, :]
+    inside = there[:, None] & (i_d < HEAD_DIM)[None, :]
+    k = tl.load(keys + place, mask=inside, other=0.0)
+    v = tl.load(values + place, mask=inside, other=0.0)
+    if QUANTIZED:
+        # By way of float32, as the interpreter converts nothing else to bfloat16.
+        k = k.to(tl.float32)
+    scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], TILE], tl.float32))
+    if QUANTIZED:
+        scale_place = block * scale_stride + offset
+        scores *= tl.load(key_scales + scale_place, mask=there, other=0.0)[None, :]
+        v_scale = tl.load(value_scales + scale_place, mask=there, other=0.0)
+        v = v.to(tl.float32) * v_scale[:, None]
+    v = v.to(q.dtype)
+    scores *= scale
+    if SOFTCAP:
+        # tanh by one exponential; cap and scale hold the factors of base 2.
+        scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+    distance = i_c[None, :] - position[:, None]
+    if SLOPES:
+        scores -= slope[:, None] * tl.abs(distance).to(tl.float32)
+    if BIAS:
+        near = tl.minimum(tl.maximum(distance, -farthest), farthest) + farthest
+        added = tl.load(bias + head[:, None] * (2 * farthest + 1) + near, mask=(limit > 0)[:, None], other=0.0)
+        scores += added * _LOG2E
+    seen = i_c[None, :] < limit[:, None]
     if WINDOW:
-        begin = tl.maximum(context - window, 0) // SPLIT
-    splits = tl.where(context > 0, (context + SPLIT - 1) // SPLIT - begin, 0)
-    total = tl.sum(splits, axis=0)
-    start = tl.sum(tl.where(i < me, splits, 0), axis=0)
-    mine = tl.sum(tl.where(i == me, splits, 0), axis=0)
-    my_first = tl.sum(tl.where(i == me, begin, 0), axis=0)
-    is_whole = total > most_items
-    if me == 0:
-        tl.store(header, tl.where(is_whole, n, total))
-        tl.store(header + 1, is_whole.to(tl.int32))
-    tl.store(first_item + me, start)
-    tl.store(first_split + me, my_first)
-    if is_whole:
-        tl.store(item_request + me, me)
-    else:
-        for split in range(0, mine):
-            tl.store(item_request + start + split, me)
-            tl.store(item_split + start + split, my_first + split)
+        seen &= tl.abs(distance) < window
+    scores = tl.where(seen, scores, _HIDDEN)
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    base = tl.where(new_top == _HIDDEN, 0.0, new_top)
+    weights = tl.exp2(scores - base[:, None]).to(q.dtype)
+    decay = tl.exp2(top - base)
+    ones = tl.full([TILE, 16], 1.0, q.dtype)
+    total = dot(weights, ones, total * decay[:, None])
+    weighted = dot(weights, v, weighted * decay[:, None])
+    return new_top, total, weighted
 
 
 @triton.jit
 def decode_kernel(
     q,
-    k_cache,
-    v_cache,
-    k_scales,
-    v_scales,
-    table,
-    query_start,
-    context_lens,
-    request_ids,
-    header,
-    item_request,
-    item_split,
-    first_split,
-    slopes,
-    bias,
-    sinks,
     out,
-    part_ml,
-    part_acc,
-    d,
-    stride_qt,
-    stride_qh,
-    stride_ot,
-    stride_oh,
-    stride_head,
-    stride_block,
-    stride_table,
-    scale,
-    softcap,
-    window,
+    partial,
+    tops,
+    totals,
+    plan,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    head_stride,
+    block_stride,
+    scale_head_stride,
+    scale_stride,
+    table,
+    table_stride,
+    bias,
+    slopes,
     farthest,
-    E,
+    scale,
+    cap,
+    window,
+    sinks,
+    requests,
+    most_items,
+    programs,
+    SINKS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    S: tl.constexpr,
+    ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
-    TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr,
-    M: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SLOPES: tl.constexpr,
     BIAS: tl.constexpr,
-    SINKS: tl.constexpr,
-    KV: tl.constexpr,
+    MULTIPLIED: tl.constexpr,
 ):
-    """Takes items, each for each of the KV heads (`HEADS` of them), as many as there are programs at a time."""
-    count = tl.load(header) * HEADS
-    is_whole = tl.load(header + 1)
-    i = tl.arange(0, M)
-    j = tl.arange(0, D)
-    real_m = i < GROUP
-    for number in range(tl.program_id(0), count, tl.num_programs(0)):
-        index = count * 0 + number
-        item = index // HEADS
-        head = index % HEADS
-        me = tl.load(item_request + item)
-        request = tl.load(request_ids + me).to(tl.int64)
-        context = tl.load(context_lens + request)
-        row = tl.load(query_start + request).to(tl.int64)
-        head_m = head * GROUP + tl.where(real_m, i, 0)
-        inside = real_m[:, None] & (j[None, :] < d)
-        q_md = tl.load(q + row * stride_qt + head_m[:, None] * stride_qh + j[None, :], mask=inside, other=0.0)
-        if is_whole:
-            first = tl.load(first_split + me)
-            last = (context + SPLIT - 1) // SPLIT
-        else:
-            first = tl.load(item_split + item)
-            last = first + 1
-        m_m, l_m, acc_md = _beginning(sinks, head_m, real_m, M, D, SINKS)
-        if SINKS:  # they come in where splits are folded
-            m_m = tl.where(is_whole != 0, m_m, float("-inf"))
-            l_m = tl.where(is_whole != 0, l_m, 0.0)
-        position_m = tl.zeros((M,), tl.int32) + context - 1
-        for split in range(first, last):
-            other_m, other_l, other_acc = _attend_split(
-                q_md,
-                k_cache + head.to(tl.int64) * stride_head,
-                v_cache + head.to(tl.int64) * stride_head,
-                k_scales + head.to(tl.int64) * stride_head // 4,
-                v_scales + head.to(tl.int64) * stride_head // 4,
-                table + request * stride_table,
-                position_m,
-                head_m,
-                slopes,
+    """Items of the work list, each one split of one request, for one KV head at a time. Softmax of each goes to the
+    workspace, by item and query head. Of a list of whole requests, a program folds the splits itself, and writes what
+    comes out. See `plan_kernel` for what `plan` holds."""
+    is_whole = tl.load(plan + 4 * requests + 1 + 2 * most_items) != 0
+    row_of, context_of, item_start = plan, plan + requests, plan + 3 * requests
+    items = plan + 4 * requests + 1
+    work = tl.load(item_start + requests) * KV_HEADS
+    i_r, i_d = tl.arange(0, ROWS), tl.arange(0, D)
+    for number in range(tl.program_id(0), work, programs):
+        item, g = number // KV_HEADS, number % KV_HEADS
+        request, split = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
+        context = tl.load(context_of + request)
+        head = g * GROUP + i_r
+        real = i_r < GROUP
+        q_place = (tl.load(row_of + request).to(tl.int64) * (KV_HEADS * GROUP) + head) * HEAD_DIM
+        inside = real[:, None] & (i_d < HEAD_DIM)[None, :]
+        q_rd = tl.load(q + q_place[:, None] + i_d[None, :], mask=inside, other=0.0).to(MULTIPLIED)
+        slope = tl.zeros([ROWS], tl.float32)
+        if SLOPES:
+            slope = tl.load(slopes + head, mask=real, other=0.0)
+        position = tl.zeros([ROWS], tl.int32) + (context - 1)
+        limit = tl.where(real, context, 0)
+        first = tl.where(is_whole, 0, split * SPLIT)
+        stop = tl.where(is_whole, context, tl.minimum(split * SPLIT + SPLIT, context))
+        if WINDOW:
+            first = tl.maximum(first, tl.maximum(context - window, 0) // TILE * TILE)
+        all_top = tl.full([ROWS], _HIDDEN, tl.float32)
+        all_total = tl.zeros([ROWS, 16], tl.float32)
+        all_weighted = tl.zeros([ROWS, D], tl.float32)
+        top, total, weighted = all_top, all_total, all_weighted
+        g_64 = tl.full([], 0, tl.int64) + g
+        for tile in range(first, stop, TILE):
+            top, total, weighted = attend_tile(
+                q_rd,
+                top,
+                total,
+                weighted,
+                tile,
+                stop,
+                position,
+                limit,
+                head,
+                slope,
+                keys + g_64 * head_stride,
+                values + g_64 * head_stride,
+                key_scales + g_64 * scale_head_stride,
+                value_scales + g_64 * scale_head_stride,
+                block_stride,
+                scale_stride,
+                table + request.to(tl.int64) * table_stride,
                 bias,
-                split * SPLIT,
-                tl.minimum(split * SPLIT + SPLIT, context),
-                d,
-                stride_block,
-                scale,
-                softcap,
-                window,
                 farthest,
-                E,
-                S,
-                TILE,
+                scale,
+                cap,
+                window,
+                HEAD_DIM,
+                BLOCK_SIZE,
                 D,
-                M,
-                CAUSAL,
+                TILE,
+                QUANTIZED,
                 WINDOW,
                 SOFTCAP,
                 SLOPES,
                 BIAS,
-                KV,
             )
-            m_m, l_m, acc_md = fold(m_m, l_m, acc_md, other_m, other_l, other_acc)
+            if ((tile + TILE) % SPLIT == 0) | (tile + TILE >= stop):
+                all_top, all_total, all_weighted = fold(all_top, all_total, all_weighted, top, total, weighted)
+                top = tl.full([ROWS], _HIDDEN, tl.float32)
+                total = tl.zeros([ROWS, 16], tl.float32)
+                weighted = tl.zeros([ROWS, D], tl.float32)
+        # All sixteen columns are alike.
+        all_total = tl.max(all_total, axis=1)
         if is_whole:
-            value = rounded(_quotient(l_m, acc_md), out.dtype.element_ty)
-            tl.store(out + row * stride_ot + head_m[:, None] * stride_oh + j[None, :], value, mask=inside)
+            result = finish(all_top, all_total, all_weighted, sinks, head, real, SINKS)
+            # An empty request may have no row of its own.
+            written = inside & (context > 0)
+            tl.store(out + q_place[:, None] + i_d[None, :], result.to(out.dtype.element_ty), mask=written)
         else:
-            place = index.to(tl.int64)
-            tl.store(part_ml + place * (2 * M) + i, m_m)
-            tl.store(part_ml + place * (2 * M) + M + i, l_m)
-            tl.store(part_acc + place * (M * D) + i[:, None] * D + j[None, :], acc_md, mask=real_m[:, None])
+            place = (tl.full([], 0, tl.int64) + item) * (KV_HEADS * GROUP) + head
+            tl.store(tops + place, all_top, mask=real)
+            tl.store(totals + place, all_total, mask=real)
+            tl.store(partial + place[:, None] * D + i_d[None, :], all_weighted, mask=real[:, None])
 
 
 @triton.jit
 def combine_kernel(
-    query_start,
-    context_lens,
-    request_ids,
-    header,
-    first_item,
-    first_split,
-    sinks,
     out,
-    part_ml,
-    part_acc,
-    d,
-    stride_ot,
-    stride_oh,
-    GROUP: tl.constexpr,
+    partial,
+    tops,
+    totals,
+    plan,
+    sinks,
+    requests,
+    most_items,
     HEADS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
-    M: tl.constexpr,
     SINKS: tl.constexpr,
+    HEADS_AT_ONCE: tl.constexpr,
 ):
-    """One request and KV head: folds its splits. Rows of empty requests are zeros."""
-    if tl.load(header + 1) != 0:
+    """One row of the output, some of its heads: its splits folded in order. Of whole requests the rows are there
+    already, but for those that are nobody's."""
+    is_whole = tl.load(plan + 4 * requests + 1 + 2 * most_items) != 0
+    request = tl.load(plan + 2 * requests + tl.program_id(0))
+    head, i_d = tl.program_id(1) * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE), tl.arange(0, D)
+    real = head < HEADS
+    top = tl.full([HEADS_AT_ONCE], _HIDDEN, tl.float32)
+    total = tl.zeros([HEADS_AT_ONCE, 1], tl.float32)
+    weighted = tl.zeros([HEADS_AT_ONCE, D], tl.float32)
+    row = tl.program_id(0)
+    if (request >= 0) & is_whole:
         return
-    me = tl.program_id(0)
-    head = tl.program_id(1)
-    i = tl.arange(0, M)
-    j = tl.arange(0, D)
-    real_m = i < GROUP
-    request = tl.load(request_ids + me).to(tl.int64)
-    context = tl.load(context_lens + request)
-    row = tl.load(query_start + request).to(tl.int64)
-    start = tl.load(first_item + me)
-    count = tl.where(context > 0, (context + SPLIT - 1) // SPLIT - tl.load(first_split + me), 0)
-    head_m = head * GROUP + tl.where(real_m, i, 0)
-    m_m, l_m, acc_md = _beginning(sinks, head_m, real_m, M, D, SINKS)
-    for split in range(0, count):
-        place = ((start + split) * HEADS + head).to(tl.int64)
-        other_m = tl.load(part_ml + place * (2 * M) + i)
-        other_l = tl.load(part_ml + place * (2 * M) + M + i)
-        other_acc = tl.load(part_acc + place * (M * D) + i[:, None] * D + j[None, :], mask=real_m[:, None], other=0.0)
-        m_m, l_m, acc_md = fold(m_m, l_m, acc_md, other_m, other_l, other_acc)
-    value = rounded(_quotient(l_m, acc_md), out.dtype.element_ty)
-    inside = real_m[:, None] & (j[None, :] < d)
-    tl.store(out + row * stride_ot + head_m[:, None] * stride_oh + j[None, :], value, mask=inside)
+    if request >= 0:
+        row = tl.load(plan + request)
+        for item in range(tl.load(plan + 3 * requests + request), tl.load(plan + 3 * requests + request + 1)):
+            place = tl.zeros([HEADS_AT_ONCE], tl.int64) + item
+            place = place * HEADS + head
+            top_2 = tl.load(tops + place, mask=real, other=0.0)
+            total_2 = tl.load(totals + place, mask=real, other=0.0)[:, None]
+            weighted_2 = tl.load(partial + place[:, None] * D + i_d[None, :], mask=real[:, None], other=0.0)
+            top, total, weighted = fold(top, total, weighted, top_2, total_2, weighted_2)
+        weighted = finish(top, tl.max(total, axis=1), weighted, sinks, head, real, SINKS)
+    place = (row.to(tl.int64) * HEADS + head) * HEAD_DIM
+    inside = real[:, None] & (i_d < HEAD_DIM)[None, :]
+    tl.store(out + place[:, None] + i_d[None, :], weighted.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def prefill_kernel(
     q,
-    k_cache,
-    v_cache,
-    k_scales,
-    v_scales,
-    table,
-    query_start,
-    context_lens,
-    tile_request,
-    tile_row,
-    slopes,
-    bias,
-    sinks,
     out,
-    d,
-    stride_qt,
-    stride_qh,
-    stride_ot,
-    stride_oh,
-    stride_head,
-    stride_block,
-    stride_table,
-    scale,
-    softcap,
-    window,
+    tiles,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    head_stride,
+    block_stride,
+    scale_head_stride,
+    scale_stride,
+    table,
+    table_stride,
+    bias,
+    slopes,
+    sinks,
     farthest,
-    E,
+    scale,
+    cap,
+    window,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    S: tl.constexpr,
+    ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
-    TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr,
-    M: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SLOPES: tl.constexpr,
     BIAS: tl.constexpr,
     SINKS: tl.constexpr,
-    KV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MULTIPLIED: tl.constexpr,
 ):
-    """One tile of a request's rows, for one KV head: M // GROUP tokens, each with the heads that share it."""
-    head = tl.program_id(0)
-    tile = tl.program_id(1)
-    request = tl.load(tile_request + tile).to(tl.int64)
-    first_row = tl.load(tile_row + tile)
-    end_row = tl.load(query_start + request + 1)
-    context = tl.load(context_lens + request)
-    i = tl.arange(0, M)
-    j = tl.arange(0, D)
-    TOKENS: tl.constexpr = M // GROUP
-    row_m = first_row + i // GROUP
-    real_m = (i < TOKENS * GROUP) & (row_m < end_row)
-    head_m = head * GROUP + i % GROUP
-    position_m = tl.where(real_m, context - end_row + row_m, context - end_row + first_row)
-    inside = real_m[:, None] & (j[None, :] < d)
-    q_md = tl.load(
-        q + row_m[:, None].to(tl.int64) * stride_qt + head_m[:, None] * stride_qh + j[None, :], mask=inside, other=0.0
-    )
-    lowest = context - end_row + first_row
-    highest = context - end_row + tl.minimum(first_row + TOKENS, end_row) - 1
-    begin = 0
-    end = context
+    """A tile of a request's tokens, with the query heads of one KV head. `tiles` has five numbers of each: request,
+    first row, tokens, first token's position, context."""
+    mine = tiles + 5 * tl.program_id(0)
+    request, first_row, tokens = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
+    first_position, context = tl.load(mine + 3), tl.load(mine + 4)
+    g = tl.program_id(1)
+    g_64 = g.to(tl.int64)
+    i_r, i_d = tl.arange(0, ROWS), tl.arange(0, D)
+    real = i_r < tokens * GROUP
+    token = tl.where(real, i_r // GROUP, 0)
+    head = g * GROUP + i_r % GROUP
+    q_place = ((first_row + token).to(tl.int64) * (KV_HEADS * GROUP) + head) * HEAD_DIM
+    inside = real[:, None] & (i_d < HEAD_DIM)[None, :]
+    q_rd = tl.load(q + q_place[:, None] + i_d[None, :], mask=inside, other=0.0).to(MULTIPLIED)
+    slope = tl.zeros([ROWS], tl.float32)
+    if SLOPES:
+        slope = tl.load(slopes + head, mask=real, other=0.0)
+    position = first_position + token
+    first, stop = 0, context
     if CAUSAL:
-        end = highest + 1
+        limit = tl.where(real, position + 1, 0)
+        stop = first_position + tokens
+    else:
+        limit = tl.where(real, context, 0)
     if WINDOW:
-        begin = tl.maximum(lowest - window + 1, 0)
-        end = tl.minimum(end, highest + window)
-    m_m, l_m, acc_md = _beginning(sinks, head_m, real_m, M, D, SINKS)
-    for split in range(begin // SPLIT, (end + SPLIT - 1) // SPLIT):
-        other_m, other_l, other_acc = _attend_split(
-            q_md,
-            k_cache + head.to(tl.int64) * stride_head,
-            v_cache + head.to(tl.int64) * stride_head,
-            k_scales + head.to(tl.int64) * stride_head // 4,
-            v_scales + head.to(tl.int64) * stride_head // 4,
-            table + request * stride_table,
-            position_m,
-            head_m,
-            slopes,
+        first = tl.maximum(first_position + 1 - window, 0) // TILE * TILE
+        stop = tl.minimum(stop, first_position + tokens - 1 + window)
+    all_top = tl.full([ROWS], _HIDDEN, tl.float32)
+    all_total = tl.zeros([ROWS, 16], tl.float32)
+    all_weighted = tl.zeros([ROWS, D], tl.float32)
+    top, total, weighted = all_top, all_total, all_weighted
+    for tile in range(first, stop, TILE):
+        top, total, weighted = attend_tile(
+            q_rd,
+            top,
+            total,
+            weighted,
+            tile,
+            stop,
+            position,
+            limit,
+            head,
+            slope,
+            keys + g_64 * head_stride,
+            values + g_64 * head_stride,
+            key_scales + g_64 * scale_head_stride,
+            value_scales + g_64 * scale_head_stride,
+            block_stride,
+            scale_stride,
+            table + request.to(tl.int64) * table_stride,
             bias,
-            split * SPLIT,
-            tl.minimum(split * SPLIT + SPLIT, end),
-            d,
-            stride_block,
-            scale,
-            softcap,
-            window,
             farthest,
-            E,
-            S,
-            TILE,
+            scale,
+            cap,
+            window,
+            HEAD_DIM,
+            BLOCK_SIZE,
             D,
-            M,
-            CAUSAL,
+            TILE,
+            QUANTIZED,
             WINDOW,
             SOFTCAP,
             SLOPES,
             BIAS,
-            KV,
         )
-        m_m, l_m, acc_md = fold(m_m, l_m, acc_md, other_m, other_l, other_acc)
-    value = rounded(_quotient(l_m, acc_md), out.dtype.element_ty)
-    tl.store(
-        out + row_m[:, None].to(tl.int64) * stride_ot + head_m[:, None] * stride_oh + j[None, :], value, mask=inside
-    )
+        # One loop over tiles rather than one over splits with another inside: loads run ahead across splits.
+        if ((tile + TILE) % SPLIT == 0) | (tile + TILE >= stop):
+            all_top, all_total, all_weighted = fold(all_top, all_total, all_weighted, top, total, weighted)
+            top = tl.full([ROWS], _HIDDEN, tl.float32)
+            total = tl.zeros([ROWS, 16], tl.float32)
+            weighted = tl.zeros([ROWS, D], tl.float32)
+    result = finish(all_top, tl.max(all_total, axis=1), all_weighted, sinks, head, real, SINKS)
+    tl.store(out + q_place[:, None] + i_d[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def plan_kernel(
+    query_start,
+    context_lens,
+    plan,
+    window,
+    requests,
+    most_items,
+    SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    REQUESTS: tl.constexpr,
+):
+    """The work list of requests that decode, from lengths on the device: program i writes what concerns request i and
+    row i.
+
+    `plan`, in int32: each request's row; its context; the request of each row of the output, or -1; where each
+    request's items start, and their number at the end; items: request, split; room for them up to `most_items`; whether
+    items are whole requests, as they are where there are more splits than that.
+    """
+    mine = tl.program_id(0)
+    i = tl.arange(0, REQUESTS)
+    there = i < requests
+    contexts = tl.load(context_lens + i, mask=there, other=0)
+    rows = tl.load(query_start + i, mask=there, other=0)
+    firsts = tl.zeros([REQUESTS], tl.int32)
+    if WINDOW:
+        firsts = tl.maximum(contexts - window, 0) // SPLIT
+    counts = (contexts + SPLIT - 1) // SPLIT - firsts
+    start = tl.sum(tl.where(i < mine, counts, 0), axis=0)
+    count = tl.sum(tl.where(i == mine, counts, 0), axis=0)
+    first = tl.sum(tl.where(i == mine, firsts, 0), axis=0)
+    tl.store(plan + mine, tl.sum(tl.where(i == mine, rows, 0), axis=0))
+    tl.store(plan + requests + mine, tl.sum(tl.where(i == mine, contexts, 0), axis=0))
+    served = tl.max(tl.where((rows == mine) & (contexts > 0), i, -1), axis=0)
+    tl.store(plan + 2 * requests + mine, served)
+    is_whole = tl.sum(counts, axis=0) > most_items
+    if mine == 0:
+        tl.store(plan + 4 * requests + 1 + 2 * most_items, is_whole.to(tl.int32))
+    if is_whole:
+        start = mine
+        count = 1
+    tl.store(plan + 3 * requests + mine, start)
+    if mine == requests - 1:
+        tl.store(plan + 4 * requests, start + count)
+    items = plan + 4 * requests + 1
+    for done in range(0, count, 128):
+        j = done + tl.arange(0, 128)
+        tl.store(items + 2 * (start + j), tl.zeros([128], tl.int32) + mine, mask=j < count)
+        tl.store(items + 2 * (start + j) + 1, first + j, mask=j < count)
 
 
 @triton.jit
 def write_kernel(
-    k, v, cache, scales, slots, t, d, e, s, stride_kt, stride_kh, stride_vt, stride_vh, stride_plane, stride_head,
-    stride_block, T: tl.constexpr, D: tl.constexpr, KV: tl.constexpr,
-):  # fmt: skip
-    """T tokens, of one KV head: their keys (plane 0) or their values (plane 1). `KV` and `scales` as in
-    `kernels.fused`. Only the null block is written to more than once: nobody reads it."""
-    token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)[:, None]
-    head = tl.program_id(1).to(tl.int64)
-    plane = tl.program_id(2).to(tl.int64)
-    TYPE: tl.constexpr = cache.dtype.element_ty
-    j = tl.arange(0, D)[None, :]
-    present = token < t
-    inside = present & (j < d)
-    slot = tl.load(slots + token, mask=present, other=0)
-    if plane == 0:
-        x = tl.load(k + token * stride_kt + head * stride_kh + j, mask=inside, other=0.0)
+    keys,
+    values,
+    cache,
+    scales,
+    slots,
+    tokens,
+    key_strides_t,
+    key_strides_g,
+    value_strides_t,
+    value_strides_g,
+    value_start,
+    head_stride,
+    block_stride,
+    scale_value_start,
+    scale_head_stride,
+    scale_stride,
+    largest,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+):
+    """Some tokens' keys and values of one head. Values that are not finite become zero; a key that is not spoils its
+    token's scale where there is one, so that its scores are NaN as they would be in full width."""
+    i_t, i_d = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, D)
+    g = tl.program_id(1).to(tl.int64)
+    there = i_t < tokens
+    inside = there[:, None] & (i_d < HEAD_DIM)[None, :]
+    slot = tl.load(slots + i_t, mask=there, other=0).to(tl.int64)
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    stored_dim: tl.constexpr = HEAD_DIM + HEAD_DIM % 2
+    place = g * head_stride + block * block_stride + offset * stored_dim
+    place = place[:, None] + i_d[None, :]
+    scale_place = g * scale_head_stride + block * scale_stride + offset
+    t_64 = i_t.to(tl.int64)
+    k = tl.load(keys + (t_64 * key_strides_t + g * key_strides_g)[:, None] + i_d[None, :], mask=inside, other=0.0)
+    v = tl.load(values + (t_64 * value_strides_t + g * value_strides_g)[:, None] + i_d[None, :], mask=inside, other=0.0)
+    v = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), v, 0.0)
+    if QUANTIZED:
+        k, k_scale = quantized(k.to(tl.float32), largest, ROUNDED)
+        v, v_scale = quantized(v.to(tl.float32), largest, ROUNDED)
+        tl.store(scales + scale_place, k_scale, mask=there)
+        tl.store(scales + scale_value_start + scale_place, v_scale, mask=there)
+    tl.store(cache + place, k.to(cache.dtype.element_ty), mask=inside)
+    tl.store(cache + value_start + place, v.to(cache.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantized(x, largest, ROUNDED: tl.constexpr):
+    """Numbers to store, and each row's scale."""
+    finite = tl.abs(x) < float("inf")
+    sound = tl.min(finite.to(tl.int32), axis=1) == 1
+    clean = tl.where(finite, x, 0.0)
+    scale = tl.div_rn(tl.max(tl.abs(clean), axis=1), largest + tl.zeros([x.shape[0]], tl.float32))
+    ones = tl.full([x.shape[0]], 1.0, tl.float32)
+    inverse = tl.where(sound & (scale > 0), tl.div_rn(ones, tl.where(scale > 0, scale, 1.0)), 0.0)
+    numbers = tl.minimum(tl.maximum(clean * inverse[:, None], -largest), largest)
+    if ROUNDED:
+        # To the nearest whole number, halves to even ones: the sum has no bits left for a fraction.
+        numbers = (numbers + 12582912.0) - 12582912.0
     else:
-        x = finite_or_zero(tl.load(v + token * stride_vt + head * stride_vh + j, mask=inside, other=0.0))
-    scale, inverse = scales_of(largest_of(x), KV)
-    block_at = plane * stride_plane + head * stride_head + slot // s * stride_block
-    if KV != "wide":
-        tl.store(scales + (block_at + s * e) // 4 + slot % s, scale, mask=present)
-    tl.store(cache + block_at + slot % s * e + j, stored(x, inverse, KV, TYPE), mask=inside)
+        # To three bits after the first, or to 2**-9: the interpreter's own conversion loses a carry.
+        bits = numbers.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576
+        coarse = (numbers + 24576.0) - 24576.0
+        numbers = tl.where(tl.abs(numbers) < 0.015625, coarse, bits.to(tl.float32, bitcast=True))
+    return numbers, tl.where(sound, scale, float("nan"))
