@@ -239,7 +239,7 @@ def decode_kernel(
         if is_whole:
             result = finish(all_top, all_total, all_weighted, sinks, head, real, SINKS)
             # An empty request may have no row of its own.
-            written = inside & (context > 0)
+            written = inside & (limit > 0)[:, None]
             tl.store(out + q_place[:, None] + i_d[None, :], result.to(out.dtype.element_ty), mask=written)
         else:
             place = (tl.full([], 0, tl.int64) + item) * (KV_HEADS * GROUP) + head
