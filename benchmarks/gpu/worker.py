@@ -49,10 +49,10 @@ def kernels(asked: str) -> dict[str, str]:
     import torch
 
     from quire.engine.device import resolve_device
-    from quire.ops.kernels import select
+    from quire.ops.kernels import choose
     from quire.ops.target import Target
 
-    return {op: backend for op, backend, _ in select(Target(resolve_device(asked), torch.bfloat16)).report()}
+    return {one.op: one.implementation for one in choose(Target(resolve_device(asked), torch.bfloat16))}
 
 
 def limits(task: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -69,9 +69,14 @@ class Prompts:
         return [[self._numbers.randrange(self._vocab_size) for _ in range(length)] for _ in range(count)]
 
 
+def decode_prompt_len(context: int, steps: tuple[int, int]) -> int:
+    """So that a request has `context` tokens half-way between these two lengths of its output."""
+    return max(1, context - sum(steps) // 2)
+
+
 def decode_seconds(engine: Engine, prompts: Prompts, batch: int, *, steps: tuple[int, int], context: int) -> float:
     """Of one step in which `batch` requests decode, with `context` tokens each in the middle of what is timed."""
-    prompt_len = max(1, context - sum(steps) // 2)
+    prompt_len = decode_prompt_len(context, steps)
     short, long = (engine.generate(prompts.make(batch, prompt_len), [length] * batch) for length in steps)
     return (long - short) / (steps[1] - steps[0])
 
@@ -88,8 +93,9 @@ def measure(
 ) -> Iterator[tuple[str, float]]:
     """Names and seconds, as they are found. What the KV cache has no room for is left out, and told on stderr."""
     for batch in batches:
-        if batch * (context + steps[1]) > engine.room():
-            print(f"no room for {batch} requests of {context + steps[1]} tokens", file=sys.stderr)
+        longest = decode_prompt_len(context, steps) + steps[1]
+        if batch * longest > engine.room():
+            print(f"no room for {batch} requests of {longest} tokens", file=sys.stderr)
             continue
         engine.generate(prompts.make(batch, 64), [8] * batch)  # what is compiled or captured on first use is
         yield f"decode {batch}", decode_seconds(engine, prompts, batch, steps=steps, context=context)

@@ -56,7 +56,7 @@ def test_weights_in_fewer_bits_are_fewer_bytes(tmp_path):
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory):
-    return count(write_hollow(tmp_path_factory.mktemp("experts"), "qwen3-30b-a3b"))
+    return count(write_hollow(tmp_path_factory.mktemp("experts"), SHAPES["qwen3-30b-a3b"]))
 
 
 @given(batch=st.integers(1, 512), context=st.integers(1, 5000))

@@ -28,14 +28,15 @@ def kernels(
     import torch
 
     from quire.engine.device import resolve_device
-    from quire.ops.kernels import select
+    from quire.ops.kernels import choose
     from quire.ops.target import Target
 
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     shown = [dtype] if dtype is not None else ["bfloat16", "float32"]
     # A device that is named need not be there: this is also how one learns what another machine would run.
     device = resolve_device("auto") if config.device == "auto" else torch.device(config.device)
-    reports = {name: select(Target(device, dtypes[name], isa=config.isa)).report() for name in shown}
+    chosen = {name: choose(Target(device, dtypes[name], isa=config.isa)) for name in shown}
+    reports = {name: [(one.op, one.implementation, one.reason) for one in each] for name, each in chosen.items()}
     if json:
         print_json(
             {

@@ -91,14 +91,24 @@ class Kernels:
 
 def select(target: Target) -> Kernels:
     """The preferred implementation of each op that fits the target."""
+    chosen = _choices(target)
+    built: dict[str, Any] = {choice.op: implementation.build(target) for implementation, choice in chosen}
+    choices = [choice for _, choice in chosen]
+    return Kernels(**built, choices=tuple(choices), stack=_stack(target, choices))
+
+
+def choose(target: Target) -> tuple[KernelChoice, ...]:
+    """What `select` would take, for a device that need not be there."""
+    return tuple(choice for _, choice in _choices(target))
+
+
+def _choices(target: Target) -> list[tuple[Implementation, KernelChoice]]:
     available = implementations()
-    built: dict[str, Any] = {}
-    choices = []
+    found = []
     for op in (field.name for field in fields(Kernels) if field.name not in ("choices", "stack")):
         chosen, reason = _choose([item for item in available if item.op == op], target)
-        built[op] = chosen.build(target)
-        choices.append(KernelChoice(op=op, implementation=chosen.backend, reason=reason))
-    return Kernels(**built, choices=tuple(choices), stack=_stack(target, choices))
+        found.append((chosen, KernelChoice(op=op, implementation=chosen.backend, reason=reason)))
+    return found
 
 
 def _stack(target: Target, choices: list[KernelChoice]) -> BuildStack | None:
