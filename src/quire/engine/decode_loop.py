@@ -112,8 +112,10 @@ class DecodeLoop:
 
 def runs_alone(model: Model) -> bool:
     """Whether a decode step of this model never looks at the host's numbers, and can be captured."""
-    if not isinstance(model, Decoder) or model.stack is not None or model.pooling is not None:
+    if not isinstance(model, Decoder) or model.pooling is not None:
         return False
+    if model.stack is not None:
+        return model.stack.reads_lengths
     kernels = model.kernels
     captured = kernels.served_by("moe") == kernels.served_by("attention")
     return kernels.attention.reads_lengths and all(

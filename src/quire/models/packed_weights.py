@@ -34,6 +34,7 @@ from quire.models.serving import DEFAULT_SERVING, Serving, identify_served
 from quire.models.slots import EMBEDDING, HEAD, POOLING
 from quire.ops.cpu.library import REFERENCE, kernels_module, open_backend
 from quire.ops.cpu.packed_file import PackedFileFault, packed_bytes, read_packed, write_packed
+from quire.ops.triton.library import TRITON
 
 GIB = 1 << 30
 SUFFIX = ".packed"
@@ -155,7 +156,7 @@ def pack_early(
     None where the compiled kernels, or quire's own decoder, do not serve the model. Raises QuireError for what is wrong
     with the checkpoint or the settings, as loading it does.
     """
-    if isa == REFERENCE or kernels_module() is None:
+    if isa in (REFERENCE, TRITON) or kernels_module() is None:
         return None
     checkpoint = Checkpoint.open(directory)
     if resolve_dtype(dtype, checkpoint, "cpu") != "bfloat16" or by_transformers(checkpoint.config, model_impl):

@@ -29,6 +29,7 @@ from quire.models.serving import check_wish, identify_served, read_serving
 from quire.models.shapes import Shapes, guess_shapes, shapes_of
 from quire.models.slots import EMBEDDING, HEAD, PER_LAYER_EMBEDDING
 from quire.ops.cpu.library import REFERENCE, usable_isas
+from quire.ops.triton.library import TRITON
 
 CONTEXTS = (1024, 4096)
 RATE_CONTEXT = 1024
@@ -140,7 +141,7 @@ def plan_model(
     checkpoint = Checkpoint.open(directory)
     model = _identify(checkpoint, config)
     dtype = resolve_dtype(config.dtype, checkpoint, "cpu")
-    compiled = dtype == "bfloat16" and config.isa != REFERENCE and bool(usable_isas())
+    compiled = dtype == "bfloat16" and config.isa not in (REFERENCE, TRITON) and bool(usable_isas())
     if model.parameters:
         weights = _weights_as_run(model.parameters, dtype, compiled=compiled)
     else:

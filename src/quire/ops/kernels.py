@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -112,9 +113,12 @@ def _choices(target: Target) -> list[tuple[Implementation, KernelChoice]]:
 
 
 def _stack(target: Target, choices: list[KernelChoice]) -> BuildStack | None:
-    if any(choice.implementation != "cpu" for choice in choices if choice.op not in BESIDE_STACK):
-        return None
-    return partial(build_stack, target)
+    serving = {choice.implementation for choice in choices if choice.op not in BESIDE_STACK}
+    if serving == {"cpu"}:
+        return partial(build_stack, target)
+    if serving == {"triton"}:
+        return partial(import_module("quire.ops.triton.stack").build_stack, target)
+    return None
 
 
 def _choose(candidates: list[Implementation], target: Target) -> tuple[Implementation, str]:

@@ -67,6 +67,11 @@ class StackInputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stack(Protocol):
+    @property
+    def reads_lengths(self) -> bool:
+        """As of `AttentionKernel`."""
+        ...
+
     def __call__(self, inputs: StackInputs) -> Tensor:
         """Writes K and V of all tokens; the normed hidden states `[s, e]` of `rows_s`, which rise."""
         ...

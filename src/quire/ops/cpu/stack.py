@@ -17,6 +17,8 @@ from quire.ops.target import Target
 class CpuStack:
     """Keeps what the compiled stack points to."""
 
+    reads_lengths = False
+
     def __init__(self, target: Target, description: StackDescription) -> None:
         module = kernels_module()
         assert module is not None

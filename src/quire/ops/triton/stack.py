@@ -73,7 +73,8 @@ class TritonStack:
 
     def _heads(self, x_te: Tensor, layer: StackLayer) -> list[Tensor]:
         d = self._description.attention.head_dim
-        return [part.unflatten(-1, (-1, d)) for part in self._group(x_te, [layer.q, layer.k, layer.v])]
+        parts = self._group(x_te, [layer.q, layer.k, layer.v])
+        return [part.view(len(part), -1, d) for part in parts]
 
     def _group(self, x_tk: Tensor, parts: Sequence[StackLinear]) -> list[Tensor]:
         weights, biases = [part.weight for part in parts], [part.bias for part in parts]
@@ -87,7 +88,7 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     t, i = gate_ti.shape
     if gate_ti.stride(0) == up_ti.stride(0) == 2 * i and up_ti.data_ptr() == gate_ti.data_ptr() + i * gate_ti.itemsize:
         return gate_ti.as_strided((t, 2 * i), (2 * i, 1))
-    return torch.cat(parts, dim=-1)
+    return torch.cat([gate_ti, up_ti], dim=-1)
 
 
 def _head_norms(layer: StackLayer, eps: float) -> HeadNorms | None:
