@@ -166,13 +166,17 @@ def _sample(kernel: Any, _target: Target, shape: ModelShape, rows: int) -> None:
 
 
 def _linear(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
-    """All products of a layer, fused as an engine would have them, and the logits of the rows that are sampled."""
-    heads = shape.heads * shape.head_dim
-    products = [(shape.hidden, heads + 2 * shape.kv_heads * shape.head_dim), (heads, shape.hidden)]
+    """All products of a layer, those over the same rows in one launch, and the logits of the rows that are sampled."""
+    heads, kv_heads = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    products: list[tuple[int, tuple[int, ...]]] = [
+        (shape.hidden, (heads, kv_heads, kv_heads)),
+        (heads, (shape.hidden,)),
+    ]
     if not shape.experts:
-        products += [(shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)]
-    for k, n in products:
-        kernel(_empty(target, rows, k), kernel.pack(_empty(target, n, k)), None)
+        products += [(shape.hidden, (shape.intermediate,) * 2), (shape.intermediate, (shape.hidden,))]
+    for k, sizes in products:
+        weights = [kernel.pack(_empty(target, n, k)) for n in sizes]
+        kernel.group(_empty(target, rows, k), weights, [None] * len(sizes))
     vocabulary = kernel.pack(_empty(target, shape.vocab, shape.hidden))
     kernel.wide(_empty(target, min(rows, 256), shape.hidden), vocabulary, None)
 
@@ -198,7 +202,10 @@ def _attention(kernel: Any, target: Target, shape: ModelShape, rows: int) -> Non
             context_lens=contexts,
             block_table_rb=torch.zeros(len(query_lens), blocks, dtype=torch.int64),
             block_size=_BLOCK_SIZE,
-            lengths=DeviceLengths(query_start=start.int(), context_lens=torch.tensor(contexts, dtype=torch.int32)),
+            # A captured step reads them, and only decodes.
+            lengths=DeviceLengths(query_start=start.int(), context_lens=torch.tensor(contexts, dtype=torch.int32))
+            if len(query_lens) == rows
+            else None,
         )
         kernel(_heads(target, shape, rows), kv_layer, kernel.plan(attention, requests))
 
