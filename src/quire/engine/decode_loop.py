@@ -47,6 +47,7 @@ class DecodeLoop:
         self._graphs = graphs
         self._longest = longest
         self._sizes = buckets(len(seats.token_s))
+        self._has_run = False
         device = seats.token_s.device
         self._starts = torch.arange(len(seats.token_s) + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(len(seats.token_s), dtype=torch.int64, device=device)
@@ -70,6 +71,10 @@ class DecodeLoop:
         work = partial(self._decode, size)
         if not self._graphs.has(size):
             self._seats.empty()  # so that trying it out changes nothing
+            if not self._has_run:
+                # The largest first: buffers that kernels keep for themselves are large enough from then on.
+                self._decode(self._sizes[-1])
+                self._has_run = True
             self._graphs.capture(size, work)
             self._seats.prepare(chunks)
         self._graphs.run(size, work)

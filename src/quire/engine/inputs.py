@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from quire.cache.pool import NULL_BLOCK
 from quire.nn.batch import ForwardBatch, GroupTable
+from quire.ops.moving import to_device
 from quire.sched.state import ScheduledChunk
 
 Ids = NDArray[np.int64]
@@ -71,8 +72,8 @@ class BatchBuilder:
         return self._tensor(self._tables[group].of([chunk.state.block_tables[group] for chunk in chunks]))
 
     def _tensor(self, values: list[int] | Ids) -> torch.Tensor:
-        tensor = torch.from_numpy(np.asarray(values, np.int64))
-        return tensor if self._device.type == "cpu" else tensor.to(self._device)
+        # On a CPU a view of the block tables, on a GPU a copy.
+        return to_device(torch.from_numpy(np.asarray(values, np.int64)), self._device)
 
 
 def _token_types(chunk: ScheduledChunk) -> list[int]:

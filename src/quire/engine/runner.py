@@ -23,6 +23,7 @@ from quire.nn.host_kv import HostKV
 from quire.nn.kv import KVCache
 from quire.nn.pooling import PooledSoFar
 from quire.ops.draw import NOT_FINITE, drawable, table_of
+from quire.ops.moving import to_device
 from quire.ops.sampling import SamplingRow, not_finite
 from quire.sched.settle import StepResult
 from quire.sched.state import ScheduledChunk, Step
@@ -152,11 +153,11 @@ class Runner:
         output = self._sample(chunks, hidden_sh)
         if sampled:  # those that failed included: until this step is settled, they run on
             tokens = [_token_of(chunk, output) for chunk in sampled]
-            seats.keep(sampled, torch.tensor(tokens, dtype=torch.int64).to(self._device))
+            seats.keep(sampled, to_device(torch.tensor(tokens, dtype=torch.int64), self._device))
         return Done(output)
 
     def _draw(self, sampled: Sequence[ScheduledChunk], hidden_sh: Tensor) -> Tensor:
-        positions = torch.tensor([chunk.start + chunk.num_tokens for chunk in sampled]).to(self._device)
+        positions = to_device(torch.tensor([chunk.start + chunk.num_tokens for chunk in sampled]), self._device)
         table = table_of([chunk.state.request.sampling for chunk in sampled], self._device)
         return self._kernels.draw(self._decoder.logits(hidden_sh), table, positions)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quire.core.sampling import SamplingParams
 from quire.ops.draw import DrawTable, table_of
+from quire.ops.moving import to_device
 from quire.sched.state import Phase, RequestState, ScheduledChunk
 
 
@@ -94,6 +95,7 @@ class Seats:
         the step has to run over: those of others are empty in it."""
         news = _News(blocks=[[] for _ in self.tables_sb])
         taking_part: set[int] = set()
+        self._move_down(chunks)
         seats = []
         for chunk in chunks:
             seat = self._seat_of(chunk)
@@ -120,6 +122,35 @@ class Seats:
         self.length_s.zero_()
         for known in self._seats:
             known.length = 0
+
+    def _move_down(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Who sits beyond twice as many seats as are needed gets a free one among those: a step runs over all seats up
+        to the last that takes part."""
+        enough = 2 * len(chunks)
+        moves: list[tuple[int, int]] = []
+        for chunk in chunks:
+            seat = self._seat_of(chunk)
+            if seat < enough:
+                continue
+            free = next((number for number in range(enough) if self._seats[number].is_free), None)
+            if free is None:
+                break
+            known, there = self._seats[seat], self._seats[free]
+            if there.owner is not None:
+                del self._of[there.owner]
+            self._of[chunk.state] = free
+            self._seats[free] = Seat(
+                owner=known.owner,
+                epoch=known.epoch,
+                token_at=known.token_at,
+                length=there.length,
+                params=there.params,
+            )
+            self._seats[seat] = Seat(length=known.length, params=known.params)
+            moves.append((seat, free))
+        if moves:
+            from_m, to_m = self._upload(moves).unbind(1)
+            self.token_s.index_copy_(0, to_m, self.token_s.index_select(0, from_m))
 
     def _compare(self, seat: int, chunk: ScheduledChunk, news: _News) -> None:
         known, state = self._seats[seat], chunk.state
@@ -160,7 +191,7 @@ class Seats:
             target.index_copy_(0, places, values.to(target.dtype))
 
     def _upload(self, numbers: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
-        return torch.from_numpy(np.asarray(numbers, np.int64)).to(self._device)
+        return to_device(torch.from_numpy(np.asarray(numbers, np.int64)), self._device)
 
     def _seat_of(self, chunk: ScheduledChunk) -> int:
         """The request's own, or the lowest that is free."""

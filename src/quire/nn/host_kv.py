@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quire.core.errors import NotEnoughMemory
 from quire.nn.kv import KVCache, untouched_zeros
+from quire.ops.moving import to_device
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -39,7 +40,7 @@ class HostKV:
         for shape, tensor in self._kv.tensors.items():
             host = self._blocks[shape]
             for sources, destinations in _pieces(pairs, host):
-                gathered = tensor.index_select(3, sources.to(tensor.device)).movedim(3, 0)
+                gathered = tensor.index_select(3, to_device(sources, tensor.device)).movedim(3, 0)
                 if self._stream is None:
                     host.index_copy_(0, destinations, gathered)
                     continue
@@ -64,7 +65,7 @@ class HostKV:
                             packed[place].copy_(host[block], non_blocking=True)
                     torch.cuda.current_stream().wait_stream(self._stream)
                     packed.record_stream(torch.cuda.current_stream())
-                tensor.index_copy_(3, destinations.to(tensor.device), packed.movedim(0, 3))
+                tensor.index_copy_(3, to_device(destinations, tensor.device), packed.movedim(0, 3))
 
     def _room(self, tensor: Tensor, num_blocks: int) -> Tensor:
         layers, planes, heads, _, block_bytes = tensor.shape

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quire.core.sampling import SamplingParams
 from quire.ops.choosing import choose
+from quire.ops.moving import to_device
 from quire.ops.op import Inputs, Op, random_int, random_tensor
 from quire.ops.randomness import uniform
 from quire.ops.sampling import EXACT, best, random_params
@@ -72,7 +73,7 @@ class DrawTable:
             getattr(self, field.name).index_copy_(0, rows_s, getattr(other, field.name))
 
     def to(self, device: torch.device) -> DrawTable:
-        return DrawTable(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return DrawTable(**{field.name: to_device(getattr(self, field.name), device) for field in fields(self)})
 
 
 def table_of(samplings: Sequence[SamplingParams], device: torch.device) -> DrawTable:
