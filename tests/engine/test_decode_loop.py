@@ -7,12 +7,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire import LLM, SamplingParams
+from quire.core.request import EngineRequest
 from quire.engine.decode_loop import DecodeLoop, buckets
 from quire.engine.readback import Readback
+from quire.engine.seats import Seats
+from quire.sched.state import Phase, RequestState, ScheduledChunk
 
 
 @given(st.integers(1, 2000))
@@ -72,3 +75,62 @@ def test_copies_are_read_in_the_order_in_which_they_were_started():
     numbers += 10
     assert first.wait() == [1, 2, 3]
     assert second.wait() == [11, 12]
+
+
+def chunk_of(state: RequestState, start: int) -> ScheduledChunk:
+    return ScheduledChunk(state=state, start=start, num_tokens=1, samples=True, first_slot_cached=False)
+
+
+def running(number: int, num_tokens: int) -> RequestState:
+    request = EngineRequest(
+        request_id=str(number),
+        prompt_token_ids=[number] * num_tokens,
+        sampling=SamplingParams(seed=number, temperature=number / 10),
+        arrival_time=0.0,
+    )
+    return RequestState(
+        request=request,
+        number=number,
+        token_ids=[number] * num_tokens,
+        num_prompt_tokens=num_tokens,
+        phase=Phase.RUNNING,
+        block_tables=[[1 + 4 * number + block for block in range(-(-num_tokens // 8))]],
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), count=st.integers(1, 9))
+def test_the_device_knows_who_takes_part_and_nobody_else(data, count):
+    """Requests come, decode, pause and go; before each step, every row is its request's or of length 0."""
+    seats = Seats(count, 4, 1, torch.device("cpu"))
+    alive: list[RequestState] = []
+    born = 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        for state in data.draw(st.lists(st.sampled_from(alive), unique=True)) if alive else []:
+            alive.remove(state)
+            state.phase = Phase.ENDED
+        while len(alive) < count and data.draw(st.booleans()):
+            alive.append(running(born, data.draw(st.integers(1, 20))))
+            born += 1
+        part = [state for state in alive if len(state.token_ids) < 32 and data.draw(st.booleans())]
+        if not part:
+            continue
+        chunks = [chunk_of(state, len(state.token_ids) - 1) for state in part]
+        rows, end = seats.prepare(chunks)
+        assert len(set(rows)) == len(rows)
+        assert max(rows) < end <= count
+        expected = torch.zeros(count, dtype=torch.int32)
+        for row, state in zip(rows, part, strict=True):
+            expected[row] = len(state.token_ids)
+            assert seats.token_s[row] == state.token_ids[-1]
+            table = state.block_tables[0]
+            assert seats.tables_sb[0][row, : len(table)].tolist() == table
+            assert seats.params.seed[row] == state.request.sampling.seed
+        assert torch.equal(seats.length_s, expected)
+        for row, state in zip(rows, part, strict=True):  # what a step does
+            drawn = int(seats.token_s[row]) + 1
+            seats.token_s[row], seats.length_s[row] = drawn, seats.length_s[row] + 1
+            state.token_ids.append(drawn)
+            if len(state.token_ids) > 8 * len(state.block_tables[0]):
+                state.block_tables[0].append(1000 + len(state.token_ids))
+        seats.advance(rows)

@@ -122,10 +122,9 @@ def runs_alone(model: Model) -> bool:
     if model.stack is not None:
         return model.stack.reads_lengths
     kernels = model.kernels
-    captured = kernels.served_by("moe") == kernels.served_by("attention")
     return kernels.attention.reads_lengths and all(
         isinstance(layer.attention, Attention)
         and layer.attention.transform.chunk is None
-        and (isinstance(layer.mlp, MLP | PlainMLP) or (isinstance(layer.mlp, SparseMLP) and captured))
+        and (isinstance(layer.mlp, MLP | PlainMLP) or (isinstance(layer.mlp, SparseMLP) and layer.mlp.is_one_call))
         for layer in model.layers
     )

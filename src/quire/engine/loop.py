@@ -93,7 +93,8 @@ class Engine:
 
     def _settle(self, step: Step, launched: Launched) -> list[EngineOutput]:
         run = launched.wait()
-        failed = [fail(self._state, request_id, error) for request_id, error in run.failures.items()]
+        wanted = {chunk.state.request_id for chunk in step.scheduled if chunk.is_wanted}
+        failed = [fail(self._state, name, error) for name, error in run.failures.items() if name in wanted]
         outputs = [output for output in failed if output is not None]
         done = self._clock()
         outputs.extend(settle(self._state, step, run.results, done))

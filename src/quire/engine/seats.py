@@ -102,13 +102,12 @@ class Seats:
             seats.append(seat)
             taking_part.add(seat)
             self._compare(seat, chunk, news)
-        end = max(taking_part) + 1
-        for seat, known in enumerate(self._seats[:end]):
+        for seat, known in enumerate(self._seats):  # all of them: a step may run over more than it has to
             if seat not in taking_part and known.length:
                 known.length = 0
                 news.lengths.append((seat, 0))
         self._send(news)
-        return seats, end
+        return seats, max(taking_part) + 1
 
     def advance(self, seats: Sequence[int]) -> None:
         """After a decode step over these has been started."""

@@ -105,6 +105,11 @@ class SparseMLP:
         self._moe = kernels.moe
         self._weights = self._join() if self._is_usual() else None
 
+    @property
+    def is_one_call(self) -> bool:
+        """Whether the op computes the block, of weights that it could join: nothing is asked of the host then."""
+        return self._weights is not None and not isinstance(self._weights, MoeWeights)
+
     def __call__(self, x_te: Tensor) -> Tensor:
         routed_te = self._routed(x_te) if self._weights is None else self._moe(x_te, self._weights)
         if self.shared is None:
