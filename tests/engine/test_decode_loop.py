@@ -134,3 +134,28 @@ def test_the_device_knows_who_takes_part_and_nobody_else(data, count):
             if len(state.token_ids) > 8 * len(state.block_tables[0]):
                 state.block_tables[0].append(1000 + len(state.token_ids))
         seats.advance(rows)
+
+
+def test_a_failure_of_an_earlier_request_does_not_end_one_of_the_same_name():
+    """The first is cancelled while the step whose logits are not finite is in flight."""
+    llm = LLM("quire-tiny", isa="reference", dtype="float32", async_scheduling=True)
+    engine = llm._engine
+    weight = engine._runner._decoder.head.weight
+    sound = weight.clone()
+    request = EngineRequest(
+        request_id="r",
+        prompt_token_ids=[5, 6, 7],
+        sampling=SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, seed=0),
+        arrival_time=0.0,
+    )
+    weight.fill_(float("nan"))
+    assert engine.submit(request) is None
+    assert engine.step() == []
+    weight.copy_(sound)
+    assert engine.cancel("r") is not None
+    assert engine.submit(request) is None
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert all(output.error is None for output in outputs)
+    assert sum(len(output.token_ids) for output in outputs) == 3
