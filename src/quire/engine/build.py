@@ -18,7 +18,7 @@ from quire.config.kv_events import read_kv_events
 from quire.config.sizes import sizes_of
 from quire.core.errors import ConfigError
 from quire.core.model_info import KVEventsInfo, ModelInfo
-from quire.engine.device import memory_for, resolve_device
+from quire.engine.device import make_current, memory_for, resolve_device
 from quire.engine.early import EarlyWeights, engine_threads, packed_early
 from quire.engine.graphs import CudaGraphs, Direct
 from quire.engine.kv_publisher import KVEventPublisher
@@ -58,6 +58,7 @@ def build_engine(
     directory = Path(config.model)
     device = resolve_device(config.device)
     gpu = device.type != "cpu"
+    make_current(device)
     sizes = sizes_of(config, gpu=gpu)
     num_threads = engine_threads(config)
     torch.set_num_threads(num_threads)

@@ -57,6 +57,15 @@ def _trouble(kind: str) -> str | None:
     return "torch finds none"
 
 
+def make_current(device: torch.device) -> None:
+    """Triton, and streams and graphs that name no device, go to the process's current one. So engines of one process
+    share a GPU; those on several are processes of their own, as under `quire serve`."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif device.type == "xpu":
+        torch.xpu.set_device(device)
+
+
 def memory_for(device: torch.device) -> int:
     """Bytes that could be allocated there, by this process."""
     match device.type:
