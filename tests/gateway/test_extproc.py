@@ -20,6 +20,7 @@ from quire.gateway.director import Director, Gate
 from quire.gateway.endpoint import Endpoint, Pool
 from quire.gateway.extproc.door import make_door
 from quire.gateway.extproc.server import ExtProcServer
+from quire.gateway.extproc.stream import Door
 from quire.gateway.plugin import Conclusion, Observer, Picker, ProfileHandler
 from quire.gateway.request import InferenceRequest
 from quire.gateway.schedule import Profile, Scheduler
@@ -68,6 +69,7 @@ class Stage:
     endpoint: Endpoint
     gate: Counted
     plugin: First
+    door: Door
     stub: external_processor_pb2_grpc.ExternalProcessorStub
     hooks: list = field(default_factory=list)
 
@@ -100,7 +102,7 @@ async def stage(**settings: int) -> AsyncIterator[Stage]:
     server = ExtProcServer(door, "127.0.0.1", 0)
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield Stage(endpoint, gate, plugin, external_processor_pb2_grpc.ExternalProcessorStub(channel), hooks)
+        yield Stage(endpoint, gate, plugin, door, external_processor_pb2_grpc.ExternalProcessorStub(channel), hooks)
     await server.stop(0)
 
 
@@ -174,15 +176,18 @@ async def test_bodies_of_all_streams_are_bounded() -> None:
 
         first = at.stub.Process(slowly())
         reading = asyncio.ensure_future(first.read())
-        codes = []
         async with asyncio.timeout(10):
-            while 429 not in codes:  # as soon as the first one's body is there
-                codes.append((await at.say(headers(), body(BODY + b" " * 200)))[-1].immediate_response.status.code)
+            while at.door.holding.now < 901:  # before that, another's body could take the room that it needs
+                await asyncio.sleep(0.005)
+        refused = (await at.say(headers(), body(BODY + b" " * 200)))[-1]
+        assert refused.immediate_response.status.code == 429
         begun.set()
         await reading
         async with asyncio.timeout(10):
-            while (await at.say(headers(), body(BODY + b" " * 200)))[-1].HasField("immediate_response"):
+            while at.door.holding.now:
                 await asyncio.sleep(0.005)
+        taken = (await at.say(headers(), body(BODY + b" " * 200)))[-1]
+        assert not taken.HasField("immediate_response")
         await at.settled()
 
 
