@@ -43,6 +43,13 @@ def test_pool_is_no_larger_than_sequences_can_use():
     assert small.num_blocks == 2 * 3 * 4 + 1
 
 
+def test_captured_steps_take_from_the_pool_and_are_told():
+    captured = replace(LEDGER, captured_bytes=GIB)
+    assert captured.memory_left == 4 * GIB
+    assert ("captured steps, kernels", GIB) in captured.rows()
+    assert not any(name.startswith("captured") for name, _ in LEDGER.rows())
+
+
 def test_context_shrinks_to_what_fits():
     tight = replace(LEDGER, kv_cache_memory=101 * MIB)
     assert tight.max_model_len == 100 * 16

@@ -8,12 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quire.cache.ledger import GIB, KERNELS_BYTES, KVLedger
 from quire.config.engine import EngineConfig
 from quire.core.errors import ConfigError, NotEnoughMemory
 from quire.core.request import EngineRequest, FinishReason
 from quire.core.sampling import SamplingParams
 from quire.engine.build import build_engine, size_cache
+from quire.models.fit import build_ledger
 from quire.models.load import load_model
+from quire.models.shapes import shapes_of
 
 
 @pytest.fixture
@@ -64,6 +67,22 @@ def test_weights_that_were_converted_are_not_counted_twice(checkpoints):
     assert same.converted_bytes == 0
     assert other.converted_bytes == other.weight_bytes == same.weight_bytes // 2
     assert size_cache(config, other).weight_bytes == other.weight_bytes
+
+
+def test_on_a_gpu_the_pool_leaves_room_for_captured_steps(checkpoints):
+    model = load_model(checkpoints["llama-float32"], dtype="float32")
+    sizes = {"memory_utilization": 0.5, "max_num_seqs": 8, "max_num_batched_tokens": 512, "swap_space": 0}
+
+    def ledger(gpu: bool, **more: bool) -> KVLedger:
+        config = EngineConfig(model=str(checkpoints["llama-float32"]), **sizes, **more)
+        shapes = shapes_of(model.arch)
+        return build_ledger(config, shapes, weight_bytes=100, dtype="float32", available=2 * GIB, gpu=gpu)
+
+    plain, captured, eager = ledger(False), ledger(True), ledger(True, enforce_eager=True)
+    assert plain.captured_bytes == 0
+    assert eager.captured_bytes == KERNELS_BYTES
+    assert captured.captured_bytes == KERNELS_BYTES + captured.activation_bytes, "the largest step is captured, too"
+    assert plain.memory_left - captured.memory_left == captured.captured_bytes
 
 
 def test_a_pool_by_number_of_blocks_needs_no_memory_for_more(checkpoints):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -10,7 +12,10 @@ from quire.config.engine import EngineConfig
 from quire.core.request import EngineRequest
 from quire.core.sampling import SamplingParams
 from quire.engine.build import build_engine
+from quire.engine.graphs import Direct
 from quire.engine.loop import Engine
+from quire.engine.padded import PaddedSteps
+from quire.engine.warm_up import LargestStep
 
 SHAPE = {
     "vocab_size": 96,
@@ -76,8 +81,11 @@ SAMPLINGS = [
 
 @pytest.mark.parametrize("name", ["dense", "sparse"])
 def test_tokens_are_those_of_the_reference(checkpoints, name):
-    """In float32, where two kernels' logits differ too little to matter."""
+    """In float32, where two kernels' logits differ too little to matter. Steps with prompts are padded."""
     ahead = engine_of(checkpoints / name, isa="triton", dtype="float32", async_scheduling=True)
+    runner = ahead._runner
+    runner._padded = PaddedSteps(runner._decoder, runner._kv, Direct(), tokens=32, requests=4, longest=64)
+    runner.warm_up(LargestStep(tokens=20, longest=16, rows=4), time.monotonic)
     assert ahead._runner._decode is not None
     assert (ahead._runner._decoder.stack is not None) == (name == "dense")
     assert {choice.implementation for choice in ahead._runner._kernels.choices} == {"triton", "reference"}

@@ -21,6 +21,10 @@ HEAD_ROWS = 128
 """Most rows that go through the output head at once, however many want logits: bounds them by the vocabulary alone."""
 USEFUL_LEN = 256
 """A cache that cannot hold one sequence of this many tokens (or of the model's whole context) is refused."""
+MOST_CAPTURED_TOKENS = 2048
+"""Of a step that is captured as a graph."""
+KERNELS_BYTES = 256 * 2**20
+"""What kernels keep for themselves on a GPU: their code, sums of a step that is cut for many processors, libraries."""
 MAX_SEQUENCES_KEPT = 2
 """The pool never holds more than this many times what all running sequences take at full length."""
 
@@ -54,7 +58,8 @@ class KVLedger:
     """Sizes one engine's KV pool. Sizes are in bytes, lengths in tokens.
 
     * `memory_available`: what could be allocated (`available_memory()`) if weights and tables were not in memory.
-    * `table_bytes`: of the rotary positions' cosines and sines.
+    * `table_bytes`: of the rotary positions' cosines and sines. `captured_bytes`: of captured steps, which have
+      activations of their own, and of what kernels keep for themselves.
     * `memory_utilization`: share of what is left after weights and activations that the pool may take;
       `kv_cache_memory` names the pool's size instead.
     * `kv_bytes_per_block`: of the layers of one group. `step_tokens`: the most that a step computes.
@@ -75,11 +80,13 @@ class KVLedger:
     kv_cache_memory: int | None = None
     required_len: int | None = None
     table_bytes: int = 0
+    captured_bytes: int = 0
 
     @property
     def memory_left(self) -> int:
-        """After weights, tables and activations."""
-        return self.memory_available - self.weight_bytes - self.table_bytes - self.activation_bytes
+        """After weights, tables, activations and captured steps."""
+        taken = self.weight_bytes + self.table_bytes + self.activation_bytes + self.captured_bytes
+        return self.memory_available - taken
 
     @property
     def kv_budget(self) -> int:
@@ -153,6 +160,7 @@ class KVLedger:
             ("weights", self.weight_bytes),
             ("rotary positions", self.table_bytes),
             ("activations of one step", self.activation_bytes),
+            *([("captured steps, kernels", self.captured_bytes)] if self.captured_bytes else []),
             ("left for the KV cache", self.memory_left),
             ("KV cache budget", self.kv_budget),
             ("KV cache", self.kv_bytes),

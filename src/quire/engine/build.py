@@ -11,7 +11,7 @@ import torch
 
 from quire.cache.groups import token_capacity
 from quire.cache.journal import CacheJournal
-from quire.cache.ledger import GIB, KVLedger
+from quire.cache.ledger import GIB, MOST_CAPTURED_TOKENS, KVLedger
 from quire.cache.pool import BlockPool
 from quire.config.engine import EngineConfig
 from quire.config.kv_events import read_kv_events
@@ -23,7 +23,9 @@ from quire.engine.early import EarlyWeights, engine_threads, packed_early
 from quire.engine.graphs import CudaGraphs, Direct
 from quire.engine.kv_publisher import KVEventPublisher
 from quire.engine.loop import Engine
+from quire.engine.padded import most_padded
 from quire.engine.runner import Ahead, Runner
+from quire.engine.warm_up import LargestStep
 from quire.models.fit import build_ledger, step_tokens
 from quire.models.load import LoadedModel, load_model
 from quire.models.serving import read_serving
@@ -133,18 +135,28 @@ def build_engine(
         kv=kv,
         host_kv=HostKV(kv, host_blocks + 1) if host_blocks else None,
         eos_token_ids=eos,
-        ahead=_ahead(config, model.device, limits),
+        ahead=_ahead(config, model, limits),
     )
+    if gpu:
+        largest = LargestStep(tokens=step, longest=max_model_len, rows=limits.max_running)
+        runner.warm_up(largest, clock)
     info = _info(config, model, limits, num_blocks, None if kv_events is None else kv_events.info)
     return Engine(info=info, state=state, runner=runner, clock=clock, kv_events=kv_events)
 
 
-def _ahead(config: EngineConfig, device: torch.device, limits: SchedulerLimits) -> Ahead | None:
-    on_gpu = device.type != "cpu"
+def _ahead(config: EngineConfig, model: LoadedModel, limits: SchedulerLimits) -> Ahead | None:
+    on_gpu = model.device.type != "cpu"
     if not (on_gpu if config.async_scheduling is None else config.async_scheduling):
         return None
-    graphs = CudaGraphs() if device.type == "cuda" and not config.enforce_eager else Direct()
-    return Ahead(steps=1, seats=limits.max_running, longest=limits.max_model_len, graphs=graphs)
+    captures = model.device.type == "cuda" and not config.enforce_eager
+    most = min(MOST_CAPTURED_TOKENS, limits.max_num_batched_tokens)
+    return Ahead(
+        steps=1,
+        seats=limits.max_running,
+        longest=limits.max_model_len,
+        graphs=CudaGraphs() if captures else Direct(),
+        padded=most_padded(model.elements_per_row, model.arch.num_layers, most) if captures else 0,
+    )
 
 
 def _info(

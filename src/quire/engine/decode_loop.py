@@ -5,7 +5,7 @@ Legend: s seats of the step, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -68,18 +68,26 @@ class DecodeLoop:
         """Each chunk's place in the tokens drawn, and these, `[s]`; the next step changes them."""
         seats, end = self._seats.prepare(chunks)
         size = next(size for size in self._sizes if size >= end)
-        work = partial(self._decode, size)
-        if not self._graphs.has(size):
-            self._seats.empty()  # so that trying it out changes nothing
-            if not self._has_run:
-                # The largest first: buffers that kernels keep for themselves are large enough from then on.
-                self._decode(self._sizes[-1])
-                self._has_run = True
-            self._graphs.capture(size, work)
+        if not self._graphs.has(("decode", size)):
+            self._capture(size)
             self._seats.prepare(chunks)
-        self._graphs.run(size, work)
+        self._graphs.run(("decode", size), partial(self._decode, size))
         self._seats.advance(seats)
         return seats, self._seats.token_s[:size]
+
+    def captures(self) -> Sequence[Callable[[], None]]:
+        """What captures each size that has not been: the largest first, so that buffers which kernels keep for
+        themselves are large enough from then on; then from the smallest on."""
+        return [partial(self._capture, size) for size in (self._sizes[-1], *self._sizes[:-1])]
+
+    def _capture(self, size: int) -> None:
+        if self._graphs.has(("decode", size)):
+            return
+        self._seats.empty()  # so that trying it out changes nothing
+        if not self._has_run:
+            self._decode(self._sizes[-1])
+            self._has_run = True
+        self._graphs.capture(("decode", size), partial(self._decode, size))
 
     @torch.inference_mode()
     def _decode(self, size: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -16,8 +17,10 @@ from quire.core.request import TokenLogprobs
 from quire.engine.decode_loop import DecodeLoop, runs_alone
 from quire.engine.graphs import Graphs
 from quire.engine.inputs import BatchBuilder, needs_prompt_logprobs, pending_rows, wanted_rows
+from quire.engine.padded import PaddedSteps
 from quire.engine.readback import Readback, Reading
 from quire.engine.seats import Seats
+from quire.engine.warm_up import LargestStep, warm_up
 from quire.models.load import LoadedModel
 from quire.nn.host_kv import HostKV
 from quire.nn.kv import KVCache
@@ -74,12 +77,14 @@ class Drawing:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ahead:
     """How a runner goes ahead of what it has told. `steps`: how many may be launched before an earlier one is waited
-    for. `seats`: requests that run at once at most; `longest`: their tokens."""
+    for. `seats`: requests that run at once at most; `longest`: their tokens. `padded`: the largest step with prompts in
+    it that is padded, to be captured; 0: none is."""
 
     steps: int
     seats: int
     longest: int
     graphs: Graphs
+    padded: int = 0
 
 
 class Runner:
@@ -104,6 +109,7 @@ class Runner:
         self._batches = BatchBuilder(kv.block_size, self._device, kv.num_groups)
         self._seats: Seats | None = None
         self._decode: DecodeLoop | None = None
+        self._padded: PaddedSteps | None = None
         self.steps_ahead = 0
         """How many steps may be launched before the oldest one's results are taken in."""
         if ahead is not None and self._pooler is None:
@@ -113,6 +119,21 @@ class Runner:
             self._readback = Readback(ahead.seats, self._device, ahead.steps + 1)
             if runs_alone(model.decoder):
                 self._decode = DecodeLoop(model.decoder, kv, self._seats, ahead.graphs, ahead.longest)
+                if ahead.padded:
+                    self._padded = PaddedSteps(
+                        model.decoder,
+                        kv,
+                        ahead.graphs,
+                        tokens=ahead.padded,
+                        requests=ahead.seats,
+                        longest=ahead.longest,
+                    )
+
+    def warm_up(self, step: LargestStep, clock: Callable[[], float]) -> None:
+        """Before anything is launched: see `quire.engine.warm_up`."""
+        parts = [part for part in (self._decode, self._padded) if part is not None]
+        captures = chain.from_iterable(part.captures() for part in parts)
+        warm_up(self._decoder, self._kv, step, captures, clock)
 
     def launch(self, step: Step) -> Launched:
         """Begin to compute `step`. The KV of every scheduled row will be in the cache before a later step begins."""
@@ -128,7 +149,10 @@ class Runner:
         batch = self._batches.build(chunks)
         if self._seats is not None:
             self._seats.fill(batch.token_ids_t, pending_rows(chunks))
-        hidden_sh = self._decoder.forward(batch, self._kv)
+        if self._padded is not None and self._padded.takes(batch):
+            hidden_sh = self._padded.forward(batch)
+        else:
+            hidden_sh = self._decoder.forward(batch, self._kv)
         if self._pooler is not None:
             return Done(self._pool(chunks, hidden_sh))
         if self._seats is None:

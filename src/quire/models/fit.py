@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from quire.cache.groups import group_layers
-from quire.cache.ledger import GIB, KVLedger, activation_bytes
+from quire.cache.ledger import GIB, KERNELS_BYTES, MOST_CAPTURED_TOKENS, KVLedger, activation_bytes
 from quire.config.engine import EngineConfig
 from quire.config.sizes import Sizes, sizes_of
 from quire.core.errors import NotEnoughMemory
@@ -37,21 +37,27 @@ def build_ledger(
     kv_cache_memory = None if config.kv_cache_memory is None else int(config.kv_cache_memory * GIB)
     if config.num_kv_blocks is not None:
         kv_cache_memory = config.num_kv_blocks * bytes_per_block
-    return KVLedger(
-        memory_available=available - (0 if gpu else int(config.swap_space * GIB)),
-        weight_bytes=weight_bytes,
-        activation_bytes=activation_bytes(
-            max_num_batched_tokens=step_tokens(sizes, config, shapes),
+    largest = step_tokens(sizes, config, shapes)
+
+    def activations(tokens: int) -> int:
+        return activation_bytes(
+            max_num_batched_tokens=tokens,
             hidden_size=shapes.hidden_size,
             intermediate_size=shapes.intermediate_size,
             attention_size=shapes.attention_size,
             kv_size=max(sum(count * width for count, width in rows) for rows in shapes.kv_rows) // 2,
             vocab_size=shapes.vocab_size,
             dtype_bytes=DTYPE_BYTES[dtype],
-        ),
+        )
+
+    captured = 0 if config.enforce_eager else activations(max(sizes.max_num_seqs, min(MOST_CAPTURED_TOKENS, largest)))
+    return KVLedger(
+        memory_available=available - (0 if gpu else int(config.swap_space * GIB)),
+        weight_bytes=weight_bytes,
+        activation_bytes=activations(largest),
         kv_bytes_per_block=bytes_per_block,
         groups=groups,
-        step_tokens=step_tokens(sizes, config, shapes),
+        step_tokens=largest,
         block_size=config.block_size,
         longest=shapes.longest,
         max_num_seqs=sizes.max_num_seqs,
@@ -59,6 +65,7 @@ def build_ledger(
         kv_cache_memory=kv_cache_memory,
         required_len=config.max_model_len,
         table_bytes=shapes.table_bytes(config.max_model_len or shapes.longest),
+        captured_bytes=captured + KERNELS_BYTES if gpu else 0,
     )
 
 

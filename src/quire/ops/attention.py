@@ -61,10 +61,13 @@ class AttentionShape:
 
 class DeviceLengths(msgspec.Struct, frozen=True, kw_only=True):
     """`query_start` `[r + 1]` and `context_lens` `[r]` on the device, int32. A captured step reads these: what the host
-    has beside them is then an upper bound (as many requests, as long at most). A context of 0 has no query row."""
+    has beside them is then an upper bound (as many requests and rows, contexts as long at most). `chunks`: how many of
+    the requests may have other than one row; 0: each has one at most. What rows of a context of 0 find is finite, and
+    nobody's."""
 
     query_start: Tensor
     context_lens: Tensor
+    chunks: int = 0
 
 
 class PagedRequests(msgspec.Struct, frozen=True, kw_only=True):

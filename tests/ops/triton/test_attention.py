@@ -144,3 +144,36 @@ def test_what_lies_in_unused_slots_reaches_nobody(kv_dtype: str) -> None:
     assert torch.equal(attention(q_thd, cache, attention.plan(SHAPE, step)), clean)
     seen = requests([1], [36], torch.tensor([[1, 2, 3]]))
     assert attention(q_thd[:1], cache, attention.plan(SHAPE, seen)).isnan().all()
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("most_items", [attention_plan.MOST_ITEMS, 0])
+@pytest.mark.parametrize("back_end", ["triton", "reference"])
+def test_lengths_of_chunks_on_the_device_do_what_those_on_the_host_do(
+    window: int | None, most_items: int, back_end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and decodes in one step; places that nobody takes, and rows that are nobody's behind all others."""
+    attention = kernel() if back_end == "triton" else ReferenceAttention(kernel().target)
+    cache = cache_of(attention, 23)
+    shape = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=11, scale=0.3, window=window)
+    query_lens, contexts = [1, 70, 1, 2, 0, 0, 9], [300, 90, 257, 2, 0, 0, 0]
+    starts = [sum(query_lens[:i]) for i in range(8)]
+    table = torch.arange(1, 23)[torch.arange(22).expand(7, -1).roll(3, 0)]
+    q_thd = numbers(starts[-1], 6, 11, seed=1)
+    captured = PagedRequests(
+        query_start=[0] * 7 + [starts[-1]],
+        context_lens=[352] * 7,
+        block_table_rb=table,
+        block_size=BLOCK_SIZE,
+        lengths=DeviceLengths(
+            query_start=torch.tensor(starts, dtype=torch.int32),
+            context_lens=torch.tensor(contexts, dtype=torch.int32),
+            chunks=3,
+        ),
+    )
+    plain = requests(query_lens[:4], contexts[:4], table[:4])
+    expected = attention(q_thd[:74], cache, attention.plan(shape, plain))
+    monkeypatch.setattr(attention_plan, "MOST_ITEMS", most_items)
+    found = attention(q_thd, cache, attention.plan(shape, captured))
+    assert torch.equal(found[:74], expected)
+    assert found[74:].isfinite().all()

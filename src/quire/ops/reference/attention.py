@@ -12,6 +12,7 @@ which that is so.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,14 +65,14 @@ class ReferenceAttention:
 
 
 def _on_host(requests: PagedRequests) -> PagedRequests:
-    """With the lengths that stand on the device. An empty row gets one key to look at: what it finds is nobody's."""
+    """With the lengths that stand on the device. Rows without a context get keys to look at: what they find is
+    nobody's."""
     if requests.lengths is None:
         return requests
-    return msgspec.structs.replace(
-        requests,
-        query_start=requests.lengths.query_start.tolist(),
-        context_lens=requests.lengths.context_lens.clamp(min=1).tolist(),
-    )
+    starts = requests.lengths.query_start.tolist()
+    rows = (stop - start for start, stop in itertools.pairwise(starts))
+    contexts = [max(1, *pair) for pair in zip(requests.lengths.context_lens.tolist(), rows, strict=True)]
+    return msgspec.structs.replace(requests, query_start=starts, context_lens=contexts)
 
 
 class LayerCache(Protocol):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quire.ops.attention import AttentionShape, PagedRequests
 from quire.ops.triton.kernels.attention import plan_kernel
+from quire.ops.triton.kernels.mixed_plan import mixed_plan_kernel
 from quire.ops.triton.launch import Launch
 
 SPLIT = 256
@@ -88,40 +89,39 @@ def plan_attention(shape: AttentionShape, requests: PagedRequests, tiling: Tilin
 
 
 def _planned_on_device(shape: AttentionShape, requests: PagedRequests, tiling: Tiling, launch: Launch) -> TritonPlan:
-    """Every request decodes. A window bounds what a request may take whatever its length."""
+    """Each request decodes, but for as many as `lengths.chunks`. A window bounds what a request may take whatever its
+    length."""
     lengths = requests.lengths
     assert lengths is not None
     r, rows = len(requests.context_lens), requests.query_start[-1]
-    assert rows <= r, "with lengths on the device each request has one row at most"
     most_of = np.asarray(requests.context_lens, dtype=np.int64)
     counts = -(-most_of // SPLIT)
     if shape.window is not None:
         counts = np.minimum(counts, -(-shape.window // SPLIT) + 1)
     most_items = min(int(counts.sum()), max(r, MOST_ITEMS))
+    tokens = _tile_tokens(shape, tiling)
+    most_tiles = rows // tokens + lengths.chunks if lengths.chunks else 0
     device = requests.block_table_rb.device
-    numbers = torch.empty(4 * r + 2 + 2 * most_items, dtype=torch.int32, device=device)
-    if r:
-        launch(
-            plan_kernel,
-            (r,),
-            lengths.query_start,
-            lengths.context_lens,
-            numbers,
-            shape.window or 0,
-            r,
-            most_items,
-            SPLIT=SPLIT,
-            WINDOW=shape.window is not None,
-            REQUESTS=max(16, 1 << (r - 1).bit_length()),
-        )
+    together = torch.empty(4 * r + 2 + 2 * most_items + 5 * most_tiles, dtype=torch.int32, device=device)
+    numbers, tiles = torch.split(together, [4 * r + 2 + 2 * most_items, 5 * most_tiles])
+    told = (lengths.query_start, lengths.context_lens, numbers)
+    padded = max(16, 1 << (r - 1).bit_length()) if r else 0
+    window = shape.window or 0
+    constants = {"SPLIT": SPLIT, "WINDOW": shape.window is not None, "REQUESTS": padded}
+    if lengths.chunks:
+        assert shape.causal, "without lengths on the host a token sees those before it"
+        launch(mixed_plan_kernel, (r,), *told, tiles, window, r, most_items, most_tiles, TOKENS=tokens, **constants)
+    elif r:
+        assert rows <= r, "without chunks each request has one row at most"
+        launch(plan_kernel, (r,), *told, window, r, most_items, **constants)
     return TritonPlan(
         shape=shape,
         tiling=tiling,
         block_size=requests.block_size,
         block_table_rb=requests.block_table_rb,
-        decodes=rows,
+        decodes=r if lengths.chunks else rows,
         work=_work(shape, tiling, r, most_items, numbers),
-        tiles=None,
+        tiles=tiles.view(-1, 5) if most_tiles else None,
     )
 
 
@@ -168,7 +168,7 @@ def _tiles(
     shape: AttentionShape, tiling: Tiling, starts: np.ndarray, contexts: np.ndarray, prefills: np.ndarray
 ) -> np.ndarray:
     """`[tiles, 5]`. Late tiles of a chunk see the most keys and start first."""
-    tokens = tiling.prefill_rows // (shape.num_heads // shape.num_kv_heads)
+    tokens = _tile_tokens(shape, tiling)
     parts = [np.zeros((0, 5), np.int64)]
     for request in prefills.tolist():
         length = int(starts[request + 1] - starts[request])
@@ -181,6 +181,11 @@ def _tiles(
         part[:, 4] = contexts[request]
         parts.append(part)
     return np.concatenate(parts)
+
+
+def _tile_tokens(shape: AttentionShape, tiling: Tiling) -> int:
+    """Of a prompt, with all query heads of a KV head."""
+    return tiling.prefill_rows // (shape.num_heads // shape.num_kv_heads)
 
 
 def _work(shape: AttentionShape, tiling: Tiling, r: int, most_items: int, numbers: Tensor) -> DecodeWork:

@@ -202,10 +202,11 @@ def _attention(kernel: Any, target: Target, shape: ModelShape, rows: int) -> Non
             context_lens=contexts,
             block_table_rb=torch.zeros(len(query_lens), blocks, dtype=torch.int64),
             block_size=_BLOCK_SIZE,
-            # A captured step reads them, and only decodes.
-            lengths=DeviceLengths(query_start=start.int(), context_lens=torch.tensor(contexts, dtype=torch.int32))
-            if len(query_lens) == rows
-            else None,
+            lengths=DeviceLengths(
+                query_start=start.int(),
+                context_lens=torch.tensor(contexts, dtype=torch.int32),
+                chunks=0 if len(query_lens) == rows else 1,
+            ),
         )
         kernel(_heads(target, shape, rows), kv_layer, kernel.plan(attention, requests))
 

@@ -265,7 +265,7 @@ def combine_kernel(
     HEADS_AT_ONCE: tl.constexpr,
 ):
     """One row of the output, some of its heads: its splits folded in order. Of whole requests the rows are there
-    already, but for those that are nobody's."""
+    already, but for those that are nobody's (-1). Where no request is to be served (-2), there is no row either."""
     is_whole = tl.load(plan + 4 * requests + 1 + 2 * most_items) != 0
     request = tl.load(plan + 2 * requests + tl.program_id(0))
     head, i_d = tl.program_id(1) * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE), tl.arange(0, D)
@@ -274,7 +274,7 @@ def combine_kernel(
     total = tl.zeros([HEADS_AT_ONCE, 1], tl.float32)
     weighted = tl.zeros([HEADS_AT_ONCE, D], tl.float32)
     row = tl.program_id(0)
-    if (request >= 0) & is_whole:
+    if ((request >= 0) & is_whole) | (request < -1):
         return
     if request >= 0:
         row = tl.load(plan + request)
