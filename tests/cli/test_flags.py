@@ -120,7 +120,7 @@ FLAGS = {
     "explain": REMOTE | {"--request-id", "--json"},
     "chat": MODEL | REMOTE | SAMPLING | ENGINE | {"--system"},
     "complete": MODEL | REMOTE | SAMPLING | ENGINE,
-    "plan": MODEL | ENGINE | SEED | {"--json"},
+    "plan": MODEL | ENGINE | SEED | {"--json", "--memory", "--bandwidth", "--tflops"},
     "quantize": {
         "--format",
         "--group-size",

@@ -93,3 +93,13 @@ def test_plan_is_told_as_a_table_and_as_json(quire):
     assert plan["fits"] is True
     assert plan["weight_bytes"] > 0
     assert "weights" in quire("plan", "MODEL", *ENGINE)
+
+
+def test_a_plan_for_a_gpu_that_is_elsewhere(quire):
+    figures = ["--device", "cuda", "--memory", "80", "--bandwidth", "3000", "--tflops", "600"]
+    here, there = (json.loads(quire("plan", "MODEL", "--json", *more)) for more in ([], figures))
+    assert (here["device"], there["device"]) == ("cpu", "gpu")
+    assert (there["memory_available"], there["bandwidth"], there["flops"]) == (80 * 2**30, 3e12, 6e14)
+    assert here["captured_bytes"] == 0 < there["captured_bytes"]
+    assert "256" in there["decode_tokens_per_s"], "requests at once, as a GPU's default is"
+    assert "captured steps" in quire("plan", "MODEL", *figures)

@@ -2,7 +2,7 @@
 
 The sizes are the engine's own: the same ledger (`cache/ledger.py`) sizes the KV pool when an engine starts. The decode
 rate is what memory allows: a step reads every weight and the KV of its requests once. The prefill rate is a rough guess
-from a float32 product. Both are measured in a moment, and come out low on a machine that is busy.
+from a product of matrices. Both are measured in a moment, and come out low on a machine that is busy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from quire.cache.groups import ALL_OF_THE_PAST, token_capacity
 from quire.cache.ledger import KVLedger, available_memory
 from quire.config.engine import EngineConfig
-from quire.config.sizes import sizes_of
+from quire.config.sizes import Sizes, sizes_of
 from quire.core.errors import CheckpointError, UnknownArchitecture
 from quire.core.json_file import shorten
 from quire.models.arch import Arch
@@ -42,10 +42,11 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # these are converted to the dtype that
 class Plan:
     """Sizes in bytes, lengths in tokens, rates in tokens per second; None where config.json does not tell.
 
+    * `device`: cpu or gpu.
     * `served_by`: quire's own decoder or transformers; None for a model that cannot be run.
     * `weight_bytes_by_dtype` is as stored (the format's names); `weight_bytes` as run, in `dtype` or quantised, and
       `weight_bytes_by_format` the same in its parts (empty where the architecture is unknown).
-    * `table_bytes`: the rotary positions' cosines and sines.
+    * `table_bytes`: the rotary positions' cosines and sines. `captured_bytes`: of a GPU's captured steps and kernels.
     * `longest` is the model's context; `max_model_len` what one request can have here.
     * `kv_bytes_per_token`: of all layers. `kv_groups`: groups of `kv_layers_per_group` layers that share a block table
       (`cache.groups`), by what they see of the past. `num_kv_tokens`: what the KV cache holds of requests so short that
@@ -57,6 +58,7 @@ class Plan:
     """
 
     model: str
+    device: str
     architecture: str
     known: bool
     tasks: tuple[str, ...]
@@ -68,6 +70,7 @@ class Plan:
     weight_bytes_by_format: Mapping[str, int]
     table_bytes: int | None
     activation_bytes: int | None
+    captured_bytes: int | None
     kv_bytes_per_token: int | None
     kv_groups: Mapping[str, int]
     kv_layers_per_group: int | None
@@ -104,9 +107,10 @@ class Plan:
             (f"weights as run ({_formats(self)})", format_bytes(self.weight_bytes)),
             ("rotary positions", format_bytes(self.table_bytes)),
             ("activations of one step", format_bytes(self.activation_bytes)),
+            *([("captured steps, kernels", format_bytes(self.captured_bytes))] if self.captured_bytes else []),
             ("KV cache per token", format_bytes(self.kv_bytes_per_token)),
             *_group_rows(self),
-            ("memory available", format_bytes(self.memory_available)),
+            (f"memory available, {self.device}", format_bytes(self.memory_available)),
             ("KV cache", f"{format_bytes(self.kv_cache_bytes)} ({_count(self.num_kv_tokens)} tokens)"),
             ("longest request", f"{_count(self.max_model_len)} of the model's {_count(self.longest)} tokens"),
         ]
@@ -114,13 +118,13 @@ class Plan:
         rows.append(("verdict", self.verdict))
         rows += [("suggestion", text) for text in self.suggestions]
         rows += [("note", text) for text in self.notes]
-        rows.append(("measured", f"{self.bandwidth / 1e9:,.1f} GB/s, {self.flops / 1e9:,.0f} GFLOP/s in float32"))
+        rows.append(("machine", f"{self.bandwidth / 1e9:,.1f} GB/s, {self.flops / 1e9:,.0f} GFLOP/s"))
         rows += [
-            (f"decode, {batch} at once", f"{rate:,.0f} tokens/s at the bandwidth measured")
+            (f"decode, {batch} at once", f"{rate:,.0f} tokens/s at that bandwidth")
             for batch, rate in self.decode_tokens_per_s.items()
         ]
         if self.prefill_tokens_per_s is not None:
-            rows.append(("prefill", f"about {self.prefill_tokens_per_s:,.0f} tokens/s at the float32 rate"))
+            rows.append(("prefill", f"about {self.prefill_tokens_per_s:,.0f} tokens/s at that rate"))
         return rows
 
 
@@ -131,17 +135,19 @@ def plan_model(
     memory_available: int | None = None,
     bandwidth: float | None = None,
     flops: float | None = None,
+    gpu: bool = False,
 ) -> Plan:
-    """The plan for the checkpoint in `directory` under `config`'s limits.
+    """The plan for the checkpoint in `directory` under `config`'s limits, on a CPU or a GPU.
 
-    Memory in bytes, bandwidth in bytes/s and flops in operations/s are measured unless given (0.3 s). Raises
+    Memory in bytes, bandwidth in bytes/s and flops in operations/s are this machine's CPU's, measured, unless given
+    (0.3 s; flops in float32). Raises
     CheckpointError for a checkpoint whose headers are broken. An unknown architecture is planned all the same, as far
     as its config.json names its sizes.
     """
     checkpoint = Checkpoint.open(directory)
     model = _identify(checkpoint, config)
-    dtype = resolve_dtype(config.dtype, checkpoint, "cpu")
-    compiled = dtype == "bfloat16" and config.isa not in (REFERENCE, TRITON) and bool(usable_isas())
+    dtype = resolve_dtype(config.dtype, checkpoint, "cuda" if gpu else "cpu")
+    compiled = not gpu and dtype == "bfloat16" and config.isa not in (REFERENCE, TRITON) and bool(usable_isas())
     if model.parameters:
         weights = _weights_as_run(model.parameters, dtype, compiled=compiled)
     else:
@@ -156,12 +162,15 @@ def plan_model(
         fits = weights.run_bytes < available
         fit = Fit(fits, f"The weights {'fit' if fits else 'do not fit'}; the KV cache is unknown.")
     else:
-        ledger = build_ledger(config, model.shapes, weight_bytes=weights.run_bytes, dtype=dtype, available=available)
+        ledger = build_ledger(
+            config, model.shapes, weight_bytes=weights.run_bytes, dtype=dtype, available=available, gpu=gpu
+        )
         token_bytes, read_bytes = _kv_bytes(ledger, model.shapes)
         fit = judge(ledger, dtype=dtype, runnable=model.served_by is not None)
     cache = _cache(config, ledger if fit.fits else None)
     return Plan(
         model=str(directory),
+        device="gpu" if gpu else "cpu",
         architecture=model.name,
         known=model.known,
         tasks=_tasks(model.arch),
@@ -173,6 +182,7 @@ def plan_model(
         weight_bytes_by_format=weights.by_format,
         table_bytes=ledger.table_bytes if ledger else None,
         activation_bytes=ledger.activation_bytes if ledger else None,
+        captured_bytes=ledger.captured_bytes if ledger else None,
         kv_bytes_per_token=token_bytes,
         kv_groups=_count_groups(ledger) if ledger else {},
         kv_layers_per_group=ledger.groups.layers_per_group if ledger else None,
@@ -188,7 +198,7 @@ def plan_model(
         notes=model.notes,
         bandwidth=bandwidth,
         flops=flops,
-        decode_tokens_per_s=_decode_rates(config, weights, read_bytes, bandwidth),
+        decode_tokens_per_s=_decode_rates(sizes_of(config, gpu=gpu), weights, read_bytes, bandwidth),
         prefill_tokens_per_s=flops / (2 * weights.step_elements) if weights.step_elements else None,
     )
 
@@ -364,12 +374,12 @@ def _bytes_by_dtype(checkpoint: Checkpoint) -> dict[str, int]:
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
-def _decode_rates(config: EngineConfig, weights: _Weights, read_bytes: int, bandwidth: float) -> dict[int, float]:
-    """By memory alone: the arithmetic measured here is numpy's in float32, which is no bound on other dtypes.
+def _decode_rates(sizes: Sizes, weights: _Weights, read_bytes: int, bandwidth: float) -> dict[int, float]:
+    """By memory alone: the arithmetic measured on a CPU is numpy's in float32, which is no bound on other dtypes.
     `read_bytes`: of KV, per request."""
     if not weights.step_bytes:
         return {}
-    most = sizes_of(config, gpu=False).max_num_seqs
+    most = sizes.max_num_seqs
     batches = sorted(batch for batch in {*RATE_BATCHES, most} if batch <= most)
     return {batch: batch * bandwidth / (weights.step_bytes + batch * read_bytes) for batch in batches}
 
