@@ -39,27 +39,32 @@ class Direct:
 
 
 class CudaGraphs:
-    """One graph per key. All share one pool of memory, since only one runs at a time."""
+    """One graph per key. All share one pool of memory, since only one runs at a time, and are captured on one stream:
+    the allocator keeps what was free on a stream for that stream."""
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
+        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def has(self, key: Hashable) -> bool:
         return key in self._graphs
 
     def capture(self, key: Hashable, work: Callable[[], None]) -> None:
-        # Once without recording: Triton compiles and loads what it has not yet, and libraries open their handles,
-        # which is not allowed while a stream is captured. On a stream of its own, as capture wants it.
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # Once without recording: Triton compiles and loads what it has not yet, and libraries open their handles,
+            # which is not allowed while a stream is captured.
             work()
-        self._pool = graph.pool()
+            # Not by way of `torch.cuda.graph`, which empties the allocator's cache each time. Other threads may go on
+            # using the GPU.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
         self._graphs[key] = graph
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:  # noqa: ARG002

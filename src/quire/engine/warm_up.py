@@ -1,7 +1,7 @@
-"""What a GPU is made to do before the engine says that it is ready: the largest step, then captures.
+"""What a GPU is made to do before the engine says that it is ready: captures, then the largest step.
 
-The largest step has kernels compiled, and shows whether it fits beside the KV cache: better now than in the middle of
-somebody's answer.
+It has kernels compiled, and shows whether that step fits beside the KV cache and what was captured: better now than in
+the middle of somebody's answer.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ def warm_up(
 ) -> None:
     """Nothing that anybody reads is written. Raises NotEnoughMemory."""
     try:
-        _try_out(model, kv, step)
         deadline = clock() + CAPTURE_SECONDS
         for capture in captures:
             if clock() >= deadline:
                 break
             capture()
-        if kv.data.device.type == "cuda":
+        is_cuda = kv.data.device.type == "cuda"
+        if is_cuda:
+            torch.cuda.empty_cache()  # what trying captures out has left to their stream
+        _try_out(model, kv, step)
+        if is_cuda:
             torch.cuda.synchronize(kv.data.device)
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(
