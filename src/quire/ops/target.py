@@ -19,7 +19,8 @@ from quire.ops.triton.library import GPU_TYPES, TRITON, interprets, is_installed
 class Target:
     """`threads` and `isa` concern the CPU: None takes what the machine has; see `ops.cpu.library`. `kv_cache_dtype` is
     `EngineConfig`'s. `backend`: the compiled kernels that have been opened for this engine already. `launch`: how
-    Triton's are started. Raises ConfigError for an `isa` of no name known, compiled kernels or not."""
+    Triton's are started; `shared_bytes`: what one block may have of the memory on the chip, of a GPU that is not here.
+    Raises ConfigError for an `isa` of no name known, compiled kernels or not."""
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class Target:
         kv_cache_dtype: str = "auto",
         backend: Any = None,
         launch: Launch = run,
+        shared_bytes: int | None = None,
     ) -> None:
         if isa is not None and isa not in get_args(Isa):
             raise ConfigError(f"isa is {isa!r}.", param="isa", remedy=f"It must be one of {', '.join(get_args(Isa))}.")
@@ -40,6 +42,7 @@ class Target:
         self.threads = threads
         self.isa = isa
         self.launch = launch
+        self.shared_bytes = shared_bytes
         self._backend = backend
 
     @cached_property

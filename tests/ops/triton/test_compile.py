@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,16 @@ from pathlib import Path
 import pytest
 
 from quire.core.errors import ConfigError
+from quire.ops.triton.implementations import implementations
 from quire.ops.triton.library import is_installed
 
 if not is_installed():
     pytest.skip("Triton is not installed", allow_module_level=True)
+
+QUANTIZED = ("linear_fp8", "linear_int4", "linear_int8")
+SERVED = {implementation.op for implementation in implementations()}
+PLAIN = ("draw", *sorted(SERVED - {"draw", *QUANTIZED}), "fused")
+"""`draw` is first: it takes longest to compile, and is left out where it need not be compiled again."""
 
 SPILLS = """
 import torch, triton, triton.language as tl
@@ -45,15 +52,25 @@ def without_interpreter(tmp_path: Path, *command: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize(
-    ("arch", "options"),
-    [("sm_90", ("--rows=1", "--rows=256")), ("gfx942", ("--rows=1", "--op=rms_norm", "--op=fused"))],
+    ("arch", "shape", "ops", "rows", "expected"),
+    [
+        ("sm_90", "Qwen3-0.6B", PLAIN, (1, 256), {"rms_norm_kernel", "qkv_kernel", "prefill_kernel"}),
+        ("sm_90", "Qwen3-0.6B", QUANTIZED, (16,), {"linear_kernel", "int4_kernel", "quantize_rows_kernel"}),
+        ("gfx942", "Qwen3-30B-A3B", (*PLAIN[1:], *QUANTIZED), (16,), {"qkv_kernel", "int4_kernel", "expert_kernel"}),
+    ],
+    ids=["sm_90", "sm_90-quantized", "gfx942"],
 )
 def test_kernels_of_a_real_model_need_no_more_than_there_is(
-    tmp_path: Path, arch: str, options: tuple[str, ...]
+    tmp_path: Path, arch: str, shape: str, ops: tuple[str, ...], rows: tuple[int, ...], expected: set[str]
 ) -> None:
-    ran = without_interpreter(tmp_path, "-m", "quire.ops.triton.compile_only", arch, "Qwen3-0.6B", *options)
+    options = [f"--op={op}" for op in ops] + [f"--rows={count}" for count in rows]
+    ran = without_interpreter(tmp_path, "-m", "quire.ops.triton.compile_only", arch, shape, *options)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert {"rms_norm_kernel", "qkv_kernel"} <= set(ran.stdout.split())
+    assert expected <= set(ran.stdout.split())
+    # One matrix instruction for few rows and for many, or they would not round alike.
+    products = re.findall(r"\bmfma:(\d+)(?: mfma16:(\d+))?", ran.stdout)
+    assert bool(products) == (arch == "gfx942")
+    assert all(every == of_16 for every, of_16 in products), ran.stdout
 
 
 def test_what_spills_is_told_and_nothing_is_compiled_twice(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from quire.ops.triton.attention_plan import SPLIT, Tiling, TritonPlan, plan_atte
 from quire.ops.triton.kernels.attention import combine_kernel, decode_kernel, prefill_kernel, write_kernel
 from quire.ops.triton.launch import Launch
 from quire.ops.triton.row_tile import choose_decode_rows
+from quire.ops.triton.tiles import shared_bytes_of
 
 _STORED = {
     "float32": torch.float32,
@@ -203,6 +204,7 @@ class TritonAttention:
         key = (group, shape.head_dim)
         if key not in self._tilings:
             tiling = Tiling.of(group, shape.head_dim, self._multiplied)
+            tiling = tiling.within(shared_bytes_of(self.target), self._multiplied.itemsize)
             device = self.target.device
             if self._row_tile is not None:
                 tiling = tiling.with_decode_rows(self._row_tile)

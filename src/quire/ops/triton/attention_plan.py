@@ -53,6 +53,11 @@ class Tiling:
             num_stages=2 if wide or padded > 128 else 3,
         )
 
+    def within(self, shared_bytes: int, itemsize: int) -> Tiling:
+        """As many stages as there is shared memory for: what does not fit there is kept in registers, and spilled."""
+        stage = 2 * self.keys * self.padded_dim * itemsize
+        return replace(self, num_stages=max(2, min(self.num_stages, shared_bytes // stage)))
+
     def with_decode_rows(self, rows: int) -> Tiling:
         return replace(self, decode_rows=max(rows, self.decode_rows))
 

@@ -26,6 +26,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from quire.core.errors import ConfigError
 from quire.ops.target import Target
+from quire.ops.triton.launch import HIP_OPTIONS, OPTIONS
 from quire.ops.triton.library import TRITON, interprets
 from quire.ops.triton.real_shapes import FUSED, ROWS, SHAPES, call, served_ops
 
@@ -50,6 +51,7 @@ _TOLD = {
     "bulk": r"\bcp\.async\.bulk",
     "ld128": r"\bld\.global\S*\.v(?:4\.[bfu]32|2\.[bfu]64|8\.b16)",
     "mfma": r"\bv_mfma",
+    "mfma16": r"\bv_mfma_\w*_16x16x",
     "load128": r"\b(?:global|buffer)_load_dwordx4",
 }
 """Instructions of a kernel's assembly that are counted: matrix products, copies to shared memory, 16-byte loads."""
@@ -100,6 +102,7 @@ class CompileOnly:
         self.arch = arch
         self.compiled: list[Compiled] = []
         self._gpu = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+        self._options = HIP_OPTIONS if self._gpu.backend == "hip" else OPTIONS
         self._backend = make_backend(self._gpu)
         self._binders: dict[Any, Any] = {}
         self._seen: set[str] = set()
@@ -110,7 +113,7 @@ class CompileOnly:
         assert all(grid), f"an empty grid {grid} of {kernel.__name__}"
         if kernel not in self._binders:
             self._binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, self._backend)
-        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+        options = {"num_warps": num_warps, "num_stages": num_stages, **self._options}
         bound, specialization, rest = self._binders[kernel](*args, **constexprs, **options)
         key = f"{kernel.cache_key} {specialization} {rest}"
         if key in self._seen:
@@ -162,7 +165,7 @@ def _amd_registers(assembly: str) -> tuple[int, int]:
 
 def compile_ops(launch: CompileOnly, *, shapes: Sequence[str], rows: Sequence[int], ops: Sequence[str] = ()) -> None:
     """What Triton serves of `ops` (of all and "fused", if empty), in bfloat16, at `shapes` of `SHAPES`."""
-    target = Target("cpu", torch.bfloat16, isa=TRITON, launch=launch)
+    target = Target("cpu", torch.bfloat16, isa=TRITON, launch=launch, shared_bytes=_MOST_SHARED[launch.arch])
     for op in (*served_ops(target), FUSED):
         if op in ops or not ops:
             for shape in SHAPES:

@@ -38,7 +38,7 @@ class TritonInt4Linear:
 
     def __init__(self, target: Target) -> None:
         self._launch: Launch = target.launch
-        self._shared_bytes = shared_bytes_of(target.device)
+        self._shared_bytes = shared_bytes_of(target)
         self._tickets = torch.zeros(PROGRAMS * MOST_PARTS, dtype=torch.int32, device=target.device)
 
     def pack(self, weight: Int4Weight) -> PackedInt4:

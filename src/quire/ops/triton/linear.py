@@ -29,6 +29,7 @@ _ROW_TILES_TOGETHER = 8
 class _Job:
     """One weight of a launch. `parts` and `steps`: see `parts_of`."""
 
+    n: int
     values_nk: Tensor
     scale_n: Tensor | None
     bias_n: Tensor | None
@@ -41,7 +42,7 @@ class TritonLinear:
 
     def __init__(self, target: Target) -> None:
         self._launch: Launch = target.launch
-        self._shared_bytes = shared_bytes_of(target.device)
+        self._shared_bytes = shared_bytes_of(target)
         # Made now: a captured graph would fill it with zeros at every replay, and only then.
         self._tickets = torch.zeros(PROGRAMS * MOST_PARTS, dtype=torch.int32, device=target.device)
 
@@ -72,12 +73,13 @@ class TritonLinear:
             rows, scale_t = quantize(self._launch, rows, torch.int8)
         elif rows.stride(1) != 1:
             rows = rows.contiguous()
+        t = rows.shape[0]
         jobs = [_job(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         results: list[Tensor] = []
-        for some in _launches(jobs, len(rows)):
-            sizes = [len(job.values_nk) for job in some]
-            out = torch.empty(len(rows), sum(sizes), dtype=dtype, device=x_tk.device)
-            if len(rows):
+        for some in _launches(jobs, t):
+            sizes = [job.n for job in some]
+            out = torch.empty(t, sum(sizes), dtype=dtype, device=x_tk.device)
+            if t:
                 self._run(rows, scale_t, some, out)
             side_by_side = out.view(*x_tk.shape[:-1], sum(sizes))
             for last, size in zip(accumulate(sizes), sizes, strict=True):
@@ -88,10 +90,10 @@ class TritonLinear:
         (t, k), values = x_tk.shape, jobs[0].values_nk
         step = step_of(values)
         cut = any(job.parts > 1 for job in jobs)
-        tile = tile_of(t, [len(job.values_nk) for job in jobs], x_tk, step, cut=cut, shared_bytes=self._shared_bytes)
+        tile = tile_of(t, [job.n for job in jobs], x_tk, step, cut=cut, shared_bytes=self._shared_bytes)
         row_tiles = -(-t // tile.rows)
         programs = row_tiles * sum(
-            -(-len(job.values_nk) // tile.features) * (job.parts if tile.form == "split" else 1) for job in jobs
+            -(-job.n // tile.features) * (job.parts if tile.form == "split" else 1) for job in jobs
         )
         wide = torch.int32 if values.dtype == torch.int8 else torch.float32
         room = programs * tile.features * tile.rows if tile.form == "split" else 1
@@ -113,7 +115,7 @@ class TritonLinear:
             k,
             x_tk.stride(0),
             out_tn.stride(0),
-            *(len(job.values_nk) for job in each),
+            *(job.n for job in each),
             *(job.parts for job in each),
             *(job.steps for job in each),
             COUNT=len(jobs),
@@ -134,7 +136,7 @@ def _job(weight: PlainWeight, bias_n: Tensor | None) -> _Job:
     n, k = weight_shape(weight)
     values, scale = (weight, None) if isinstance(weight, Tensor) else (weight.values_nk, weight.scale_n)
     parts, steps = parts_of(n, k, step_of(values))
-    return _Job(values_nk=values, scale_n=scale, bias_n=bias_n, parts=parts, steps=steps)
+    return _Job(n=n, values_nk=values, scale_n=scale, bias_n=bias_n, parts=parts, steps=steps)
 
 
 def _launches(jobs: Sequence[_Job], t: int) -> Iterator[Sequence[_Job]]:

@@ -79,7 +79,7 @@ class TritonMoe:
 
     def __init__(self, target: Target) -> None:
         self._launch: Launch = target.launch
-        self._shared_bytes = shared_bytes_of(target.device)
+        self._shared_bytes = shared_bytes_of(target)
         self._linear = TritonLinear(target)
         self._int4 = TritonInt4Linear(target)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from quire.ops.draw import DrawTable
 from quire.ops.kernels import select
 from quire.ops.moe import MoeWeights
 from quire.ops.sampling import SamplingRow
+from quire.ops.spans import span_of
 from quire.ops.target import Target
 from quire.ops.triton.blocks import TritonBlocks
 from quire.ops.triton.fused import HeadNorms, RotaryTable, TritonFused
 from quire.ops.triton.implementations import implementations
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, SplitScales, Weight
 
 ROWS = (1, 16, 64, 256, 2048)
 """Decoding alone, among few and among many, and a prefill."""
@@ -181,6 +184,42 @@ def _linear(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
     kernel.wide(_empty(target, min(rows, 256), shape.hidden), vocabulary, None)
 
 
+def _int8(n: int, k: int) -> list[Weight]:
+    return [Int8Weight(values_nk=torch.empty(n, k, dtype=torch.int8), scale_n=torch.empty(n))]
+
+
+def _fp8(n: int, k: int) -> list[Weight]:
+    return [Fp8Weight(values_nk=torch.empty(n, k, dtype=torch.float8_e4m3fn), scale_n=torch.empty(n))]
+
+
+def _int4(n: int, k: int) -> list[Weight]:
+    """With zero points, and with scales that several groups share."""
+    size = 32
+    nibbles_nk2, scale_ng = torch.empty(n, k // 2, dtype=torch.uint8), torch.empty(n, k // size)
+    zeros = Int4Weight(
+        nibbles_nk2=nibbles_nk2,
+        scale_ng=scale_ng,
+        zero_ng=torch.empty(n, k // size, dtype=torch.uint8),
+        group_size=size,
+    )
+    span = span_of(k, size)
+    scales = SplitScales(
+        step_ns=torch.empty(n, k // span), multiplier_ng=torch.empty(n, k // size, dtype=torch.int8), span=span
+    )
+    return [zeros, replace(zeros, zero_ng=None, split_scales=scales)]
+
+
+def _quantized(weights: Callable[[int, int], list[Weight]]) -> Callable[[Any, Target, ModelShape, int], None]:
+    """What reads the hidden state, and what makes it again: narrow weights are cut in k, wide ones are not."""
+
+    def run(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+        for n, k in ((shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)):
+            for weight in weights(n, k):
+                kernel(_empty(target, rows, k), kernel.pack(weight), None)
+
+    return run
+
+
 def _attention(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
     """Where `rows` decode, and where they are one request's prefill."""
     attention = AttentionShape(
@@ -240,6 +279,9 @@ _CALLS = {
     "gated_activation": _gated_activation,
     "layer_norm": _layer_norm,
     "linear": _linear,
+    "linear_fp8": _quantized(_fp8),
+    "linear_int4": _quantized(_int4),
+    "linear_int8": _quantized(_int8),
     "moe": _moe,
     "rms_norm": _rms_norm,
     "rope": _rope,

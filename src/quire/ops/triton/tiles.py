@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.ops.target import Target
 from quire.ops.triton.kernels.linear import MOST_PARTS as _MOST_PARTS
 
 MOST_PARTS: int = _MOST_PARTS.value
@@ -84,12 +85,14 @@ def tile_of(t: int, outputs: Sequence[int], x: Tensor, step: int, *, cut: bool, 
     )
 
 
-def shared_bytes_of(device: torch.device) -> int:
+def shared_bytes_of(target: Target) -> int:
     """Of a multiprocessor's own memory, for operands that are on their way. Bits do not follow from it."""
-    if device.type != "cuda":
-        return _MOST_SHARED_BYTES
-    properties: Any = torch.cuda.get_device_properties(device)
-    limit = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+    limit = target.shared_bytes
+    if limit is None:
+        if target.device.type != "cuda":
+            return _MOST_SHARED_BYTES
+        properties: Any = torch.cuda.get_device_properties(target.device)
+        limit = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
     return min(_MOST_SHARED_BYTES, int(limit) - 2048)
 
 
