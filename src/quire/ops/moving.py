@@ -10,5 +10,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host, there. A GPU's work goes on meanwhile: out of memory that is not pinned, torch would first
     wait until all that was launched is done."""
     if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        # Dense: of a view torch would make a copy that is not pinned, and wait.
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+        return pinned.to(device, non_blocking=True)
     return tensor.to(device)
