@@ -155,11 +155,11 @@ def linear_kernel(
     if COUNT > 1:
         if job >= jobs0:
             w, w_scale, bias, n, parts, steps, local = w1, scale1, bias1, n1, parts1, steps1, job - jobs0
-            out += n0
+        out += tl.where(job >= jobs0, n0, 0)
     if COUNT > 2:
         if job >= jobs0 + jobs1:
             w, w_scale, bias, n, parts, steps, local = w2, scale2, bias2, n2, parts2, steps2, job - jobs0 - jobs1
-            out += n1
+        out += tl.where(job >= jobs0 + jobs1, n1, 0)
     tile, part = local, 0
     if FORM == "split":
         tile, part = local // parts, local % parts
