@@ -10,8 +10,9 @@ TORCH ?= torch==2.13.0
 serve: setup
 	$(BIN)/quire serve $(ARGS)
 
+# Two at a time, a file of tests after the other; `make test ARGS="-n 0 -x tests/sched"` for one by one.
 test: setup-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

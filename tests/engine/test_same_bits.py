@@ -12,6 +12,9 @@ from quire.config.engine import EngineConfig
 from quire.core.request import EngineRequest, FinishReason
 from quire.core.sampling import SamplingParams
 from quire.engine.build import build_engine
+from quire.engine.graphs import Direct
+from quire.engine.loop import Engine
+from quire.engine.padded import PaddedSteps
 from quire.ops.cpu.library import usable_isas
 
 VOCAB = 384
@@ -71,6 +74,14 @@ def schedules(draw) -> dict[str, object]:
         "threads": draw(st.sampled_from([1, 2])),
         "async_scheduling": draw(st.booleans()),
     }
+
+
+def pad(engine: Engine, tokens: int, requests: int) -> None:
+    """Steps with prompts in them are padded, as on a GPU, where the model's steps can be captured."""
+    runner = engine._runner
+    if runner._decode is not None:
+        model, kv = runner._decoder, runner._kv
+        runner._padded = PaddedSteps(model, kv, Direct(), tokens=tokens, requests=requests, longest=96)
 
 
 def engine_request(name: str, job: Job) -> EngineRequest:
@@ -154,10 +165,14 @@ FORMATS = [
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
 )
-@given(work=st.lists(jobs(), min_size=2, max_size=10), schedule=schedules())
-def test_any_schedule_gives_the_bits_of_each_request_alone(checkpoints, name, formats, work, schedule):
+@given(
+    work=st.lists(jobs(), min_size=2, max_size=10), schedule=schedules(), padded=st.sampled_from([None, None, 32, 96])
+)
+def test_any_schedule_gives_the_bits_of_each_request_alone(checkpoints, name, formats, work, schedule, padded):
     directory = str(checkpoints[name])
     engine = build_engine(EngineConfig(model=directory, max_model_len=96, **schedule, **formats))
+    if padded is not None:
+        pad(engine, padded, schedule["max_num_seqs"])
     # Compiled kernels: the same bits on any number of threads.
     threads = 1 if "quantization" in formats or formats.get("isa") == "avx2" else schedule["threads"]
     outputs = {f"r{index}": [] for index in range(len(work))}
