@@ -120,7 +120,7 @@ class DecodeLoop:
     def _table(table_sb: Tensor, position_s: Tensor, runs_s: Tensor, block_size: int) -> GroupTable:
         block_s = table_sb.gather(1, (position_s // block_size)[:, None])[:, 0]
         slots_s = block_s * block_size + position_s % block_size
-        return GroupTable(slots_t=torch.where(runs_s, slots_s, 0), block_table_rb=table_sb)
+        return GroupTable(slots_t=slots_s.masked_fill(~runs_s, 0), block_table_rb=table_sb)
 
 
 def runs_alone(model: Model) -> bool:

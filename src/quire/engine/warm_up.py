@@ -1,13 +1,13 @@
-"""What a GPU is made to do before the engine says that it is ready: captures, then the largest step.
+"""What a GPU is made to do before the engine says that it is ready: captures, then steps up to the largest.
 
-It has kernels compiled, and shows whether that step fits beside the KV cache and what was captured: better now than in
-the middle of somebody's answer.
+They have kernels compiled, and show whether the largest step fits beside the KV cache and what was captured: better now
+than in the middle of somebody's answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -21,6 +21,8 @@ from quire.ops.draw import DrawTable
 
 CAPTURE_SECONDS = 5.0
 """What is not captured by then is when it is first needed."""
+_SIZES = (16, 32, 64, 128, 129, 512, 2048)
+"""Tokens of steps for which kernels take different tiles, and are compiled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,8 @@ def warm_up(
         is_cuda = kv.data.device.type == "cuda"
         if is_cuda:
             torch.cuda.empty_cache()  # what trying captures out has left to their stream
-        _try_out(model, kv, step)
+        for tokens in (*(size for size in _SIZES if size < step.tokens), step.tokens):
+            _try_out(model, kv, replace(step, tokens=tokens))
         if is_cuda:
             torch.cuda.synchronize(kv.data.device)
     except torch.OutOfMemoryError as error:

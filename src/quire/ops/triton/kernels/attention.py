@@ -6,6 +6,8 @@ SPLIT tokens, a split at multiples of TILE tokens. Inside a split softmax is onl
 folded left to right. A tile that a row does not see changes none of its bits. Sums over keys are matrix products too
 (weights times ones), as the order of a reduction would depend on how many rows share a tile.
 
+Numbers that change from step to step are not specialised on: no variant is compiled while requests wait.
+
 Legend: r rows (query heads of one KV head, of one or several tokens), c keys of a tile, d head dim, padded to D.
 """
 
@@ -120,7 +122,7 @@ def attend_tile(
     return new_top, total, weighted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "requests", "most_items", "programs"])
 def decode_kernel(
     q,
     out,
@@ -248,7 +250,7 @@ def decode_kernel(
             tl.store(partial + place[:, None] * D + i_d[None, :], all_weighted, mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "most_items"])
 def combine_kernel(
     out,
     partial,
@@ -291,7 +293,7 @@ def combine_kernel(
     tl.store(out + place[:, None] + i_d[None, :], weighted.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "table_stride"])
 def prefill_kernel(
     q,
     out,
@@ -405,7 +407,7 @@ def prefill_kernel(
     tl.store(out + q_place[:, None] + i_d[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "most_items"])
 def plan_kernel(
     query_start,
     context_lens,
@@ -456,7 +458,7 @@ def plan_kernel(
         tl.store(items + 2 * (start + j) + 1, first + j, mask=j < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def write_kernel(
     keys,
     values,

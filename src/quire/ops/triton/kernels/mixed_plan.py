@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "requests", "most_items", "most_tiles"])
 def mixed_plan_kernel(
     query_start,
     context_lens,
