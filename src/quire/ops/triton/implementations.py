@@ -26,7 +26,7 @@ _SERVED = (
     ("linear_fp8", "linear", "TritonLinear", "", "8-bit floats, widened on the way to the matrix unit"),
     ("linear_int4", "int4", "TritonInt4Linear", "", "8-bit rows by 4-bit weights, exact within a group or span"),
     ("linear_int8", "linear", "TritonLinear", "", "8-bit rows by 8-bit weights, summed in whole numbers"),
-    ("moe", "moe", "TritonMoe", "", "experts' products in one launch; 4-bit experts one by one"),
+    ("moe", "moe", "TritonMoe", "", "experts' products in one launch, of every format"),
     ("sample", "sampling", "TritonSampling", "sample", _NOTE_OF_SAMPLING),
     ("token_logprobs", "sampling", "TritonSampling", "token_logprobs", _NOTE_OF_SAMPLING),
 )

@@ -19,6 +19,7 @@ from quire.ops.target import Target
 from quire.ops.triton.blocks import TritonBlocks
 from quire.ops.triton.fused import HeadNorms, RotaryTable, TritonFused
 from quire.ops.triton.implementations import implementations
+from quire.ops.weight import Int4Weight, split
 
 ROWS = (1, 16, 64, 256, 2048)
 """Decoding alone, among few and among many, and a prefill."""
@@ -213,20 +214,31 @@ def _attention(kernel: Any, target: Target, shape: ModelShape, rows: int) -> Non
 def _moe(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
     if not shape.experts:
         return
-    linear = select(target).linear
+    linear, int4 = select(target).linear, select(target).linear_int4
+    router = linear.pack(_empty(target, shape.experts, shape.hidden))
 
-    def experts(n: int, k: int) -> list[Any]:
+    def plain(n: int, k: int) -> list[Any]:
         return [linear.pack(weight) for weight in _empty(target, shape.experts, n, k)]
 
-    weights = MoeWeights(
-        router=linear.pack(_empty(target, shape.experts, shape.hidden)),
-        gate=experts(shape.intermediate, shape.hidden),
-        up=experts(shape.intermediate, shape.hidden),
-        down=experts(shape.hidden, shape.intermediate),
-        top_k=shape.experts_per_row,
-        renormalize=True,
-    )
-    kernel(_empty(target, rows, shape.hidden), kernel.join(weights))
+    def in_4_bits(n: int, k: int) -> list[Any]:
+        return [int4.pack(_int4_weight(n, k))] * shape.experts
+
+    for experts in (plain, in_4_bits):
+        weights = MoeWeights(
+            router=router,
+            gate=experts(shape.intermediate, shape.hidden),
+            up=experts(shape.intermediate, shape.hidden),
+            down=experts(shape.hidden, shape.intermediate),
+            top_k=shape.experts_per_row,
+            renormalize=True,
+        )
+        kernel(_empty(target, rows, shape.hidden), kernel.join(weights))
+
+
+def _int4_weight(n: int, k: int) -> Int4Weight:
+    """As quire makes them: groups of 32, whose scales are multiples of a step."""
+    nibbles, scales = torch.zeros(n, k // 2, dtype=torch.uint8), torch.ones(n, k // 32)
+    return split(Int4Weight(nibbles_nk2=nibbles, scale_ng=scales, zero_ng=None, group_size=32))
 
 
 _CALLS = {
