@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quire.ops.activation import gated_activation
-from quire.ops.linear import linear, linear_fp8, linear_int4, linear_int8
+from quire.ops.linear import linear, linear_fp8, linear_fp8_rows, linear_int4, linear_int8
 from quire.ops.op import Inputs, Op, Tolerance, random_int, random_tensor
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight, pack_nibbles, split
 
@@ -88,6 +88,8 @@ def _multiply(x_me: Tensor, weight: Weight) -> Tensor:
             return linear_int8(x_me, weight)
         case Int4Weight():
             return linear_int4(x_me, weight)
+        case Fp8Weight(rounds_rows=True):
+            return linear_fp8_rows(x_me, weight)
         case Fp8Weight():
             return linear_fp8(x_me, weight)
         case _:

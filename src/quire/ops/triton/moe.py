@@ -27,7 +27,7 @@ from quire.ops.triton.kernels.moe import (
 )
 from quire.ops.triton.kernels.moe_int4 import int4_expert_kernel
 from quire.ops.triton.launch import Launch
-from quire.ops.triton.linear import TritonLinear
+from quire.ops.triton.linear import TritonLinear, row_dtype
 from quire.ops.triton.quantize import quantize
 from quire.ops.triton.tiles import FEW_ROWS, rows_tile, shared_bytes_of, stages, step_of
 from quire.ops.weight import Fp8Weight, Int8Weight, weight_shape
@@ -201,11 +201,12 @@ class TritonMoe:
         )
 
     def _multiply(self, x: Tensor, first: _Experts, second: _Experts | None, places: _Places, top_k: int) -> Tensor:
-        (n, k), step = first.sample.shape, step_of(first.sample)
+        narrow = row_dtype(first.kept[0])
+        (n, k), step = first.sample.shape, step_of(first.sample, rounds_rows=narrow is not None)
         out = torch.empty(places.pairs, n, dtype=x.dtype, device=x.device)
         scale = None
-        if first.scales == 2:
-            x, scale = quantize(self._launch, x, torch.int8)
+        if narrow is not None:
+            x, scale = quantize(self._launch, x, narrow)
         features = 128 if places.tile == FEW_ROWS else 64
         self._launch(
             expert_kernel,
@@ -310,7 +311,7 @@ def _experts(weights: Sequence[Any]) -> _Experts | _Int4Experts | None:
         scale_addresses_n=_addresses(scales or values),
         sample=values[0],
         align=_alignment(values),
-        scales=2 if isinstance(weights[0], Int8Weight) else 1 if scales else 0,
+        scales=bool(scales) + (row_dtype(weights[0]) is not None),
         kept=weights,
     )
 

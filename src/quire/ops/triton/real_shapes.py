@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from quire.ops.target import Target
 from quire.ops.triton.blocks import TritonBlocks
 from quire.ops.triton.fused import HeadNorms, RotaryTable, TritonFused
 from quire.ops.triton.implementations import implementations
-from quire.ops.weight import Int4Weight, split
+from quire.ops.weight import Fp8Weight, Int4Weight, Weight, split
 
 ROWS = (1, 16, 64, 256, 2048)
 """Decoding alone, among few and among many, and a prefill."""
@@ -167,7 +168,18 @@ def _sample(kernel: Any, _target: Target, shape: ModelShape, rows: int) -> None:
 
 
 def _linear(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
-    """All products of a layer, those over the same rows in one launch, and the logits of the rows that are sampled."""
+    """All products of a layer, and the logits of the rows that are sampled."""
+    _products(kernel, target, shape, rows, lambda n, k: _empty(target, n, k))
+    vocabulary = kernel.pack(_empty(target, shape.vocab, shape.hidden))
+    kernel.wide(_empty(target, min(rows, 256), shape.hidden), vocabulary, None)
+
+
+def _linear_fp8_rows(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    _products(kernel, target, shape, rows, _fp8_weight)
+
+
+def _products(kernel: Any, target: Target, shape: ModelShape, rows: int, weight: Callable[[int, int], Weight]) -> None:
+    """Of a layer, those over the same rows in one launch. `weight`: of (outputs, inputs)."""
     heads, kv_heads = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     products: list[tuple[int, tuple[int, ...]]] = [
         (shape.hidden, (heads, kv_heads, kv_heads)),
@@ -176,10 +188,12 @@ def _linear(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
     if not shape.experts:
         products += [(shape.hidden, (shape.intermediate,) * 2), (shape.intermediate, (shape.hidden,))]
     for k, sizes in products:
-        weights = [kernel.pack(_empty(target, n, k)) for n in sizes]
+        weights = [kernel.pack(weight(n, k)) for n in sizes]
         kernel.group(_empty(target, rows, k), weights, [None] * len(sizes))
-    vocabulary = kernel.pack(_empty(target, shape.vocab, shape.hidden))
-    kernel.wide(_empty(target, min(rows, 256), shape.hidden), vocabulary, None)
+
+
+def _fp8_weight(n: int, k: int) -> Fp8Weight:
+    return Fp8Weight(values_nk=torch.empty(n, k, dtype=torch.float8_e4m3fn), scale_n=torch.empty(n), rounds_rows=True)
 
 
 def _attention(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
@@ -223,7 +237,10 @@ def _moe(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
     def in_4_bits(n: int, k: int) -> list[Any]:
         return [int4.pack(_int4_weight(n, k))] * shape.experts
 
-    for experts in (plain, in_4_bits):
+    def in_8_bits(n: int, k: int) -> list[Any]:
+        return [linear.pack(_fp8_weight(n, k))] * shape.experts
+
+    for experts in (plain, in_4_bits, in_8_bits):
         weights = MoeWeights(
             router=router,
             gate=experts(shape.intermediate, shape.hidden),
@@ -251,6 +268,7 @@ _CALLS = {
     "gated_activation": _gated_activation,
     "layer_norm": _layer_norm,
     "linear": _linear,
+    "linear_fp8_rows": _linear_fp8_rows,
     "moe": _moe,
     "rms_norm": _rms_norm,
     "rope": _rope,

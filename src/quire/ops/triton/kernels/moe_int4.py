@@ -24,7 +24,7 @@ def one_product(
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """`[f, m]` of one weight of an expert. `tables`: addresses `[4, experts]` of nibbles, scales, zeros, multipliers."""
+    """`[f, m]` of one weight of an expert. `tables` `[4, experts]`: of nibbles, scales, zeros, multipliers."""
     w = tl.multiple_of(tl.load(tables + expert).to(tl.pointer_type(tl.uint8)), ALIGN)
     scale = tl.load(tables + experts + expert).to(tl.pointer_type(tl.float32))
     zero = tl.load(tables + 2 * experts + expert).to(tl.pointer_type(tl.uint8))
