@@ -350,12 +350,14 @@ def _pair_tile(experts_tk: Tensor, weights: TritonMoeWeights) -> int:
 
 
 def _most_pairs(experts: _Experts | _Int4Experts) -> int:
-    """Of a tile. Odd rows and float32 pass through registers."""
+    """Of a tile. Odd rows and float32 pass through registers; sums of 8-bit floats have two accumulators each."""
     if isinstance(experts, _Int4Experts):
         return MOST_ROWS
     if experts.sample.shape[1] % 16 != 0:
         return 16
-    return 32 if experts.sample.dtype == torch.float32 else FEW_ROWS
+    if experts.sample.dtype == torch.float32:
+        return 32
+    return 64 if row_dtype(experts.kept[0]) == torch.float8_e4m3fn else FEW_ROWS
 
 
 def _power_above(size: int) -> int:
