@@ -94,6 +94,18 @@ def test_tokens_are_those_of_the_reference(checkpoints, name):
     assert tokens_of(ahead, SAMPLINGS) == tokens_of(reference, SAMPLINGS)
 
 
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_with_rows_in_8_bit_floats_tokens_are_those_of_the_reference(checkpoints, name):
+    """In the stack, and in experts."""
+    settings = {"dtype": "float32", "quantization": "fp8_dynamic"}
+    ahead = engine_of(checkpoints / name, isa="triton", async_scheduling=True, **settings)
+    assert ahead._runner._decode is not None
+    assert (ahead._runner._decoder.stack is not None) == (name == "dense")
+    assert ahead._runner._decoder.layers[0].attention.q.weight.rounds_rows
+    reference = engine_of(checkpoints / name, isa="reference", **settings)
+    assert tokens_of(ahead, SAMPLINGS[:2]) == tokens_of(reference, SAMPLINGS[:2])
+
+
 def test_in_few_launches_layers_have_the_bits_of_the_ops(checkpoints):
     """Greedily, with log-probabilities to the last bit, in bfloat16 and with an 8-bit cache."""
     sampling = [SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, seed=0, logprobs=2)]

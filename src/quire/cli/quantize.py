@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from quire.cli.flags import ConfigFile, settings
-from quire.config.engine import EngineConfig, Quantization
+from quire.config.engine import EngineConfig
 from quire.core.errors import ConfigError
 
 Method = Literal["rtn", "gptq"]
+Format = Literal["int8", "int4", "fp8"]
 
 GROUP_SIZES = (32, 64, 128)
 FEWEST_TOKENS = 512
@@ -23,7 +24,7 @@ def quantize(
     out: Path,
     /,
     *,
-    format: Annotated[Quantization, Parameter(name="--format")],  # noqa: A002 - the flag's name
+    format: Annotated[Format, Parameter(name="--format")],  # noqa: A002 - the flag's name
     group_size: int = 32,
     method: Method | None = None,
     calibration: Path | None = None,
@@ -80,7 +81,7 @@ def quantize(
     print(f"{out}: {format_bytes(written)}, from {format_bytes(source.checkpoint.weight_bytes)}.")
 
 
-def _check(form: Quantization, group_size: int, method: Method, calibration: Path | None) -> None:
+def _check(form: Format, group_size: int, method: Method, calibration: Path | None) -> None:
     if group_size not in GROUP_SIZES:
         raise ConfigError(f"--group-size is {group_size}.", param="group_size", remedy="It must be 32, 64 or 128.")
     if method == "gptq" and calibration is None:

@@ -8,7 +8,7 @@ from typing import Literal
 KVCacheDType = Literal["auto", "bf16", "int8", "fp8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["fcfs", "priority", "fair"]
-Quantization = Literal["int8", "int4", "fp8"]
+Quantization = Literal["int8", "int4", "fp8", "fp8_dynamic"]
 Isa = Literal["amx", "avx512_bf16", "avx512", "avx2", "portable", "reference", "triton"]
 RunnerKind = Literal["auto", "generate", "pooling"]
 PoolingMethod = Literal["cls", "last", "mean"]
@@ -48,7 +48,8 @@ class EngineConfig:
     """Whose code runs the model: quire's, or that of transformers with quire's attention and cache; auto takes quire's
     for architectures that it has."""
     quantization: Quantization | None = None
-    """Round the weights of linear layers to this format while they load; a quantised checkpoint needs no flag."""
+    """Round the weights of linear layers to this format while they load; a quantised checkpoint needs no flag.
+    fp8_dynamic, on a GPU, rounds each token's activations as well, of FP8 checkpoints too."""
     packed_weights_cache: str | None = None
     """Directory that keeps the weights as the CPU kernels have them, for the next start; nothing is kept otherwise."""
     packed_weights_cache_size: float = 64.0

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from quire.config.engine import ModelImpl
+from quire.config.engine import ModelImpl, Quantization
 from quire.core.errors import ConfigError, NotEnoughMemory
 from quire.models.arch import Arch
 from quire.models.build import build_decoder
@@ -21,12 +21,12 @@ from quire.models.fallback.choice import by_transformers
 from quire.models.model import Model
 from quire.models.packed_weights import EarlyPacked, linear_shapes
 from quire.models.parameters import elements_per_row, list_parameters, unexpected_tensors
-from quire.models.quantization.scheme import Format
 from quire.models.serving import DEFAULT_SERVING, Serving, check_wish, identify_served
 from quire.models.stack import stack_of
 from quire.models.upload import Upload
 from quire.models.weights import WeightStream, at_path, held_bytes
 from quire.nn.kv import KVCache
+from quire.ops.cpu.library import REFERENCE
 from quire.ops.kernels import select
 from quire.ops.target import Target
 
@@ -102,7 +102,7 @@ def load_model(
     directory: Path,
     *,
     dtype: str = "auto",
-    quantization: Format | None = None,
+    quantization: Quantization | None = None,
     device: str = "cpu",
     max_model_len: int | None = None,
     threads: int | None = None,
@@ -142,6 +142,9 @@ def load_model(
         kv_cache_dtype=kv_cache_dtype,
         backend=early and early.backend,
     )
+    kernels = select(target)
+    if quantization == "fp8_dynamic":
+        check_fp8_rows(target)
     packed = None if early is None else early.packed
     compiled = target.unfit_for_cpu_kernels() is None
     weight_bytes = sum(parameter.nbytes(torch_dtype.itemsize, compiled=compiled) for parameter in parameters)
@@ -150,7 +153,7 @@ def load_model(
         weights = WeightStream(
             checkpoint, parameters, torch_dtype, torch_device, rounding=target.rounding, upload=upload, packed=packed
         )
-        decoder = build_decoder(arch, weights, select(target), max_model_len=length)
+        decoder = build_decoder(arch, weights, kernels, max_model_len=length)
     decoder.stack = stack_of(decoder)
     weights.drop_pages()
     if early is not None and early.kept is not None:
@@ -167,6 +170,17 @@ def load_model(
         max_model_len=length,
         unexpected_tensors=unexpected_tensors(checkpoint, family, arch, parameters),
     )
+
+
+def check_fp8_rows(target: Target) -> None:
+    """Raises ConfigError where products of 8-bit floats are not served, but by the reference for which one asks."""
+    why_not = target.unfit_for_fp8_rows()
+    if why_not is not None and target.isa != REFERENCE:
+        raise ConfigError(
+            f"quantization is 'fp8_dynamic', which needs a GPU that multiplies 8-bit floats; here: {why_not}.",
+            param="quantization",
+            remedy="Take fp8, whose activations stay as they are, or int8.",
+        )
 
 
 def check_room(weight_bytes: int, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quire.config.engine import ModelImpl
+from quire.config.engine import ModelImpl, Quantization
 from quire.core.errors import CheckpointError, MissingFile
 from quire.core.json_file import open_regular
 from quire.models.arch import Arch
@@ -29,7 +29,6 @@ from quire.models.dtype import resolve_dtype
 from quire.models.fallback.choice import by_transformers
 from quire.models.mapped_files import MappedFiles
 from quire.models.parameters import Parameter, list_parameters
-from quire.models.quantization.scheme import Format
 from quire.models.serving import DEFAULT_SERVING, Serving, identify_served
 from quire.models.slots import EMBEDDING, HEAD, POOLING
 from quire.ops.cpu.library import REFERENCE, kernels_module, open_backend
@@ -145,7 +144,7 @@ def pack_early(
     directory: Path,
     *,
     dtype: str,
-    quantization: Format | None,
+    quantization: Quantization | None,
     threads: int | None,
     isa: str | None,
     serving: Serving = DEFAULT_SERVING,

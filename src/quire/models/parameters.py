@@ -11,13 +11,21 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from quire.config.engine import Quantization
 from quire.core.errors import BadValue, ConfigError, MissingTensor, ShapeMismatch
 from quire.models.arch import Arch
 from quire.models.checkpoint import Checkpoint
 from quire.models.family import Cut, Family
 from quire.models.model_config import ModelConfig
 from quire.models.quantization.config import read_quantization
-from quire.models.quantization.scheme import DEFAULT_GROUP_SIZE, Format, Scheme, is_absorbed, is_linear, rounded_scheme
+from quire.models.quantization.scheme import (
+    DEFAULT_GROUP_SIZE,
+    FP8_DYNAMIC,
+    Scheme,
+    is_absorbed,
+    is_linear,
+    rounded_scheme,
+)
 from quire.models.quantization.storage import Storage, mxfp4_parts
 from quire.models.slots import EMBEDDING, HEAD, slots
 
@@ -79,17 +87,18 @@ def list_parameters(
     family: Family,
     arch: Arch,
     *,
-    quantization: Format | None = None,
+    quantization: Quantization | None = None,
     group_size: int = DEFAULT_GROUP_SIZE,
 ) -> list[Parameter]:
-    """All parameters, each checked against the headers. `quantization` is what a plain checkpoint is rounded to.
+    """All parameters, each checked against the headers. `quantization` is what a plain checkpoint is rounded to;
+    fp8_dynamic of an FP8 checkpoint leaves the weights and rounds rows.
 
     Raises MissingTensor, ShapeMismatch, BadValue, and ConfigError for `quantization` of what is quantised already.
     """
     file = str(checkpoint.directory / "config.json")
     stored = read_quantization(ModelConfig(checkpoint.config, file))
     expands = stored is not None and stored.method == "mxfp4"
-    if stored is not None and quantization is not None and not expands:
+    if stored is not None and quantization not in (None, FP8_DYNAMIC) and not expands:
         raise ConfigError(
             f"quantization is {quantization!r}, but the checkpoint is quantised already ({stored.method}).",
             param="quantization",
@@ -113,7 +122,9 @@ def list_parameters(
         if stored is not None and not expands and is_linear(path, shape):
             storage = stored.storage_of(tensor.removesuffix(".weight"))
             scheme = storage.scheme(shape, f"{file}: the weights of {tensor!r}") if storage is not None else None
-        elif quantization is not None:
+            if scheme is not None and quantization == FP8_DYNAMIC:
+                scheme = _rounding_rows(scheme, tensor)
+        elif quantization is not None and (stored is None or expands):
             scheme = rounded_scheme(quantization, path, shape, group_size)
         share = arch.experts.top_k / arch.experts.num if arch.experts is not None and ".experts." in path else 1.0
         parameter = Parameter(
@@ -130,7 +141,7 @@ def list_parameters(
         )
         _check(checkpoint, parameter)
         parameters.append(parameter)
-    if quantization is not None and arch.tie_word_embeddings and arch.lm_head:
+    if quantization is not None and (stored is None or expands) and arch.tie_word_embeddings and arch.lm_head:
         parameters += _tied_head(parameters, quantization)
     return parameters
 
@@ -162,7 +173,17 @@ def elements_per_row(parameters: Iterable[Parameter]) -> int:
     return round(sum(parameter.num_elements * parameter.share for parameter in parameters))
 
 
-def _tied_head(parameters: Sequence[Parameter], quantization: Format) -> list[Parameter]:
+def _rounding_rows(scheme: Scheme, tensor: str) -> Scheme:
+    if scheme.format != "fp8":
+        raise ConfigError(
+            f"quantization is {FP8_DYNAMIC!r}, but {tensor!r} of the checkpoint is {scheme.format}.",
+            param="quantization",
+            remedy="Leave it out, or name an FP8 checkpoint or a plain one.",
+        )
+    return replace(scheme, rounds_rows=True)
+
+
+def _tied_head(parameters: Sequence[Parameter], quantization: Quantization) -> list[Parameter]:
     """A quantised copy of the embedding, which itself stays as it is: its rows are looked up, not multiplied by."""
     embedding = next(parameter for parameter in parameters if parameter.path == EMBEDDING)
     scheme = rounded_scheme(quantization, HEAD, embedding.shape)

@@ -85,7 +85,13 @@ def table_of(samplings: Sequence[SamplingParams], device: torch.device) -> DrawT
 
 
 def drawable(sampling: SamplingParams) -> bool:
-    """Whether a request's tokens can be drawn without the host: parameters of a `DrawTable` say it all."""
+    """Whether a request's tokens can be drawn without the host: parameters of a `DrawTable` say it all.
+
+    `typical_p` does not. A nucleus is found by sums over ranks that are the weights themselves, so that a bucket's are
+    of one binade and add up to the same double in any order. Typical ranks are distances from the entropy: a bucket
+    has weights of any size, the definition adds them up in order of id, and another order rounds otherwise. Many
+    programs could not make these sums, and one that makes them token by token is slower than the host.
+    """
     return (
         sampling.logprobs is None
         and sampling.prompt_logprobs is None

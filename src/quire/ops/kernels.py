@@ -26,8 +26,8 @@ from quire.ops.stack import BuildStack
 from quire.ops.target import Target
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, PackedWeight, Weight
 
-BESIDE_STACK = ("activation", "draw", "latent_attention", "latent_index")
-"""Ops that a stack's layers have none of."""
+BESIDE_STACK = ("activation", "draw", "latent_attention", "latent_index", "linear_fp8_rows")
+"""Ops that a stack's layers have none of, or that weights of a stack's own format go by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,7 @@ class Kernels:
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     linear: LinearKernel
     linear_fp8: LinearKernel
+    linear_fp8_rows: LinearKernel
     linear_int4: LinearKernel
     linear_int8: LinearKernel
     moe: MoeKernel
@@ -76,6 +77,8 @@ class Kernels:
                 return self.linear_int8
             case Int4Weight():
                 return self.linear_int4
+            case Fp8Weight(rounds_rows=True):
+                return self.linear_fp8_rows
             case Fp8Weight():
                 return self.linear_fp8
             case _:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 from quire.ops.op import Inputs, Op, Tolerance, random_int, random_tensor
 from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight, dequantize, pack_nibbles, split
 
+FP8_MOST = 448.0
+"""The largest number of float8_e4m3fn."""
+
 
 class LinearKernel(Protocol):
-    """What serves `linear`, `linear_int8`, `linear_int4` or `linear_fp8`."""
+    """What serves `linear`, `linear_int8`, `linear_int4`, `linear_fp8` or `linear_fp8_rows`."""
 
     def pack(self, weight: Weight) -> Any:
         """The weight in the kernel's own layout, made once at load; a copy, unless the layout is the plain one."""
@@ -54,6 +58,25 @@ def linear_int4(x_tk: Tensor, weight: Int4Weight, bias_n: Tensor | None = None) 
 def linear_fp8(x_tk: Tensor, weight: Fp8Weight, bias_n: Tensor | None = None) -> Tensor:
     """Weights in 8-bit floating point; x stays as it is."""
     return _with_bias(x_tk.double() @ dequantize(weight).double().T, bias_n, x_tk.dtype)
+
+
+def linear_fp8_rows(x_tk: Tensor, weight: Fp8Weight, bias_n: Tensor | None = None) -> Tensor:
+    """W8A8 of 8-bit floats: each row of x is rounded to them too, with one scale; products are exact."""
+    values_tk, scale_t1 = quantize_rows_fp8(x_tk)
+    y_tn = values_tk.double() @ weight.values_nk.double().T * scale_t1.double() * weight.scale_n.double()
+    return _with_bias(y_tn, bias_n, x_tk.dtype)
+
+
+def quantize_rows_fp8(x_tk: Tensor) -> tuple[Tensor, Tensor]:
+    """(float8_e4m3fn `[t, k]`, float32 scale `[t, 1]`) with x close to values * scale.
+
+    The scale is a row's largest magnitude / 448; ties round to even. A row of zeros has scale 0.
+    """
+    wide_tk = x_tk.float()
+    largest_t1 = wide_tk.abs().amax(-1, keepdim=True)
+    inverse_t1 = torch.where(largest_t1 > 0, 1.0 / largest_t1 * FP8_MOST, 0.0)
+    values_tk = (wide_tk * inverse_t1).clamp_(-FP8_MOST, FP8_MOST)
+    return values_tk.to(torch.float8_e4m3fn), largest_t1 * (1.0 / FP8_MOST)
 
 
 def quantize_rows(x_tk: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +145,11 @@ def _fp8_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> In
     return {**_x_and_bias(rows, k, n, dtype, generator), "weight": weight}
 
 
+def _fp8_rows_inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    inputs = _fp8_inputs(rows, dtype, generator)
+    return {**inputs, "weight": replace(inputs["weight"], rounds_rows=True)}
+
+
 _TOLERANCES = {
     torch.float32: Tolerance(relative=1e-5, absolute=1e-5),
     torch.bfloat16: Tolerance(relative=1.6e-2, absolute=1e-2),
@@ -137,4 +165,5 @@ LINEAR = _op("linear", linear, _inputs)
 LINEAR_INT8 = _op("linear_int8", linear_int8, _int8_inputs)
 LINEAR_INT4 = _op("linear_int4", linear_int4, _int4_inputs)
 LINEAR_FP8 = _op("linear_fp8", linear_fp8, _fp8_inputs)
-LINEARS: Sequence[Op] = (LINEAR, LINEAR_INT8, LINEAR_INT4, LINEAR_FP8)
+LINEAR_FP8_ROWS = _op("linear_fp8_rows", linear_fp8_rows, _fp8_rows_inputs)
+LINEARS: Sequence[Op] = (LINEAR, LINEAR_INT8, LINEAR_INT4, LINEAR_FP8, LINEAR_FP8_ROWS)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from quire.ops.activation import gated_activation
-from quire.ops.linear import linear, linear_fp8, linear_int4, linear_int8
+from quire.ops.linear import linear, linear_fp8, linear_fp8_rows, linear_int4, linear_int8
 from quire.ops.op import Inputs, Op, Tolerance, random_int, random_tensor
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight, pack_nibbles
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, Weight, pack_nibbles, split
 
 Ffn = Callable[[int, Tensor], Tensor]
 """From (expert, its rows `[m, e]`) to what the expert makes of them, `[m, e]`."""
@@ -88,6 +88,8 @@ def _multiply(x_me: Tensor, weight: Weight) -> Tensor:
             return linear_int8(x_me, weight)
         case Int4Weight():
             return linear_int4(x_me, weight)
+        case Fp8Weight(rounds_rows=True):
+            return linear_fp8_rows(x_me, weight)
         case Fp8Weight():
             return linear_fp8(x_me, weight)
         case _:
@@ -100,10 +102,12 @@ def _random_weight(kind: int, n: int, k: int, dtype: torch.dtype, generator: tor
         case 0:
             values = torch.randint(-127, 128, (n, k), generator=generator).to(torch.int8)
             return Int8Weight(values_nk=values, scale_n=scale_n / 64)
-        case 1:
+        case 1 | 3 | 4:
             nibbles = pack_nibbles(torch.randint(0, 16, (n, k), generator=generator))
             scale_ng = scale_n[:, None].repeat(1, k // 32) / 4
-            return Int4Weight(nibbles_nk2=nibbles, scale_ng=scale_ng, zero_ng=None, group_size=32)
+            zero = torch.randint(0, 16, (n, k // 32), dtype=torch.uint8, generator=generator) if kind == 3 else None
+            weight = Int4Weight(nibbles_nk2=nibbles, scale_ng=scale_ng, zero_ng=zero, group_size=32)
+            return split(weight) if kind == 4 else weight
         case 2:
             values = random_tensor(n, k, dtype=torch.float8_e4m3fn, generator=generator)
             return Fp8Weight(values_nk=values, scale_n=scale_n)
@@ -113,7 +117,7 @@ def _random_weight(kind: int, n: int, k: int, dtype: torch.dtype, generator: tor
 
 def _inputs(rows: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     e, i, n = (random_int(1, most, generator) for most in (4, 3, 12))
-    e, i, kind = 32 * e, 32 * i, random_int(0, 5, generator)
+    e, i, kind = 32 * e, 32 * i, random_int(0, 6, generator)
 
     def experts(outputs: int, inputs: int) -> list[Weight]:
         return [_random_weight(kind, outputs, inputs, dtype, generator) for _ in range(n)]

@@ -82,3 +82,12 @@ class Target:
         if self.isa != TRITON:
             return f"it computes on GPUs, not on {self.device.type}"
         return None if interprets() else "on a CPU it needs the variable TRITON_INTERPRET=1"
+
+    def unfit_for_fp8_rows(self) -> str | None:
+        """As above, for products of 8-bit floats, of the kind that checkpoints have."""
+        if (why := self.unfit_for_triton()) is not None or self.device.type != "cuda":
+            return why
+        if torch.version.hip:
+            return "AMD's matrix units have other 8-bit floats (e4m3fnuz)"
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return None if (major, minor) >= (8, 9) else f"no matrix unit for 8-bit floats (sm_{major}{minor}, from sm_89)"

@@ -62,10 +62,14 @@ class Int4Weight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8Weight:
-    """`w = value * scale`, with one scale per output feature. `values_nk` float8_e4m3fn, `scale_n` float32."""
+    """`w = value * scale`, with one scale per output feature. `values_nk` float8_e4m3fn, `scale_n` float32.
+
+    `rounds_rows`: rows that it multiplies are rounded to such floats as well, which is the op `linear_fp8_rows`.
+    """
 
     values_nk: Tensor
     scale_n: Tensor
+    rounds_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -229,6 +229,29 @@ def test_values_are_those_that_were_packed(name: str, plain: Path, tmp_path: Pat
     assert plan.weight_bytes == model.weight_bytes
 
 
+@pytest.mark.parametrize("name", ["float", "float-static"])
+def test_rows_of_an_fp8_checkpoint_are_rounded_if_one_asks(name: str, plain: Path, tmp_path: Path) -> None:
+    quantization, pack, _ = CASES[name]
+    values = store(plain, tmp_path, quantization, pack)
+    model = load_model(tmp_path, isa="reference", quantization="fp8_dynamic")
+    weight = model.decoder.layers[0].mlp.down.weight
+    assert weight.rounds_rows
+    assert torch.equal(dequantize(weight), values["mlp.down"].float())
+    assert model.decoder.head.weight.dtype == torch.bfloat16
+    assert model.weight_bytes == load_model(tmp_path, isa="reference").weight_bytes
+    assert not load_model(tmp_path, isa="reference").decoder.layers[0].mlp.down.weight.rounds_rows
+
+
+def test_rows_are_rounded_to_8_bit_floats_of_fp8_weights_and_on_a_gpu_alone(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a GPU") as caught:
+        load_model(plain, quantization="fp8_dynamic")
+    assert caught.value.param == "quantization"
+    quantization, pack, _ = CASES["int"]
+    store(plain, tmp_path, quantization, pack)
+    with pytest.raises(ConfigError, match="of the checkpoint is int8"):
+        load_model(tmp_path, isa="reference", quantization="fp8_dynamic")
+
+
 def test_zero_points_that_are_all_in_the_middle_are_left_out(plain: Path, tmp_path: Path) -> None:
     store(plain, tmp_path, GPTQ | {"sym": False}, gptq(32, True))
     assert load_model(tmp_path, isa="reference").decoder.layers[0].mlp.down.weight.zero_ng is None

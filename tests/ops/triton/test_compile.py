@@ -18,7 +18,7 @@ from quire.ops.triton.library import is_installed
 if not is_installed():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-QUANTIZED = ("linear_fp8", "linear_int4", "linear_int8")
+QUANTIZED = ("linear_fp8", "linear_fp8_rows", "linear_int4", "linear_int8")
 SERVED = {implementation.op for implementation in implementations()}
 PLAIN = ("draw", *sorted(SERVED - {"draw", *QUANTIZED}), "fused")
 """`draw` is first: it takes longest to compile, and is left out where it need not be compiled again."""

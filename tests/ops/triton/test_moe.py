@@ -12,7 +12,7 @@ from quire.ops.target import Target
 from quire.ops.triton.library import TRITON, interprets
 from quire.ops.triton.linear import TritonLinear
 from quire.ops.triton.moe import TritonMoe, TritonMoeWeights
-from quire.ops.weight import Int4Weight, Int8Weight, pack_nibbles
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, pack_nibbles, split
 
 pytestmark = pytest.mark.skipif(not interprets(), reason="needs Triton's interpreter")
 BF16 = torch.bfloat16
@@ -107,3 +107,62 @@ def test_experts_are_read_where_they_lie():
     assert torch.equal(moe_kernel(x, moe_kernel.join(scattered)), moe_kernel(x, moe_kernel.join(weights)))
     router = TritonLinear(Target("cpu", BF16, isa=TRITON)).pack(weights.router)
     assert router.data_ptr() == weights.router.data_ptr()
+
+
+@pytest.mark.parametrize(("zeros", "span"), [(False, False), (True, False), (False, True)])
+def test_experts_in_4_bits_take_one_call(zeros, span):
+    """Of free scales, with zero points, and of scales that are multiples of a step."""
+    generator = torch.Generator().manual_seed(zeros + 2 * span)
+
+    def int4(n: int, k: int) -> Int4Weight:
+        multiples = torch.randint(1, 16, (n, k // 32), generator=generator)
+        weight = Int4Weight(
+            nibbles_nk2=pack_nibbles(torch.randint(0, 16, (n, k), generator=generator)),
+            scale_ng=multiples / 1024.0,
+            zero_ng=torch.randint(0, 16, multiples.shape, generator=generator).to(torch.uint8) if zeros else None,
+            group_size=32,
+        )
+        return split(weight) if span else weight
+
+    wide = 64
+    weights = replace(
+        block(3, 2),
+        gate=[int4(wide, E) for _ in range(3)],
+        up=[int4(wide, E) for _ in range(3)],
+        down=[int4(E, wide) for _ in range(3)],
+        router=torch.randint(-2, 3, (3, E), generator=generator).to(BF16),
+    )
+    moe_kernel = kernel()
+    packed = {
+        name: [moe_kernel._int4.pack(weight) for weight in getattr(weights, name)] for name in ("gate", "up", "down")
+    }
+    joined = moe_kernel.join(replace(weights, **packed))
+    assert isinstance(joined, TritonMoeWeights)
+    x = torch.randint(-2, 3, (20, E), generator=generator).to(BF16) / 2
+    found = moe_kernel(x, joined)
+    torch.testing.assert_close(found, moe(x, weights), rtol=3e-2, atol=3e-2)
+    assert torch.equal(moe_kernel(x[7:8], joined), found[7:8])
+
+
+def test_experts_of_8_bit_floats_take_rows_of_such():
+    generator = torch.Generator().manual_seed(3)
+
+    def fp8(n: int, k: int) -> Fp8Weight:
+        values = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
+        return Fp8Weight(values_nk=values, scale_n=torch.full((n,), k**-0.5), rounds_rows=True)
+
+    weights = replace(
+        block(2, 1),
+        gate=[fp8(I, E) for _ in range(2)],
+        up=[fp8(I, E) for _ in range(2)],
+        down=[fp8(E, I) for _ in range(2)],
+        router=torch.randint(-2, 3, (2, E), generator=generator).to(BF16),
+    )
+    moe_kernel = kernel()
+    joined = moe_kernel.join(weights)
+    assert isinstance(joined, TritonMoeWeights)
+    x = torch.randint(-2, 3, (20, E), generator=generator).to(BF16) / 2
+    found = moe_kernel(x, joined)
+    # A value between two steps of the rows may go to either: a sixteenth of it, of one in many.
+    torch.testing.assert_close(found, moe(x, weights), rtol=5e-2, atol=5e-2)
+    assert torch.equal(moe_kernel(x[7:8], joined), found[7:8])

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quire.config.engine import Quantization
 from quire.core.errors import BadValue, ConfigError, UnknownArchitecture, UnsupportedModel
 from quire.core.json_file import shorten
 from quire.models.checkpoint import Checkpoint
-from quire.models.quantization.scheme import Format
 
 OLDEST = (5, 16)
 INSTALL = "Install it with: pip install 'quire-llm[transformers]'."
@@ -49,7 +49,7 @@ class Known:
     config: Any
 
 
-def know(checkpoint: Checkpoint, quantization: Format | None = None) -> Known:
+def know(checkpoint: Checkpoint, quantization: Quantization | None = None) -> Known:
     """The class that transformers has for the checkpoint.
 
     Raises UnknownArchitecture if there is none or transformers is not installed, UnsupportedModel if paged attention

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quire.config.engine import Quantization
 from quire.core.errors import BadValue, CheckpointError, MissingTensor, QuireError, ShapeMismatch
 from quire.core.json_file import shorten
 from quire.models.arch import Arch, LayerKind, NormKind
@@ -20,7 +21,6 @@ from quire.models.fallback.proof import own_logits, prove, survey
 from quire.models.fallback.rowwise import LinearModule, replace_linears
 from quire.models.fallback.served import TransformersModel, give_body
 from quire.models.load import LoadedModel, model_len
-from quire.models.quantization.scheme import Format
 from quire.models.tensors import CheckpointTensors
 from quire.ops.kernels import Kernels, select
 from quire.ops.target import Target
@@ -29,7 +29,7 @@ _BLOCK = 16
 
 
 def load_by_transformers(
-    checkpoint: Checkpoint, target: Target, *, quantization: Format | None, max_model_len: int | None
+    checkpoint: Checkpoint, target: Target, *, quantization: Quantization | None, max_model_len: int | None
 ) -> LoadedModel:
     """As `load_model`; raises UnsupportedModel for a model whose code does what paged attention cannot see."""
     known = know(checkpoint, quantization)

@@ -29,7 +29,7 @@ def assemble(storage: Storage, scheme: Scheme, parts: Mapping[str, Tensor]) -> Q
             values_nk = parts["weight"]
             scale_n = parts["weight_scale"].float().reshape(-1).expand(len(values_nk)).contiguous()
             if scheme.format == "fp8":
-                return Fp8Weight(values_nk=values_nk, scale_n=scale_n)
+                return Fp8Weight(values_nk=values_nk, scale_n=scale_n, rounds_rows=scheme.rounds_rows)
             return Int8Weight(values_nk=values_nk, scale_n=scale_n)
         case PackedBytes():
             values_nk = (parts["weight_packed"].view(torch.uint8) ^ 128).view(torch.int8)

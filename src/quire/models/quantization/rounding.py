@@ -12,6 +12,7 @@ Legend: n output features, k input features, g groups of input features, j featu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,7 +47,11 @@ def round_weight(weight_nk: Tensor, scheme: Scheme, compiled: CpuRounding | None
             _in_slices(weight_nk, (int8.values_nk, int8.scale_n), _int8_rows)
             return int8
         case "fp8":
-            fp8 = Fp8Weight(values_nk=torch.empty(n, k, dtype=torch.float8_e4m3fn), scale_n=torch.empty(n))
+            fp8 = Fp8Weight(
+                values_nk=torch.empty(n, k, dtype=torch.float8_e4m3fn),
+                scale_n=torch.empty(n),
+                rounds_rows=scheme.rounds_rows,
+            )
             _in_slices(weight_nk, (fp8.values_nk, fp8.scale_n), _fp8_rows)
             return fp8
         case "int4":
@@ -67,7 +72,7 @@ def _round_compiled(weight_nk: Tensor, scheme: Scheme, compiled: CpuRounding) ->
         case "int8":
             return compiled.int8(weight_nk)
         case "fp8":
-            return compiled.fp8(weight_nk)
+            return replace(compiled.fp8(weight_nk), rounds_rows=scheme.rounds_rows)
         case "int4":
             assert not scheme.zero_point, "weights are rounded to symmetric groups only"
             return split(compiled.int4(weight_nk, scheme.group_size))

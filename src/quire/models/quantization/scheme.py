@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from quire.config.engine import Quantization
 from quire.ops.spans import span_of
 
-Format = Quantization
+Format = Literal["int8", "int4", "fp8"]
+FP8_DYNAMIC: Quantization = "fp8_dynamic"
+"""Asked for: fp8, by rows that are rounded to 8-bit floats too."""
 GROUP_SIZES = (32, 64, 128)
 """Of int4: input features that share a scale."""
 DEFAULT_GROUP_SIZE = 32
@@ -26,11 +29,12 @@ _SMALL = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """A format of `quire.ops.weight`. `group_size` and `zero_point` are int4's alone."""
+    """A format of `quire.ops.weight`. `group_size` and `zero_point` are int4's alone, `rounds_rows` is fp8's."""
 
     format: Format
     group_size: int = 0
     zero_point: bool = False
+    rounds_rows: bool = False
 
     def nbytes(self, shape: tuple[int, ...], *, narrow: bool = False) -> int:
         """Bytes of a weight `[n, k]` in this format, with its scales. `narrow`: as the compiled kernels keep what is
@@ -62,15 +66,17 @@ def is_absorbed(parameter: str) -> bool:
 
 
 def rounded_scheme(
-    asked: Format, parameter: str, shape: tuple[int, ...], group_size: int = DEFAULT_GROUP_SIZE
+    asked: Quantization, parameter: str, shape: tuple[int, ...], group_size: int = DEFAULT_GROUP_SIZE
 ) -> Scheme | None:
     """The format that a parameter of an unquantised checkpoint takes when `asked` is asked for; None: it stays.
 
     The output head decides between tokens directly, and gets 8 bits where the other layers get 4. Of fp8, whose
     arithmetic is no cheaper than bfloat16's, it is left out. A row that does not divide into groups takes int8.
     """
-    if not is_linear(parameter, shape) or (parameter == _HEAD and asked == "fp8"):
+    if not is_linear(parameter, shape) or (parameter == _HEAD and asked in ("fp8", FP8_DYNAMIC)):
         return None
+    if asked == "fp8_dynamic":
+        return Scheme(format="fp8", rounds_rows=True)
     if asked == "int4" and (parameter == _HEAD or shape[1] % group_size):
         return Scheme(format="int8")
     return Scheme(format=asked, group_size=group_size if asked == "int4" else 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quire.ops.linear import quantize_rows
+from quire.ops.linear import quantize_rows, quantize_rows_fp8
 from quire.ops.reference.row_invariance import RowSplit
 from quire.ops.weight import Fp8Weight, Int4Weight, QuantizedWeight, dequantize, weight_shape
 
@@ -60,7 +60,11 @@ class ReferenceQuantizedLinear:
 
     def wide(self, x_tk: Tensor, weight: QuantizedWeight, bias_n: Tensor | None) -> Tensor:
         wide_tk = x_tk.float()
-        if not isinstance(weight, Fp8Weight):
+        if isinstance(weight, Fp8Weight):
+            if weight.rounds_rows:
+                values_tk, scale_t1 = quantize_rows_fp8(x_tk)
+                wide_tk = values_tk.float() * scale_t1
+        else:
             group_size = weight.row_group if isinstance(weight, Int4Weight) else weight_shape(weight)[1]
             values_tk, scale_tg = quantize_rows(x_tk, group_size)
             wide_tk = values_tk * scale_tg.repeat_interleave(group_size, dim=1)

@@ -24,9 +24,10 @@ _SERVED = (
     ("rope", "rows", "TritonRope", "", "some heads of a row per program, in float32"),
     ("linear", "linear", "TritonLinear", "", "summed in float32, in parts of k that the weight's shape decides"),
     ("linear_fp8", "linear", "TritonLinear", "", "8-bit floats, widened on the way to the matrix unit"),
+    ("linear_fp8_rows", "linear", "TritonLinear", "", "8-bit floats by 8-bit floats, summed in float32"),
     ("linear_int4", "int4", "TritonInt4Linear", "", "8-bit rows by 4-bit weights, exact within a group or span"),
     ("linear_int8", "linear", "TritonLinear", "", "8-bit rows by 8-bit weights, summed in whole numbers"),
-    ("moe", "moe", "TritonMoe", "", "experts' products in one launch; 4-bit experts one by one"),
+    ("moe", "moe", "TritonMoe", "", "experts' products in one launch, of every format"),
     ("sample", "sampling", "TritonSampling", "sample", _NOTE_OF_SAMPLING),
     ("token_logprobs", "sampling", "TritonSampling", "token_logprobs", _NOTE_OF_SAMPLING),
 )
@@ -38,7 +39,7 @@ def implementations() -> list[Implementation]:
             op=op,
             backend="triton",
             build=_builder(module, name, method),
-            unfit=Target.unfit_for_triton,
+            unfit=Target.unfit_for_fp8_rows if op == "linear_fp8_rows" else Target.unfit_for_triton,
             preference=100,
             note=note,
         )

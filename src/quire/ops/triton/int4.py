@@ -15,8 +15,9 @@ from quire.ops.triton.quantize import quantize
 from quire.ops.triton.tiles import MOST_PARTS, PROGRAMS, parts_of, rows_tile, shared_bytes_of
 from quire.ops.weight import Int4Weight
 
-_FEATURES = 64
-_MOST_ROWS = 64
+FEATURES = 64
+MOST_ROWS = 64
+"""Of a tile."""
 _MOST_STAGES = 10
 
 
@@ -70,12 +71,11 @@ class TritonInt4Linear:
         if t:
             values, scale = quantize(self._launch, rows, torch.bfloat16, weight.span, halves=True)
             parts, steps = parts_of(n, k, weight.span)
-            block = rows_tile(t, _MOST_ROWS)
-            tiles = -(-n // _FEATURES) * -(-t // block)
+            block = rows_tile(t, MOST_ROWS)
+            tiles = -(-n // FEATURES) * -(-t // block)
             form = "one" if parts == 1 else "split" if tiles < PROGRAMS else "loop"
             programs = tiles * parts if form == "split" else tiles
-            stage = weight.span * (_FEATURES // 2 + block * values.element_size())
-            room = programs * _FEATURES * block if form == "split" else 1
+            room = programs * FEATURES * block if form == "split" else 1
             partials = torch.empty(room, dtype=torch.float32, device=x_tk.device)
             self._launch(
                 int4_kernel,
@@ -100,9 +100,15 @@ class TritonInt4Linear:
                 ZEROS=weight.zero_gn is not None,
                 BIAS=bias_n is not None,
                 FORM=form,
-                BLOCK_F=_FEATURES,
+                BLOCK_F=FEATURES,
                 BLOCK_T=block,
                 num_warps=4,
-                num_stages=max(2, min(_MOST_STAGES, self._shared_bytes // 2 // stage)),
+                num_stages=stages_of(weight.span, block, values, self._shared_bytes),
             )
         return out.view(*x_tk.shape[:-1], n)
+
+
+def stages_of(span: int, block: int, values: Tensor, shared_bytes: int) -> int:
+    """Spans that are under way at once, of `FEATURES` by `block` rows: two programs share a multiprocessor's memory."""
+    stage = span * (FEATURES // 2 + block * values.element_size())
+    return max(2, min(_MOST_STAGES, shared_bytes // 2 // stage))

@@ -6,7 +6,7 @@ Legend: t rows, k features in, n features out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -50,7 +50,7 @@ class TritonLinear:
         """As it is; a copy only where it is not dense."""
         if isinstance(weight, Tensor):
             return weight.contiguous()
-        return replace(weight, **{field.name: getattr(weight, field.name).contiguous() for field in fields(weight)})
+        return replace(weight, values_nk=weight.values_nk.contiguous(), scale_n=weight.scale_n.contiguous())
 
     def __call__(self, x_tk: Tensor, weight: PlainWeight, bias_n: Tensor | None = None) -> Tensor:
         """`[..., n]` for rows of any leading shape."""
@@ -69,8 +69,9 @@ class TritonLinear:
     ) -> list[Tensor]:
         rows = x_tk.reshape(-1, x_tk.shape[-1])
         scale_t = None
-        if isinstance(weights[0], Int8Weight):
-            rows, scale_t = quantize(self._launch, rows, torch.int8)
+        narrow = row_dtype(weights[0])
+        if narrow is not None:
+            rows, scale_t = quantize(self._launch, rows, narrow)
         elif rows.stride(1) != 1:
             rows = rows.contiguous()
         t = rows.shape[0]
@@ -88,7 +89,7 @@ class TritonLinear:
 
     def _run(self, x_tk: Tensor, scale_t: Tensor | None, jobs: Sequence[_Job], out_tn: Tensor) -> None:
         (t, k), values = x_tk.shape, jobs[0].values_nk
-        step = step_of(values)
+        step = step_of(values, rounds_rows=scale_t is not None)
         cut = any(job.parts > 1 for job in jobs)
         tile = tile_of(t, [job.n for job in jobs], x_tk, step, cut=cut, shared_bytes=self._shared_bytes)
         row_tiles = -(-t // tile.rows)
@@ -132,10 +133,17 @@ class TritonLinear:
         )
 
 
+def row_dtype(weight: PlainWeight) -> torch.dtype | None:
+    """What rows are rounded to that a weight multiplies; None: they stay."""
+    if isinstance(weight, Int8Weight):
+        return torch.int8
+    return torch.float8_e4m3fn if isinstance(weight, Fp8Weight) and weight.rounds_rows else None
+
+
 def _job(weight: PlainWeight, bias_n: Tensor | None) -> _Job:
     n, k = weight_shape(weight)
     values, scale = (weight, None) if isinstance(weight, Tensor) else (weight.values_nk, weight.scale_n)
-    parts, steps = parts_of(n, k, step_of(values))
+    parts, steps = parts_of(n, k, step_of(values, rounds_rows=row_dtype(weight) is not None))
     return _Job(n=n, values_nk=values, scale_n=scale, bias_n=bias_n, parts=parts, steps=steps)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from quire.ops.activation import gated_activation
 from quire.ops.moe import MoeWeights, add_experts, route
 from quire.ops.target import Target
-from quire.ops.triton.int4 import PackedInt4, TritonInt4Linear
+from quire.ops.triton.int4 import FEATURES, MOST_ROWS, PackedInt4, TritonInt4Linear, stages_of
 from quire.ops.triton.kernels.moe import (
     add_experts_kernel,
     arrange_kernel,
@@ -25,8 +25,9 @@ from quire.ops.triton.kernels.moe import (
     expert_kernel,
     route_kernel,
 )
+from quire.ops.triton.kernels.moe_int4 import int4_expert_kernel
 from quire.ops.triton.launch import Launch
-from quire.ops.triton.linear import TritonLinear
+from quire.ops.triton.linear import TritonLinear, row_dtype
 from quire.ops.triton.quantize import quantize
 from quire.ops.triton.tiles import FEW_ROWS, rows_tile, shared_bytes_of, stages, step_of
 from quire.ops.weight import Fp8Weight, Int8Weight, weight_shape
@@ -52,13 +53,34 @@ class _Experts:
     scales: int
     kept: Sequence[Any]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.sample.shape
+        return n, k
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Int4Experts:
+    """One 4-bit weight of each expert, all like `sample`. `tables`: see `one_product`."""
+
+    tables: Tensor
+    sample: PackedInt4
+    align: int
+    kept: Sequence[PackedInt4]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.sample.nibbles_nk2), 2 * self.sample.nibbles_nk2.shape[1]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TritonMoeWeights:
+    """Gate and up are of one shape and format."""
+
     plain: MoeWeights
-    gate: _Experts
-    up: _Experts
-    down: _Experts
+    gate: _Experts | _Int4Experts
+    up: _Experts | _Int4Experts
+    down: _Experts | _Int4Experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +96,8 @@ class _Places:
 
 
 class TritonMoe:
-    """`MoeKernel`. Experts in 4 bits, or in several formats or shapes, are computed one after the other, which waits
-    for the device: no graph can hold that."""
+    """`MoeKernel`. Experts in several formats or shapes are computed one after the other, which waits for the device:
+    no graph can hold that."""
 
     def __init__(self, target: Target) -> None:
         self._launch: Launch = target.launch
@@ -88,7 +110,7 @@ class TritonMoe:
         if any(each is None for each in lists):
             return weights
         gate, up, down = (each for each in lists if each is not None)
-        if gate.sample.shape != up.sample.shape or gate.sample.dtype != up.sample.dtype:
+        if gate.shape != up.shape or _format(gate.sample) != _format(up.sample):
             return weights
         return TritonMoeWeights(plain=weights, gate=gate, up=up, down=down)
 
@@ -101,9 +123,24 @@ class TritonMoe:
         probabilities_tk, experts_tk = self._route(self._linear(x, weights.plain.router), weights.plain)
         tile = _pair_tile(experts_tk, weights)
         places = self._arrange(experts_tk, len(weights.gate.kept), tile)
-        inner = self._multiply(x, weights.gate, weights.up, places, weights.plain.top_k)
-        shares = self._multiply(inner, weights.down, None, places, 1)
+        inner = self._experts(x, weights.gate, weights.up, places, weights.plain.top_k)
+        shares = self._experts(inner, weights.down, None, places, 1)
         return self._add(shares, probabilities_tk)
+
+    def _experts(
+        self,
+        x: Tensor,
+        first: _Experts | _Int4Experts,
+        second: _Experts | _Int4Experts | None,
+        places: _Places,
+        top_k: int,
+    ) -> Tensor:
+        """`[pairs, n]` of `[pairs / top_k, k]`: by one weight of each expert, or gated, by two."""
+        if isinstance(first, _Int4Experts):
+            assert second is None or isinstance(second, _Int4Experts)
+            return self._multiply_int4(x, first, second, places, top_k)
+        assert second is None or isinstance(second, _Experts)
+        return self._multiply(x, first, second, places, top_k)
 
     def _one_by_one(self, x_te: Tensor, weights: MoeWeights) -> Tensor:
         def ffn(expert: int, x_me: Tensor) -> Tensor:
@@ -164,12 +201,12 @@ class TritonMoe:
         )
 
     def _multiply(self, x: Tensor, first: _Experts, second: _Experts | None, places: _Places, top_k: int) -> Tensor:
-        """`[pairs, n]` of `[pairs / top_k, k]`: by one weight of each expert, or gated, by two."""
-        (n, k), step = first.sample.shape, step_of(first.sample)
+        narrow = row_dtype(first.kept[0])
+        (n, k), step = first.sample.shape, step_of(first.sample, rounds_rows=narrow is not None)
         out = torch.empty(places.pairs, n, dtype=x.dtype, device=x.device)
         scale = None
-        if first.scales == 2:
-            x, scale = quantize(self._launch, x, torch.int8)
+        if narrow is not None:
+            x, scale = quantize(self._launch, x, narrow)
         features = 128 if places.tile == FEW_ROWS else 64
         self._launch(
             expert_kernel,
@@ -208,6 +245,39 @@ class TritonMoe:
         )
         return out
 
+    def _multiply_int4(
+        self, x: Tensor, first: _Int4Experts, second: _Int4Experts | None, places: _Places, top_k: int
+    ) -> Tensor:
+        (n, k), sample = first.shape, first.sample
+        out = torch.empty(places.pairs, n, dtype=x.dtype, device=x.device)
+        values, scale = quantize(self._launch, x, torch.bfloat16, sample.span, halves=True)
+        self._launch(
+            int4_expert_kernel,
+            (places.most_tiles * -(-n // FEATURES),),
+            values,
+            scale,
+            first.tables,
+            (second or first).tables,
+            len(first.kept),
+            places.places,
+            places.tile_experts,
+            places.num_tiles,
+            out,
+            k,
+            n,
+            GATED=second is not None,
+            TOP_K=top_k,
+            ALIGN=min(first.align, (second or first).align),
+            GROUP=sample.group_size,
+            SPAN=sample.span,
+            ZEROS=sample.zero_gn is not None,
+            BLOCK_F=FEATURES,
+            BLOCK_M=places.tile,
+            num_warps=4,
+            num_stages=stages_of(sample.span, places.tile, values, self._shared_bytes),
+        )
+        return out
+
     def _add(self, shares: Tensor, probabilities_tk: Tensor) -> Tensor:
         (t, top_k), e = probabilities_tk.shape, shares.shape[1]
         out = torch.empty(t, e, dtype=shares.dtype, device=shares.device)
@@ -218,10 +288,18 @@ class TritonMoe:
         return out
 
 
-def _experts(weights: Sequence[Any]) -> _Experts | None:
+def _format(sample: Tensor | PackedInt4) -> tuple[object, ...]:
+    """What weights share that one launch multiplies by."""
+    if isinstance(sample, Tensor):
+        return (sample.dtype,)
+    return sample.nibbles_nk2.shape, sample.group_size, sample.span, sample.zero_gn is None
+
+
+def _experts(weights: Sequence[Any]) -> _Experts | _Int4Experts | None:
     """None where one kernel cannot serve them all."""
-    if any(isinstance(weight, PackedInt4) for weight in weights):
-        return None
+    int4 = [weight for weight in weights if isinstance(weight, PackedInt4)]
+    if int4:
+        return _int4_experts(int4) if len(int4) == len(weights) else None
     if len({(type(weight), weight_shape(weight)) for weight in weights}) > 1:
         return None
     values = [weight if isinstance(weight, Tensor) else weight.values_nk for weight in weights]
@@ -232,10 +310,33 @@ def _experts(weights: Sequence[Any]) -> _Experts | None:
         addresses_n=_addresses(values),
         scale_addresses_n=_addresses(scales or values),
         sample=values[0],
-        align=16 if all(each.data_ptr() % 16 == 0 for each in values) else values[0].element_size(),
-        scales=2 if isinstance(weights[0], Int8Weight) else 1 if scales else 0,
+        align=_alignment(values),
+        scales=bool(scales) + (row_dtype(weights[0]) is not None),
         kept=weights,
     )
+
+
+def _int4_experts(weights: Sequence[PackedInt4]) -> _Int4Experts | None:
+    if len({_format(weight) for weight in weights}) > 1:
+        return None
+    nibbles = [weight.nibbles_nk2 for weight in weights]
+    lists = [
+        nibbles,
+        [weight.scale_sn for weight in weights],
+        [weight.nibbles_nk2 if weight.zero_gn is None else weight.zero_gn for weight in weights],
+        [weight.nibbles_nk2 if weight.multiplier_gn is None else weight.multiplier_gn for weight in weights],
+    ]
+    return _Int4Experts(
+        tables=torch.stack([_addresses(each) for each in lists]),
+        sample=weights[0],
+        align=_alignment(nibbles),
+        kept=weights,
+    )
+
+
+def _alignment(tensors: Sequence[Tensor]) -> int:
+    """In bytes, that all of them have."""
+    return 16 if all(each.data_ptr() % 16 == 0 for each in tensors) else tensors[0].element_size()
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:
@@ -244,11 +345,19 @@ def _addresses(tensors: Sequence[Tensor]) -> Tensor:
 
 def _pair_tile(experts_tk: Tensor, weights: TritonMoeWeights) -> int:
     """Pairs of a tile: twice what an expert has if all have as many, so that most need one tile when rows are few."""
-    samples = (weights.gate.sample, weights.down.sample)
-    odd = any(sample.shape[1] % 16 != 0 for sample in samples)
-    wide = any(sample.dtype == torch.float32 for sample in samples)
     share = 2 * experts_tk.numel() // len(weights.gate.kept)
-    return rows_tile(max(1, share), 16 if odd else 32 if wide else FEW_ROWS)
+    return rows_tile(max(1, share), min(_most_pairs(weights.gate), _most_pairs(weights.down)))
+
+
+def _most_pairs(experts: _Experts | _Int4Experts) -> int:
+    """Of a tile. Odd rows and float32 pass through registers; sums of 8-bit floats have two accumulators each."""
+    if isinstance(experts, _Int4Experts):
+        return MOST_ROWS
+    if experts.sample.shape[1] % 16 != 0:
+        return 16
+    if experts.sample.dtype == torch.float32:
+        return 32
+    return 64 if row_dtype(experts.kept[0]) == torch.float8_e4m3fn else FEW_ROWS
 
 
 def _power_above(size: int) -> int:

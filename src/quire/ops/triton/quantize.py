@@ -1,4 +1,4 @@
-"""Rows in 8 bits, as `ops.linear.quantize_rows` has them."""
+"""Rows in 8 bits, as `quantize_rows` and `quantize_rows_fp8` of `ops.linear` have them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def quantize(
     `halves`: within a group, the features of even number come first and then the odd ones.
     """
     t, k = x_tk.shape
-    size = group_size or k
+    size, floats = group_size or k, dtype == torch.float8_e4m3fn
     x = x_tk if x_tk.stride(1) == 1 else x_tk.contiguous()
     values = torch.empty(t, k, dtype=dtype, device=x.device)
     scales = torch.empty(t, k // size, dtype=torch.float32, device=x.device)
@@ -27,13 +27,14 @@ def quantize(
             quantize_rows_kernel,
             (t, k // size),
             x,
-            values,
+            values.view(torch.int8) if floats else values,
             scales,
             k,
             x.stride(0),
             GROUP=group_size,
             BLOCK=block,
             HALVES=halves,
+            FLOATS=floats,
             num_warps=max(1, min(16, block // 512)),
         )
     return values, scales

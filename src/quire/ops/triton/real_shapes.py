@@ -21,7 +21,7 @@ from quire.ops.target import Target
 from quire.ops.triton.blocks import TritonBlocks
 from quire.ops.triton.fused import HeadNorms, RotaryTable, TritonFused
 from quire.ops.triton.implementations import implementations
-from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, SplitScales, Weight
+from quire.ops.weight import Fp8Weight, Int4Weight, Int8Weight, SplitScales, Weight, split
 
 ROWS = (1, 16, 64, 256, 2048)
 """Decoding alone, among few and among many, and a prefill."""
@@ -169,7 +169,18 @@ def _sample(kernel: Any, _target: Target, shape: ModelShape, rows: int) -> None:
 
 
 def _linear(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
-    """All products of a layer, those over the same rows in one launch, and the logits of the rows that are sampled."""
+    """All products of a layer, and the logits of the rows that are sampled."""
+    _products(kernel, target, shape, rows, lambda n, k: _empty(target, n, k))
+    vocabulary = kernel.pack(_empty(target, shape.vocab, shape.hidden))
+    kernel.wide(_empty(target, min(rows, 256), shape.hidden), vocabulary, None)
+
+
+def _linear_fp8_rows(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    _products(kernel, target, shape, rows, _fp8_weight)
+
+
+def _products(kernel: Any, target: Target, shape: ModelShape, rows: int, weight: Callable[[int, int], Weight]) -> None:
+    """Of a layer, those over the same rows in one launch. `weight`: of (outputs, inputs)."""
     heads, kv_heads = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     products: list[tuple[int, tuple[int, ...]]] = [
         (shape.hidden, (heads, kv_heads, kv_heads)),
@@ -178,10 +189,12 @@ def _linear(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
     if not shape.experts:
         products += [(shape.hidden, (shape.intermediate,) * 2), (shape.intermediate, (shape.hidden,))]
     for k, sizes in products:
-        weights = [kernel.pack(_empty(target, n, k)) for n in sizes]
+        weights = [kernel.pack(weight(n, k)) for n in sizes]
         kernel.group(_empty(target, rows, k), weights, [None] * len(sizes))
-    vocabulary = kernel.pack(_empty(target, shape.vocab, shape.hidden))
-    kernel.wide(_empty(target, min(rows, 256), shape.hidden), vocabulary, None)
+
+
+def _fp8_weight(n: int, k: int) -> Fp8Weight:
+    return Fp8Weight(values_nk=torch.empty(n, k, dtype=torch.float8_e4m3fn), scale_n=torch.empty(n), rounds_rows=True)
 
 
 def _int8(n: int, k: int) -> list[Weight]:
@@ -253,20 +266,34 @@ def _attention(kernel: Any, target: Target, shape: ModelShape, rows: int) -> Non
 def _moe(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
     if not shape.experts:
         return
-    linear = select(target).linear
+    linear, int4 = select(target).linear, select(target).linear_int4
+    router = linear.pack(_empty(target, shape.experts, shape.hidden))
 
-    def experts(n: int, k: int) -> list[Any]:
+    def plain(n: int, k: int) -> list[Any]:
         return [linear.pack(weight) for weight in _empty(target, shape.experts, n, k)]
 
-    weights = MoeWeights(
-        router=linear.pack(_empty(target, shape.experts, shape.hidden)),
-        gate=experts(shape.intermediate, shape.hidden),
-        up=experts(shape.intermediate, shape.hidden),
-        down=experts(shape.hidden, shape.intermediate),
-        top_k=shape.experts_per_row,
-        renormalize=True,
-    )
-    kernel(_empty(target, rows, shape.hidden), kernel.join(weights))
+    def in_4_bits(n: int, k: int) -> list[Any]:
+        return [int4.pack(_int4_weight(n, k))] * shape.experts
+
+    def in_8_bits(n: int, k: int) -> list[Any]:
+        return [linear.pack(_fp8_weight(n, k))] * shape.experts
+
+    for experts in (plain, in_4_bits, in_8_bits):
+        weights = MoeWeights(
+            router=router,
+            gate=experts(shape.intermediate, shape.hidden),
+            up=experts(shape.intermediate, shape.hidden),
+            down=experts(shape.hidden, shape.intermediate),
+            top_k=shape.experts_per_row,
+            renormalize=True,
+        )
+        kernel(_empty(target, rows, shape.hidden), kernel.join(weights))
+
+
+def _int4_weight(n: int, k: int) -> Int4Weight:
+    """As quire makes them: groups of 32, whose scales are multiples of a step."""
+    nibbles, scales = torch.zeros(n, k // 2, dtype=torch.uint8), torch.ones(n, k // 32)
+    return split(Int4Weight(nibbles_nk2=nibbles, scale_ng=scales, zero_ng=None, group_size=32))
 
 
 _CALLS = {
@@ -280,6 +307,7 @@ _CALLS = {
     "layer_norm": _layer_norm,
     "linear": _linear,
     "linear_fp8": _quantized(_fp8),
+    "linear_fp8_rows": _linear_fp8_rows,
     "linear_int4": _quantized(_int4),
     "linear_int8": _quantized(_int8),
     "moe": _moe,

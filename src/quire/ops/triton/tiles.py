@@ -33,10 +33,11 @@ class Tile:
     num_stages: int
 
 
-def step_of(values: Tensor) -> int:
+def step_of(values: Tensor, *, rounds_rows: bool = False) -> int:
     """Features of k that are taken at once: 128 bytes of a weight's row, the unit of a GPU's memory. Of 8-bit floats
-    half as many, since they are widened in registers."""
-    return 64 if values.dtype == torch.float8_e4m3fn else 128 // values.element_size()
+    half as many, since they are widened in registers, unless `rounds_rows`."""
+    widened = values.dtype == torch.float8_e4m3fn and not rounds_rows
+    return 64 if widened else 128 // values.element_size()
 
 
 def parts_of(n: int, k: int, step: int) -> tuple[int, int]:
@@ -68,12 +69,15 @@ def tile_of(t: int, outputs: Sequence[int], x: Tensor, step: int, *, cut: bool, 
     # Tiles that pass through registers: float32 is not for the matrix unit, and copies to it are of 16 bytes.
     odd = x.shape[1] % 16 != 0 or x.stride(0) % 16 != 0
     small = odd or x.dtype == torch.float32
-    features, rows = 64, rows_tile(t, 16 if odd else 32 if small else FEW_ROWS)
-    widest = 256 if step * x.element_size() <= 128 else 128
+    # Sums of 8-bit floats have registers of their own for each step (see `multiply_add`), beside those for parts.
+    floats = x.dtype == torch.float8_e4m3fn
+    widest = 256 if step * x.element_size() <= 128 and not floats else 128
+    most = 16 if odd else 32 if small else 64 if floats and cut else FEW_ROWS
+    features, rows = 64, rows_tile(t, most)
     if t > FEW_ROWS and not small:
         if not cut and programs(128, widest) >= PROGRAMS:
             features, rows = 128, widest
-        elif programs(128, 128) >= PROGRAMS:
+        elif programs(128, rows) >= PROGRAMS:
             features = 128
     form = "one" if not cut else "split" if programs(features, rows) < PROGRAMS else "loop"
     return Tile(

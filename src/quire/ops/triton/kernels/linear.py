@@ -18,12 +18,22 @@ MOST_PARTS = tl.constexpr(8)
 
 @triton.jit
 def multiply_add(w_fk, x_kt, acc_ft):
-    """acc + w @ x. Whole numbers are summed exactly; an 8-bit float is widened to what x is."""
+    """acc + w @ x. Whole numbers are summed exactly; an 8-bit float is widened to what x is.
+
+    Both may be 8-bit floats. Libraries' products of these choose their order of sums by the number of rows, which
+    breaks promise P1; here the feature tile is the left operand in every call, and k goes in steps of 128.
+    """
     if acc_ft.dtype == tl.int32:
         if INTERPRETED:
             return acc_ft + tl.dot(w_fk.to(tl.float64), x_kt.to(tl.float64), out_dtype=tl.float64).to(tl.int32)
         else:
             return tl.dot(w_fk, x_kt, acc_ft, out_dtype=tl.int32)
+    elif x_kt.dtype == tl.float8e4nv:
+        if INTERPRETED:
+            return dot(w_fk.to(tl.float32), x_kt.to(tl.float32), acc_ft)
+        else:
+            # The matrix unit of sm_90 adds up 8-bit floats in fewer bits than float32 has: only these few.
+            return tl.dot(w_fk, x_kt, acc_ft, max_num_imprecise_acc=128)
     else:
         return dot(w_fk.to(x_kt.dtype), x_kt, acc_ft)
 

@@ -136,6 +136,14 @@ def scaled(acc_fm, table, expert, features_f, scale_m, SCALES: tl.constexpr):
 
 
 @triton.jit
+def gated(gate, up, TYPE: tl.constexpr):
+    """silu(gate) * up in float32, of both rounded to TYPE, and the first factor too."""
+    gate = gate.to(TYPE).to(tl.float32)
+    up = up.to(TYPE).to(tl.float32)
+    return (gate / (tl.exp(-gate) + 1.0)).to(TYPE).to(tl.float32) * up
+
+
+@triton.jit
 def expert_kernel(
     x,
     x_scale,
@@ -182,9 +190,9 @@ def expert_kernel(
     if GATED:
         v_f = expert_rows(second_weights, expert, safe_f, k, W_TYPE, ALIGN)
         gate, up = two_products(w_f, v_f, x_m, steps, k, BLOCK_F, BLOCK_M, BLOCK_K, EVEN_K)
-        gate = scaled(gate, scales, expert, safe_f, scale_m, SCALES).to(out.dtype.element_ty).to(tl.float32)
-        up = scaled(up, second_scales, expert, safe_f, scale_m, SCALES).to(out.dtype.element_ty).to(tl.float32)
-        y = (gate / (tl.exp(-gate) + 1.0)).to(out.dtype.element_ty).to(tl.float32) * up
+        gate = scaled(gate, scales, expert, safe_f, scale_m, SCALES)
+        up = scaled(up, second_scales, expert, safe_f, scale_m, SCALES)
+        y = gated(gate, up, out.dtype.element_ty)
     else:
         acc = product(w_f, x_m, 0, steps, k, BLOCK_F, BLOCK_M, BLOCK_K, EVEN_K)
         y = scaled(acc, scales, expert, safe_f, scale_m, SCALES)
