@@ -6,7 +6,14 @@ import time
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from quire.config.engine import EngineConfig
 from quire.core.request import EngineRequest
@@ -31,6 +38,16 @@ SHAPE = {
     "initializer_range": 0.15,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+# Sigmoids, corrected, in groups; beside an expert that all share.
+ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +57,7 @@ def checkpoints(tmp_path_factory):
     for name, model in (
         ("dense", Qwen3ForCausalLM(Qwen3Config(**SHAPE))),
         ("sparse", Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS))),
+        ("routed", Glm4MoeForCausalLM(Glm4MoeConfig(**SHAPE, **ROUTED))),
     ):
         model.to(torch.float32).save_pretrained(directory / name)
     return directory
@@ -79,7 +97,7 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse"])
+@pytest.mark.parametrize("name", ["dense", "sparse", "routed"])
 def test_tokens_are_those_of_the_reference(checkpoints, name):
     """In float32, where two kernels' logits differ too little to matter. One's steps with prompts are padded."""
     ahead = engine_of(checkpoints / name, isa="triton", dtype="float32", async_scheduling=True)

@@ -78,7 +78,8 @@ class Routing:
 class SparseMLP:
     """Each row goes through the experts that the router finds best, and through `shared`, if there is one.
 
-    The op `moe` computes the block where it is of the usual kind; otherwise its parts are called one by one.
+    The op `moe` computes the block where it is of the usual kind, or what its experts make of a router's choice where
+    it can; otherwise its parts are called one by one.
     `correction` as in `Routing.choose`; `shared_gate` weighs the shared expert by its sigmoid. `averaged`: the result
     is the mean of both, not the sum.
     """
@@ -103,7 +104,9 @@ class SparseMLP:
         self.shared_gate = shared_gate
         self.averaged = averaged
         self._moe = kernels.moe
-        self._weights = self._join() if self._is_usual() else None
+        self._is_usual = self._routes_as_usual()
+        joins = self._has_plain_experts() and (self._is_usual or (kernels.moe.mixes and not routing.weigh_input))
+        self._weights = self._join() if joins else None
 
     @property
     def is_one_call(self) -> bool:
@@ -111,7 +114,7 @@ class SparseMLP:
         return self._weights is not None and not isinstance(self._weights, MoeWeights)
 
     def __call__(self, x_te: Tensor) -> Tensor:
-        routed_te = self._routed(x_te) if self._weights is None else self._moe(x_te, self._weights)
+        routed_te = self._routed(x_te)
         if self.shared is None:
             return routed_te
         shared_te = self.shared(x_te)
@@ -121,7 +124,11 @@ class SparseMLP:
         return (routed_te + shared_te) / 2 if self.averaged else routed_te + shared_te
 
     def _routed(self, x_te: Tensor) -> Tensor:
+        if self._weights is not None and self._is_usual:
+            return self._moe(x_te, self._weights)
         weights_tk, experts_tk = self.routing.choose(self.router.wide(x_te), self.correction)
+        if self._weights is not None:
+            return self._moe.mix(x_te, self._weights, weights_tk, experts_tk)
         if self.routing.weigh_input:
             return self._weighed_before(x_te, weights_tk, experts_tk)
         return add_experts(x_te, weights_tk, experts_tk, lambda expert, x_me: self.experts[expert](x_me))
@@ -135,13 +142,15 @@ class SparseMLP:
             sums_te[rows_m] += self.experts[expert](weighed_me).float()
         return sums_te.to(x_te.dtype)
 
-    def _is_usual(self) -> bool:
+    def _routes_as_usual(self) -> bool:
         usual = Routing(top_k=self.routing.top_k, renormalize=self.routing.renormalize, jitter=self.routing.jitter)
-        plain = all(
+        return self.routing == usual and self.correction is None and self.router.bias is None
+
+    def _has_plain_experts(self) -> bool:
+        return all(
             expert.is_silu and all(part.bias is None for part in (expert.gate, expert.up, expert.down))
             for expert in self.experts
         )
-        return self.routing == usual and plain and self.correction is None and self.router.bias is None
 
     def _join(self) -> object:
         return self._moe.join(

@@ -39,12 +39,22 @@ class MoeWeights:
 
 
 class MoeKernel(Protocol):
+    @property
+    def mixes(self) -> bool:
+        """Whether it has `mix`."""
+        ...
+
     def join(self, weights: MoeWeights) -> Any:
         """Weights that the linear kernels have packed, as one; none is copied."""
         ...
 
     def __call__(self, x_te: Tensor, weights: Any) -> Tensor:
         """`[t, e]` in the dtype of `x_te`; `weights` is what `join` gave."""
+        ...
+
+    def mix(self, x_te: Tensor, weights: Any, shares_tk: Tensor, experts_tk: Tensor) -> Tensor:
+        """The same for a router of another kind, which has chosen: experts int64 `[t, k]`, no two of a row alike, and
+        their shares, float32."""
         ...
 
 

@@ -166,3 +166,17 @@ def test_experts_of_8_bit_floats_take_rows_of_such():
     # A value between two steps of the rows may go to either: a sixteenth of it, of one in many.
     torch.testing.assert_close(found, moe(x, weights), rtol=5e-2, atol=5e-2)
     assert torch.equal(moe_kernel(x[7:8], joined), found[7:8])
+
+
+def test_a_choice_of_another_router_is_computed_as_the_blocks_own():
+    """In any order of a row's experts; and experts of several formats one by one."""
+    x, weights = random(20, E, seed=6) * 5, block(5, 3)
+    moe_kernel = kernel()
+    joined = moe_kernel.join(weights)
+    shares, experts = moe_kernel._route(moe_kernel._linear(x, weights.router), weights)
+    order = torch.rand(20, 3, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    mixed = (shares.gather(1, order), experts.long().gather(1, order))
+    assert torch.equal(moe_kernel.mix(x, joined, *mixed), moe_kernel(x, joined))
+    one_by_one = moe_kernel.mix(x, weights, *mixed)
+    torch.testing.assert_close(one_by_one, moe_kernel(x, joined), rtol=2e-2, atol=2e-2)
+    assert moe_kernel.mix(x[:0], joined, *(each[:0] for each in mixed)).shape == (0, E)

@@ -16,6 +16,8 @@ from quire.ops.target import Target
 class CpuMoe:
     """`MoeKernel` for experts of all formats, over one engine's threads. All blocks of a model share its memory."""
 
+    mixes = False
+
     def __init__(self, target: Target) -> None:
         self._backend = target.cpu
         module: Any = kernels_module()
@@ -32,6 +34,9 @@ class CpuMoe:
         out_te = torch.empty(x.shape, dtype=x.dtype)
         self._module.moe(self._backend, weights, self._memory, x.data_ptr(), x.stride(0), 0, out_te.data_ptr(), len(x))
         return out_te
+
+    def mix(self, x_te: Tensor, weights: Any, shares_tk: Tensor, experts_tk: Tensor) -> Tensor:
+        raise NotImplementedError("the compiled block chooses its experts itself")
 
 
 def implementations() -> list[Implementation]:

@@ -13,6 +13,8 @@ from quire.ops.weight import Weight
 class ReferenceMoe:
     """Over weights as the reference's linear layers have them: as they lie in the checkpoint."""
 
+    mixes = True
+
     def __init__(self) -> None:
         self._linear = ReferenceLinear()
         self._quantized = ReferenceQuantizedLinear()
@@ -21,12 +23,14 @@ class ReferenceMoe:
         return weights
 
     def __call__(self, x_te: Tensor, weights: MoeWeights) -> Tensor:
+        return self.mix(x_te, weights, *route(self._linear(x_te, weights.router), weights))
+
+    def mix(self, x_te: Tensor, weights: MoeWeights, shares_tk: Tensor, experts_tk: Tensor) -> Tensor:
         def ffn(expert: int, x_me: Tensor) -> Tensor:
             gate, up = (self._multiply(x_me, weight[expert]) for weight in (weights.gate, weights.up))
             return self._multiply(gated_activation(gate, up, "silu"), weights.down[expert])
 
-        probabilities_tk, experts_tk = route(self._linear(x_te, weights.router), weights)
-        return add_experts(x_te, probabilities_tk, experts_tk, ffn)
+        return add_experts(x_te, shares_tk, experts_tk, ffn)
 
     def _multiply(self, x_me: Tensor, weight: Weight) -> Tensor:
         return self._linear(x_me, weight) if isinstance(weight, Tensor) else self._quantized(x_me, weight)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.ops.activation import gated_activation
-from quire.ops.moe import MoeWeights, add_experts, route
+from quire.ops.moe import Ffn, MoeWeights, add_experts, route
 from quire.ops.target import Target
 from quire.ops.triton.int4 import FEATURES, MOST_ROWS, PackedInt4, TritonInt4Linear, stages_of
 from quire.ops.triton.kernels.moe import (
@@ -99,6 +99,8 @@ class TritonMoe:
     """`MoeKernel`. Experts in several formats or shapes are computed one after the other, which waits for the device:
     no graph can hold that."""
 
+    mixes = True
+
     def __init__(self, target: Target) -> None:
         self._launch: Launch = target.launch
         self._shared_bytes = shared_bytes_of(target)
@@ -119,13 +121,25 @@ class TritonMoe:
             return self._one_by_one(x_te, weights)
         if not len(x_te):
             return torch.empty_like(x_te)
+        probabilities_tk, experts_tk = self._route(self._linear(x_te, weights.plain.router), weights.plain)
+        return self._mixed(x_te, weights, probabilities_tk, experts_tk)
+
+    def mix(
+        self, x_te: Tensor, weights: TritonMoeWeights | MoeWeights, shares_tk: Tensor, experts_tk: Tensor
+    ) -> Tensor:
+        if isinstance(weights, MoeWeights):
+            return add_experts(x_te, shares_tk, experts_tk, self._ffn(weights))
+        if not len(x_te):
+            return torch.empty_like(x_te)
+        rising_tk, order_tk = experts_tk.sort(dim=1)
+        return self._mixed(x_te, weights, shares_tk.gather(1, order_tk), rising_tk.int())
+
+    def _mixed(self, x_te: Tensor, weights: TritonMoeWeights, shares_tk: Tensor, experts_tk: Tensor) -> Tensor:
+        """Of experts by rising number."""
         x = x_te if x_te.stride(1) == 1 else x_te.contiguous()
-        probabilities_tk, experts_tk = self._route(self._linear(x, weights.plain.router), weights.plain)
-        tile = _pair_tile(experts_tk, weights)
-        places = self._arrange(experts_tk, len(weights.gate.kept), tile)
-        inner = self._experts(x, weights.gate, weights.up, places, weights.plain.top_k)
-        shares = self._experts(inner, weights.down, None, places, 1)
-        return self._add(shares, probabilities_tk)
+        places = self._arrange(experts_tk, len(weights.gate.kept), _pair_tile(experts_tk, weights))
+        inner = self._experts(x, weights.gate, weights.up, places, experts_tk.shape[1])
+        return self._add(self._experts(inner, weights.down, None, places, 1), shares_tk)
 
     def _experts(
         self,
@@ -143,13 +157,16 @@ class TritonMoe:
         return self._multiply(x, first, second, places, top_k)
 
     def _one_by_one(self, x_te: Tensor, weights: MoeWeights) -> Tensor:
+        probabilities_tk, experts_tk = route(self._linear(x_te, weights.router), weights)
+        return add_experts(x_te, probabilities_tk, experts_tk, self._ffn(weights))
+
+    def _ffn(self, weights: MoeWeights) -> Ffn:
         def ffn(expert: int, x_me: Tensor) -> Tensor:
             gate, up = (self._linear_for(each[expert])(x_me, each[expert]) for each in (weights.gate, weights.up))
             inner = gated_activation(gate, up, "silu")
             return self._linear_for(weights.down[expert])(inner, weights.down[expert])
 
-        probabilities_tk, experts_tk = route(self._linear(x_te, weights.router), weights)
-        return add_experts(x_te, probabilities_tk, experts_tk, ffn)
+        return ffn
 
     def _linear_for(self, weight: Any) -> TritonLinear | TritonInt4Linear:
         return self._int4 if isinstance(weight, PackedInt4) else self._linear
