@@ -115,7 +115,7 @@ def _random_weight(kind: int, n: int, k: int, dtype: torch.dtype, generator: tor
         case 1 | 3 | 4:
             nibbles = pack_nibbles(torch.randint(0, 16, (n, k), generator=generator))
             scale_ng = scale_n[:, None].repeat(1, k // 32) / 4
-            zero = torch.randint(0, 16, (n, k // 32), dtype=torch.uint8, generator=generator) if kind == 3 else None
+            zero = torch.randint(6, 11, (n, k // 32), dtype=torch.uint8, generator=generator) if kind == 3 else None
             weight = Int4Weight(nibbles_nk2=nibbles, scale_ng=scale_ng, zero_ng=zero, group_size=32)
             return split(weight) if kind == 4 else weight
         case 2:

@@ -7,6 +7,7 @@ order of their experts; each expert's begin at a new tile, and places of a tile 
 import triton
 import triton.language as tl
 
+from quire.ops.triton.kernels.common import rounded
 from quire.ops.triton.kernels.linear import multiply_add, product
 
 
@@ -138,9 +139,9 @@ def scaled(acc_fm, table, expert, features_f, scale_m, SCALES: tl.constexpr):
 @triton.jit
 def gated(gate, up, TYPE: tl.constexpr):
     """silu(gate) * up in float32, of both rounded to TYPE, and the first factor too."""
-    gate = gate.to(TYPE).to(tl.float32)
-    up = up.to(TYPE).to(tl.float32)
-    return (gate / (tl.exp(-gate) + 1.0)).to(TYPE).to(tl.float32) * up
+    gate = rounded(gate, TYPE).to(tl.float32)
+    up = rounded(up, TYPE).to(tl.float32)
+    return rounded(gate / (tl.exp(-gate) + 1.0), TYPE).to(tl.float32) * up
 
 
 @triton.jit
@@ -197,7 +198,7 @@ def expert_kernel(
         acc = product(w_f, x_m, 0, steps, k, BLOCK_F, BLOCK_M, BLOCK_K, EVEN_K)
         y = scaled(acc, scales, expert, safe_f, scale_m, SCALES)
     spots = out + pair_m.to(tl.int64)[None, :] * n + features_f[:, None]
-    tl.store(spots, y.to(out.dtype.element_ty), mask=(pair_m >= 0)[None, :] & (features_f < n)[:, None])
+    tl.store(spots, rounded(y, out.dtype.element_ty), mask=(pair_m >= 0)[None, :] & (features_f < n)[:, None])
 
 
 @triton.jit

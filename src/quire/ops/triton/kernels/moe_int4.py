@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from quire.ops.triton.kernels.common import rounded
 from quire.ops.triton.kernels.int4 import int4_product
 from quire.ops.triton.kernels.moe import gated
 
@@ -76,4 +77,4 @@ def int4_expert_kernel(
         )
         y = gated(y, up, out.dtype.element_ty)
     spots = out + pair_m.to(tl.int64)[None, :] * n + features_f[:, None]
-    tl.store(spots, y.to(out.dtype.element_ty), mask=(pair_m >= 0)[None, :] & (features_f < n)[:, None])
+    tl.store(spots, rounded(y, out.dtype.element_ty), mask=(pair_m >= 0)[None, :] & (features_f < n)[:, None])
