@@ -79,7 +79,7 @@ def build(directory: Path, batch: int, *, prefix_caching: bool) -> Engine:
         engine = build_engine(config)
     decoder: Any = engine._runner._decoder
     assert isinstance(engine._runner._decode, DecodeLoop)
-    decoder.forward = lambda batch, kv: torch.zeros(len(batch.logits_rows_s), HOLLOW.hidden)
+    decoder.forward = lambda batch, _kv: torch.zeros(len(batch.logits_rows_s), HOLLOW.hidden)
     return engine
 
 
@@ -151,11 +151,12 @@ def decode(engine: Engine, socket: zmq.Socket[bytes], steps: int, stopwatch: Sto
     return found
 
 
-def measure(engine: Engine, socket: zmq.Socket[bytes], turn: int, batch: int, context: int, steps: int) -> dict[str, float]:
-    """Median microseconds of a step: its phases, from steps that are watched, and in total, from others."""
-    submit(engine, turn, batch, context)
+def measure(engine: Engine, socket: zmq.Socket[bytes], steps: int) -> dict[str, float]:
+    """Median microseconds of a step, and ends the requests: its phases, from steps that are watched, and in total, from
+    others."""
     while any(state.num_pending == 0 for state in engine._state.requests.values()):
         process.turn(engine, socket, 0)
+    batch = engine._state.num_running
     stopwatch = Stopwatch()
     decode(engine, socket, WARM_UP_STEPS, stopwatch)
     plain = decode(engine, socket, steps, stopwatch)
@@ -211,8 +212,8 @@ def main() -> None:
         gc.freeze()  # as the process does
         for turn in range(options.turns):
             for batch in options.batches:
-                figures = measure(engine, socket, turn, batch, options.context, options.steps)
-                for phase, value in figures.items():
+                submit(engine, turn, batch, options.context)
+                for phase, value in measure(engine, socket, options.steps).items():
                     report.setdefault(batch, {}).setdefault(phase, []).append(value)
     if options.json:
         print(json.dumps(report))

@@ -36,6 +36,9 @@ class StepResult(msgspec.Struct, frozen=True):
     pooled: Pooled | None = None
 
 
+NO_RESULT = StepResult()
+
+
 def settle(state: SchedulerState, step: Step, results: Mapping[str, StepResult], now: float) -> list[EngineOutput]:
     """Take in the results of `step`, by request id; chunks that do not sample may have none. Steps are settled in the
     order in which they were applied, but another may have been applied since.
@@ -47,9 +50,8 @@ def settle(state: SchedulerState, step: Step, results: Mapping[str, StepResult],
     _note_pace(state, step, now)
     for chunk in step.scheduled:
         if chunk.is_wanted:
-            result = results.get(chunk.state.request_id)
-            assert result is not None or not chunk.samples, f"no result for {chunk.state.request_id}"
-            output = _settle_chunk(state, chunk, result or StepResult(), now)
+            result = results.get(chunk.state.request_id, NO_RESULT)
+            output = _settle_chunk(state, chunk, result, now)
             if output is not None:
                 outputs.append(output)
     return outputs
@@ -68,8 +70,10 @@ def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResu
     item = chunk.state
     item.num_computed_tokens = chunk.start + chunk.num_tokens
     item.num_in_flight -= chunk.num_tokens
-    item.num_pending -= chunk.samples and item.pooled_rows is None
-    _publish(state, item)
+    if chunk.samples and item.pooled_rows is None:
+        item.num_pending -= 1
+    if item.num_published < len(item.block_hashes):
+        _publish(state, item)
     if state.pool.limited:
         _free_hidden(state, item)
     if result.prompt_logprobs is not None:
@@ -90,7 +94,7 @@ def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResu
     state.totals.generation_tokens += len(new_ids)
     state.service.charge(item.request.tenant, GENERATED_WEIGHT * len(new_ids))
     logprobs = result.logprobs[: len(new_ids)] if result.logprobs is not None else None
-    prompt_logprobs = _tell_prompt_logprobs(item)
+    prompt_logprobs = None if item.request.sampling.prompt_logprobs is None else _tell_prompt_logprobs(item)
     if reason is not None:
         state.end(item)
         return _last_output(
@@ -137,21 +141,16 @@ def _free_hidden(state: SchedulerState, item: RequestState) -> None:
 
 def _append(
     state: SchedulerState, item: RequestState, token_ids: Sequence[int]
-) -> tuple[list[int], FinishReason | None, int | None]:
+) -> tuple[Sequence[int], FinishReason | None, int | None]:
     """Add tokens until one ends the request: what was added, why it ended, and at which stop token."""
-    sampling, limits = item.request.sampling, state.limits
     for count, token_id in enumerate(token_ids, start=1):
         item.token_ids.append(token_id)
-        if item.num_generated >= sampling.min_tokens:
-            if token_id in limits.eos_token_ids and not sampling.ignore_eos:
-                return list(token_ids[:count]), FinishReason.STOP, None
-            if token_id in sampling.stop_token_ids:
-                return list(token_ids[:count]), FinishReason.STOP, token_id
-        if sampling.max_tokens is not None and item.num_generated >= sampling.max_tokens:
-            return list(token_ids[:count]), FinishReason.LENGTH, None
-        if len(item.token_ids) >= state.longest:
-            return list(token_ids[:count]), FinishReason.LENGTH, None
-    return list(token_ids), None, None
+        if token_id in item.ending_token_ids and item.num_generated >= item.request.sampling.min_tokens:
+            is_eos = token_id in state.eos_token_ids and not item.request.sampling.ignore_eos
+            return token_ids[:count], FinishReason.STOP, None if is_eos else token_id
+        if len(item.token_ids) >= item.longest:
+            return token_ids[:count], FinishReason.LENGTH, None
+    return token_ids, None, None
 
 
 def _gather_prompt_logprobs(item: RequestState, start: int, entries: Sequence[TokenLogprobs | None]) -> None:
@@ -166,8 +165,8 @@ def _gather_prompt_logprobs(item: RequestState, start: int, entries: Sequence[To
 
 
 def _tell_prompt_logprobs(item: RequestState) -> list[TokenLogprobs | None] | None:
-    """The prompt's logprobs, once."""
-    if item.request.sampling.prompt_logprobs is None or item.prompt_logprobs_told:
+    """The logprobs of a prompt that were asked for, once."""
+    if item.prompt_logprobs_told:
         return None
     told = item.prompt_logprobs or [None]
     assert len(told) == item.num_prompt_tokens, f"{len(told)} prompt logprobs of {item.num_prompt_tokens}"
