@@ -30,7 +30,7 @@ def apply(state: SchedulerState, decision: Decision, now: float) -> Step:
             table.extend(state.pool.allocate(num_blocks))
     for chunk in decision.chunks:
         item = chunk.state
-        item.num_in_flight += chunk.num_tokens
+        item.num_scheduled += chunk.num_tokens
         if chunk.samples and item.pooled_rows is None:
             item.num_pending += 1
     assert decision.num_free in (None, state.pool.num_free)
@@ -41,7 +41,7 @@ def _preempt(state: SchedulerState, preemption: Preemption, step: Step) -> None:
     victim = preemption.state
     del state.running[victim.request_id]
     victim.num_preemptions += 1
-    victim.num_in_flight = victim.num_pending = 0  # what is under way is computed again, to the same bits
+    victim.num_pending = 0  # what is under way is computed again, to the same bits
     state.totals.preemptions += 1
     if preemption.swap_out:
         _swap_out(state, victim, step)
@@ -53,6 +53,7 @@ def _preempt(state: SchedulerState, preemption: Preemption, step: Step) -> None:
         victim.pooled_so_far = None
         victim.phase = Phase.WAITING
         state.waiting.push(victim)
+    victim.num_scheduled = victim.num_computed_tokens
     state.release(victim)
 
 
@@ -90,7 +91,7 @@ def _enter(state: SchedulerState, entry: Entry, step: Step, now: float) -> None:
         state.totals.swaps_in += 1
     else:
         state.waiting.remove(item)
-    item.num_computed_tokens = entry.num_computed_tokens
+    item.num_computed_tokens = item.num_scheduled = entry.num_computed_tokens
     item.phase = Phase.RUNNING
     state.running[item.request_id] = item
     if item.first_scheduled_time is None:

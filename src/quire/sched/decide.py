@@ -166,27 +166,32 @@ class _Plan:
 def _serve_running(plan: _Plan) -> None:
     state = plan.state
     tokens = state.service.tokens
-    running = (
-        [item for item in state.running.values() if item not in plan.gone] if plan.gone else [*state.running.values()]
-    )
+    running = [*state.running.values()]
+    if plan.gone:
+        running = [item for item in running if item not in plan.gone]
     running.sort(key=lambda item: state.policy.rank(item, tokens))
     lacking = [item.lacking for item in running]
     num_decoding = lacking.count(1)
     served, end = 0, len(running)
     while served < end:
-        item = running[served]
+        item, wanted = running[served], lacking[served]
+        if wanted == 1:
+            num_decoding -= 1
+        wanted = min(wanted, plan.budget - num_decoding)
         start, num_held = item.num_scheduled, len(item.block_tables[0])
-        num_decoding -= lacking[served] == 1
-        wanted = min(lacking[served], plan.budget - num_decoding)
-        while end > served and wanted > 0:
-            fitting = plan.fitting(start, num_held)
+        while wanted > 0:
+            fitting = num_held * plan.block_size - start
+            if fitting < wanted:
+                fitting = plan.fitting(start, num_held)
             if fitting > 0:
                 plan.grant(item, start, min(wanted, fitting), num_held)
                 break
             end -= 1
-            victim = running[end]
-            plan.preempt(victim)
-            num_decoding -= victim is not item and lacking[end] == 1
+            plan.preempt(running[end])
+            if end == served:
+                break
+            if lacking[end] == 1:
+                num_decoding -= 1
         served += 1
 
 
@@ -200,7 +205,7 @@ def _bring_back_swapped(plan: _Plan) -> bool:
 
 def _let_in_waiting(plan: _Plan) -> None:
     """Let waiting requests run, in order, until one does not fit: nobody overtakes it."""
-    if not plan.has_room:
+    if not plan.has_room or not plan.state.waiting:
         return
     service = dict(plan.state.service.tokens)
     for item in _in_order(plan, service):

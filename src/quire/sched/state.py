@@ -84,8 +84,8 @@ class RequestState:
     * `token_ids`: prompt and generated tokens. KV is in the cache for the first `num_computed_tokens` of them, in the
       blocks of `block_tables`, in order (while it is swapped out: of `host_tables`): one table per group of layers,
       all of one length, or none at all. A table grows in place, or is replaced by a new one.
-    * `num_in_flight`: how many tokens behind those are being computed, by steps that are not settled yet, and
-      `num_pending` how many those steps will have sampled: the scheduler goes on from what will be known then.
+    * `num_scheduled`: tokens whose KV will be there when the steps that are not settled yet are done, and `num_pending`
+      how many those steps will have sampled: the scheduler goes on from what will be known then.
     * `num_hidden`: for each group, how many blocks at the front of its table nobody can see any more; they are given
       back, and null blocks stand in their place.
     * `block_hashes`: the chain over all full blocks of `token_ids`, computed or not; empty without prefix caching.
@@ -108,7 +108,7 @@ class RequestState:
     cache_extra: bytes = b""
     phase: Phase = Phase.WAITING
     num_computed_tokens: int = 0
-    num_in_flight: int = 0
+    num_scheduled: int = 0
     num_pending: int = 0
     block_tables: list[list[int]] = field(default_factory=list)
     num_hidden: list[int] = field(default_factory=list)
@@ -135,23 +135,13 @@ class RequestState:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def num_scheduled(self) -> int:
-        """Tokens whose KV is in the cache when all steps in flight are done."""
-        return self.num_computed_tokens + self.num_in_flight
-
-    @property
-    def num_known(self) -> int:
-        """Tokens that there are when all steps in flight are done, unless one of them ends the request."""
-        return len(self.token_ids) + self.num_pending
-
-    @property
     def lacking(self) -> int:
         """Tokens that it wants computed now. None while what comes next hangs on a token that is not known yet, or when
         it will have all that it may generate."""
         num_known = len(self.token_ids) + self.num_pending
         if self.num_pending and (self.reads_tokens or num_known >= self.longest):
             return 0
-        return num_known - self.num_computed_tokens - self.num_in_flight
+        return num_known - self.num_scheduled
 
     @property
     def held(self) -> list[list[int]]:
@@ -197,7 +187,7 @@ class Totals:
     generation_tokens: int = 0
 
 
-class ScheduledChunk(msgspec.Struct, frozen=True):
+class ScheduledChunk(msgspec.Struct, frozen=True, gc=False):
     """Rows for positions start .. start + num_tokens - 1 of `state.token_ids`; the last of these may not be known yet.
 
     * `samples`: the chunk reaches the end of the known tokens, so its last row's logits give the next one (or, of a
@@ -345,7 +335,8 @@ class SchedulerState:
                 assert not state.host_tables, state.request_id
                 assert state.num_computed_tokens == 0, state.request_id
             if state.phase is not Phase.RUNNING:
-                assert state.num_in_flight == state.num_pending == 0, state.request_id
+                assert state.num_scheduled == state.num_computed_tokens, state.request_id
+                assert state.num_pending == 0, state.request_id
             if state.phase is not Phase.WAITING:
                 self._check_tables(state)
 
