@@ -190,7 +190,8 @@ class Seats:
         self._scatter(self.length_s, news.lengths)
         self._scatter(self.token_s, news.tokens)
         for table_sb, blocks in zip(self.tables_sb, news.blocks, strict=True):
-            self._scatter(table_sb.view(-1), blocks)
+            if blocks:
+                self._scatter(table_sb.view(-1), blocks)
         if news.params:
             seats = self._upload([seat for seat, _ in news.params])
             self.params.put(seats, table_of([sampling for _, sampling in news.params], self._device))
