@@ -93,6 +93,7 @@ def running(number: int, num_tokens: int) -> RequestState:
         number=number,
         token_ids=[number] * num_tokens,
         num_prompt_tokens=num_tokens,
+        longest=99,
         phase=Phase.RUNNING,
         block_tables=[[1 + 4 * number + block for block in range(-(-num_tokens // 8))]],
     )

@@ -21,7 +21,9 @@ def state(number: int, num_tokens: int, prompt_logprobs: int | None = None) -> R
     tokens = [100 * number + position for position in range(num_tokens)]
     sampling = SamplingParams(prompt_logprobs=prompt_logprobs)
     request = EngineRequest(request_id=str(number), prompt_token_ids=tokens, sampling=sampling, arrival_time=0.0)
-    return RequestState(request=request, number=number, token_ids=list(tokens), num_prompt_tokens=num_tokens)
+    return RequestState(
+        request=request, number=number, token_ids=list(tokens), num_prompt_tokens=num_tokens, longest=99
+    )
 
 
 def chunk_of(item: RequestState, start: int, num_tokens: int, *, cached: bool = False) -> ScheduledChunk:

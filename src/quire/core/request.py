@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+import msgspec
+
 from quire.core.errors import ErrorInfo, InvalidParameter
 from quire.core.pooling import Pooled, PoolingParams
 from quire.core.sampling import SamplingParams
@@ -98,10 +100,9 @@ class RequestTimes:
     last_token: float | None = None
 
 
-@dataclass(slots=True, kw_only=True)
-class EngineOutput:
-    """What one step added to one request. Nobody changes it; it is not frozen, because one is made per token, and that
-    would take more than twice as long.
+class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
+    """What one step added to one request. Nobody changes it. One is made, sent and read per token: as a struct that
+    sends only what is not the default, that takes a third of the time of a dataclass.
 
     `finish_reason` is set once, on the last output. `stop_reason` is the stop token's id if one ended it
     (None for EOS). `prompt_logprobs` comes once, before or with the first token: one entry per prompt token, None for

@@ -116,6 +116,26 @@ class SamplingParams:
             or self.min_tokens > 0
         )
 
+    @property
+    def drawable(self) -> bool:
+        """Whether what is sampled hangs on the logits, the position, and a few numbers alone, and nothing more is to be
+        told of it: such a token can be drawn without the host.
+
+        `typical_p` is not one of them. A nucleus is found by sums over ranks that are the weights themselves, so that a
+        bucket's are of one binade and add up to the same double in any order. Typical ranks are distances from the
+        entropy: a bucket has weights of any size, the definition adds them up in order of id, and another order rounds
+        otherwise. Many programs could not make these sums, and one that makes them token by token is slower than the
+        host.
+        """
+        return (
+            self.logprobs is None
+            and self.prompt_logprobs is None
+            and not self.reads_tokens
+            and self.allowed_token_ids is None
+            and not self.logit_bias
+            and self.typical_p == 1.0
+        )
+
     def with_child_seed(self, index: int, seed: int) -> SamplingParams:
         """The parameters of the index-th of `n` samples: one sample, with a seed of its own derived from `seed`."""
         child = (seed + index) & (2**63 - 1)

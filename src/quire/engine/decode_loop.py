@@ -22,7 +22,6 @@ from quire.nn.kv import KVCache
 from quire.nn.layers import MLP, PlainMLP
 from quire.nn.moe import SparseMLP
 from quire.ops.attention import DeviceLengths
-from quire.ops.draw import drawable
 from quire.sched.state import ScheduledChunk
 
 _BUCKETS = (1, 2, 4, 8, 16)
@@ -60,7 +59,7 @@ class DecodeLoop:
             and chunk.samples
             and not chunk.first_slot_cached
             and chunk.state.request.token_type_ids is None
-            and drawable(chunk.state.request.sampling)
+            and chunk.state.drawable
             for chunk in chunks
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from quire.core.errors import QuireError
 from quire.core.model_info import ModelInfo
@@ -93,9 +93,7 @@ class Engine:
 
     def _settle(self, step: Step, launched: Launched) -> list[EngineOutput]:
         run = launched.wait()
-        wanted = {chunk.state.request_id for chunk in step.scheduled if chunk.is_wanted}
-        failed = [fail(self._state, name, error) for name, error in run.failures.items() if name in wanted]
-        outputs = [output for output in failed if output is not None]
+        outputs = self._fail(step, run.failures) if run.failures else []
         done = self._clock()
         outputs.extend(settle(self._state, step, run.results, done))
         self._tell_cache()
@@ -105,6 +103,12 @@ class Engine:
             self._note_pace(step, done - max(step.started, self._last_settled))
         self._last_settled = done
         return outputs
+
+    def _fail(self, step: Step, failures: Mapping[str, QuireError]) -> list[EngineOutput]:
+        """End those that still wait for what went wrong: another request may have the same name by now."""
+        wanted = {chunk.state.request_id for chunk in step.scheduled if chunk.is_wanted}
+        failed = [fail(self._state, name, error) for name, error in failures.items() if name in wanted]
+        return [output for output in failed if output is not None]
 
     def _tell_cache(self) -> None:
         journal = self._state.pool.journal

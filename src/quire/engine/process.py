@@ -128,13 +128,25 @@ def serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
                 engine.check_integrity()
             was_busy = False
             wait_ms = max(0, int((next_stats - now) * 1000) + 1)
-        outputs: list[EngineOutput] = []
-        if not _take_messages(engine, socket, wait_ms, outputs):
+        if not turn(engine, socket, wait_ms):
             return
-        if engine.has_work:
-            outputs.extend(engine.step())
-        for part in in_messages(outputs):
-            socket.send(encode(Outputs(part)))
+
+
+def turn(engine: Engine, socket: zmq.Socket[bytes], wait_ms: int) -> bool:
+    """Take what has come, waiting for it at most `wait_ms`; step, if there is work; tell what that brought. False when
+    told to stop."""
+    outputs: list[EngineOutput] = []
+    if not _take_messages(engine, socket, wait_ms, outputs):
+        return False
+    if engine.has_work:
+        outputs.extend(engine.step())
+    send(socket, outputs)
+    return True
+
+
+def send(socket: zmq.Socket[bytes], outputs: list[EngineOutput]) -> None:
+    for part in in_messages(outputs):
+        socket.send(encode(Outputs(part)))
 
 
 def in_messages(outputs: list[EngineOutput], max_bytes: int = MAX_MESSAGE_BYTES // 2) -> Iterator[list[EngineOutput]]:

@@ -25,7 +25,7 @@ from quire.models.load import LoadedModel
 from quire.nn.host_kv import HostKV
 from quire.nn.kv import KVCache
 from quire.nn.pooling import PooledSoFar
-from quire.ops.draw import NOT_FINITE, drawable, table_of
+from quire.ops.draw import NOT_FINITE, table_of
 from quire.ops.moving import to_device
 from quire.ops.sampling import SamplingRow, not_finite
 from quire.sched.settle import StepResult
@@ -67,10 +67,11 @@ class Drawing:
     def wait(self) -> RunOutput:
         output, tokens = RunOutput(), self.reading.wait()
         for chunk, place in zip(self.sampled, self.places, strict=True):
-            if tokens[place] == NOT_FINITE:
+            token_id = tokens[place]
+            if token_id == NOT_FINITE:
                 output.failures[chunk.state.request_id] = not_finite(chunk.start + chunk.num_tokens)
             else:
-                output.results[chunk.state.request_id] = StepResult(token_ids=[tokens[place]])
+                output.results[chunk.state.request_id] = StepResult((token_id,))
         return output
 
 
@@ -163,7 +164,7 @@ class Runner:
     def _sample_ahead(self, seats: Seats, chunks: Sequence[ScheduledChunk], hidden_sh: Tensor) -> Launched:
         """On the device, where that does for all who sample; the tokens stay there for the next step, either way."""
         sampled = [chunk for chunk in chunks if chunk.samples]
-        if len(sampled) == len(hidden_sh) and all(drawable(chunk.state.request.sampling) for chunk in sampled):
+        if len(sampled) == len(hidden_sh) and all(chunk.state.drawable for chunk in sampled):
             if not sampled:
                 return Done(RunOutput())
             tokens_r = torch.cat(

@@ -25,8 +25,8 @@ from quire.sched.state import Phase, RequestState, ScheduledChunk
 
 @dataclass(slots=True)
 class Seat:
-    """What the host believes of one row. `token_at`: the position of the token that it holds; -1: of no use.
-    `tables`: the lists whose first `filled` blocks it has. `params`: how it samples."""
+    """What the host believes of one row. `token_at`: the position of the token that it holds; -1: of no use. `tables`:
+    the owner's, of each of which it has the first `filled` blocks. `params`: how it samples."""
 
     owner: RequestState | None = None
     epoch: int = 0
@@ -44,6 +44,16 @@ class Seat:
         """Whether its token is the chunk's last."""
         at = chunk.start + chunk.num_tokens - 1
         return self.owner is chunk.state and self.epoch == chunk.epoch and self.token_at == at
+
+    def is_ready(self, chunk: ScheduledChunk) -> bool:
+        """Whether nothing is to be sent before this chunk of its owner is decoded."""
+        start, tables = chunk.start, chunk.state.block_tables
+        return (
+            self.token_at == start
+            and self.length == start + 1
+            and self.tables is tables
+            and self.filled == len(tables[0])
+        )
 
 
 @dataclass(slots=True)
@@ -64,6 +74,8 @@ class Seats:
         self._device = device
         self._seats = [Seat() for _ in range(count)]
         self._of: dict[RequestState, int] = {}
+        self._taking_part: list[int] = []
+        """Seats whose length is not 0."""
         self.token_s = torch.zeros(count, dtype=torch.int64, device=device)
         self.length_s = torch.zeros(count, dtype=torch.int32, device=device)
         """Tokens that there are, the one held included; 0 of a seat that takes no part in the next step."""
@@ -93,21 +105,20 @@ class Seats:
     def prepare(self, chunks: Sequence[ScheduledChunk]) -> tuple[list[int], int]:
         """Sends what a decode step over these needs: one row each. Their seats, and how many seats from the first on
         the step has to run over: those of others are empty in it."""
+        seats = [self._seat_of(chunk) for chunk in chunks]
+        if max(seats) >= 2 * len(chunks):
+            self._move_down(chunks, seats)
         news = _News(blocks=[[] for _ in self.tables_sb])
-        taking_part: set[int] = set()
-        self._move_down(chunks)
-        seats = []
-        for chunk in chunks:
-            seat = self._seat_of(chunk)
-            seats.append(seat)
-            taking_part.add(seat)
-            self._compare(seat, chunk, news)
-        for seat, known in enumerate(self._seats):  # all of them: a step may run over more than it has to
-            if seat not in taking_part and known.length:
-                known.length = 0
+        for seat, chunk in zip(seats, chunks, strict=True):
+            if not self._seats[seat].is_ready(chunk):
+                self._compare(seat, chunk, news)
+        if seats != self._taking_part:
+            for seat in set(self._taking_part).difference(seats):  # a step may run over more than it has to
+                self._seats[seat].length = 0
                 news.lengths.append((seat, 0))
+            self._taking_part = seats
         self._send(news)
-        return seats, max(taking_part) + 1
+        return seats, max(seats) + 1
 
     def advance(self, seats: Sequence[int]) -> None:
         """After a decode step over these has been started."""
@@ -119,16 +130,16 @@ class Seats:
     def empty(self) -> None:
         """Nobody takes part any more, until `prepare` says otherwise."""
         self.length_s.zero_()
-        for known in self._seats:
-            known.length = 0
+        for seat in self._taking_part:
+            self._seats[seat].length = 0
+        self._taking_part = []
 
-    def _move_down(self, chunks: Sequence[ScheduledChunk]) -> None:
+    def _move_down(self, chunks: Sequence[ScheduledChunk], seats: list[int]) -> None:
         """Who sits beyond twice as many seats as are needed gets a free one among those: a step runs over all seats up
         to the last that takes part."""
         enough = 2 * len(chunks)
         moves: list[tuple[int, int]] = []
-        for chunk in chunks:
-            seat = self._seat_of(chunk)
+        for place, (chunk, seat) in enumerate(zip(chunks, seats, strict=True)):
             if seat < enough:
                 continue
             free = next((number for number in range(enough) if self._seats[number].is_free), None)
@@ -137,7 +148,7 @@ class Seats:
             known, there = self._seats[seat], self._seats[free]
             if there.owner is not None:
                 del self._of[there.owner]
-            self._of[chunk.state] = free
+            self._of[chunk.state] = seats[place] = free
             self._seats[free] = Seat(
                 owner=known.owner,
                 epoch=known.epoch,
@@ -162,8 +173,8 @@ class Seats:
             known.token_at = chunk.start
             news.tokens.append((seat, state.token_ids[chunk.start]))
         tables = state.block_tables
-        if len(known.tables) != len(tables) or any(old is not new for old, new in zip(known.tables, tables)):
-            known.tables, known.filled = list(tables), 0
+        if known.tables is not tables:
+            known.tables, known.filled = tables, 0
         if known.filled != len(tables[0]):
             width = self.tables_sb[0].shape[1]
             for group, table in enumerate(tables):
@@ -179,7 +190,8 @@ class Seats:
         self._scatter(self.length_s, news.lengths)
         self._scatter(self.token_s, news.tokens)
         for table_sb, blocks in zip(self.tables_sb, news.blocks, strict=True):
-            self._scatter(table_sb.view(-1), blocks)
+            if blocks:
+                self._scatter(table_sb.view(-1), blocks)
         if news.params:
             seats = self._upload([seat for seat, _ in news.params])
             self.params.put(seats, table_of([sampling for _, sampling in news.params], self._device))
@@ -197,7 +209,9 @@ class Seats:
         state = chunk.state
         seat = self._of.get(state)
         if seat is not None:
-            self._renew(seat, chunk)
+            known = self._seats[seat]
+            if known.epoch != chunk.epoch:
+                known.epoch, known.token_at = chunk.epoch, -1
             return seat
         # Requests that run are never more than there are seats.
         seat = next(number for number, known in enumerate(self._seats) if known.is_free)
@@ -209,8 +223,3 @@ class Seats:
             owner=state, epoch=chunk.epoch, length=self._seats[seat].length, params=self._seats[seat].params
         )
         return seat
-
-    def _renew(self, seat: int, chunk: ScheduledChunk) -> None:
-        known = self._seats[seat]
-        if known.epoch != chunk.epoch:
-            known.epoch, known.token_at = chunk.epoch, -1

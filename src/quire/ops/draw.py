@@ -27,7 +27,8 @@ MAX_TOP_K = 2**31 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawTable:
-    """Sampling parameters on the device, one entry per row, in buffers that keep their addresses.
+    """Sampling parameters on the device, one entry per row, in buffers that keep their addresses: all that there is to
+    know of those that are `drawable`.
 
     `temperature` (0: greedy) and `min_p` float32, `top_k` (0: all) int32, `top_p` float64, `seed` int64, as in
     `SamplingParams`.
@@ -82,24 +83,6 @@ def table_of(samplings: Sequence[SamplingParams], device: torch.device) -> DrawT
     for row, sampling in enumerate(samplings):
         table.set(row, sampling)
     return table.to(device)
-
-
-def drawable(sampling: SamplingParams) -> bool:
-    """Whether a request's tokens can be drawn without the host: parameters of a `DrawTable` say it all.
-
-    `typical_p` does not. A nucleus is found by sums over ranks that are the weights themselves, so that a bucket's are
-    of one binade and add up to the same double in any order. Typical ranks are distances from the entropy: a bucket
-    has weights of any size, the definition adds them up in order of id, and another order rounds otherwise. Many
-    programs could not make these sums, and one that makes them token by token is slower than the host.
-    """
-    return (
-        sampling.logprobs is None
-        and sampling.prompt_logprobs is None
-        and not sampling.reads_tokens
-        and sampling.allowed_token_ids is None
-        and not sampling.logit_bias
-        and sampling.typical_p == 1.0
-    )
 
 
 class Draw(Protocol):

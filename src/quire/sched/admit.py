@@ -20,11 +20,14 @@ def admit(state: SchedulerState, request: EngineRequest, now: float) -> RequestS
         raise refusal
     if request.tenant and state.limits.scheduling_policy is None and state.policy_name != "fair":
         state.use_policy("fair")
+    sampling, num_tokens = request.sampling, len(request.prompt_token_ids)
     admitted = RequestState(
         request=request,
         number=state.num_admitted,
         token_ids=list(request.prompt_token_ids),
-        num_prompt_tokens=len(request.prompt_token_ids),
+        num_prompt_tokens=num_tokens,
+        longest=state.longest if sampling.max_tokens is None else min(state.longest, num_tokens + sampling.max_tokens),
+        ending_token_ids=(frozenset() if sampling.ignore_eos else state.eos_token_ids).union(sampling.stop_token_ids),
         cache_extra=request.cache_salt.encode(),
         pooled_rows=None if request.pooling is None else state.limits.pooled_rows[request.pooling.task],
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from quire.cache.pool import NULL_BLOCK
-from quire.sched.decide import Decision, Entry, Grant, Preemption
+from quire.sched.decide import Decision, Entry, Preemption
 from quire.sched.policy import PROMPT_WEIGHT
-from quire.sched.state import Phase, RequestState, ScheduledChunk, SchedulerState, Step
+from quire.sched.state import Phase, RequestState, SchedulerState, Step
 
 
 def apply(state: SchedulerState, decision: Decision, now: float) -> Step:
@@ -14,7 +14,7 @@ def apply(state: SchedulerState, decision: Decision, now: float) -> Step:
     `decision` must be of this state, unchanged since. Order matters: blocks are given back before any is taken, and
     blocks found in the prefix cache are taken before others, which evicts what is cached.
     """
-    step = Step(refused=decision.refused, started=now)
+    step = Step(scheduled=decision.chunks, refused=decision.refused, num_tokens=decision.num_tokens, started=now)
     for late, _error in decision.refused:
         state.end(late)
     state.deadlines.drop_until(decision.now)
@@ -25,8 +25,14 @@ def apply(state: SchedulerState, decision: Decision, now: float) -> Step:
             state.pool.touch(table)
     for entry in decision.entries:
         _enter(state, entry, step, now)
-    for grant in decision.grants:
-        step.scheduled.append(_grant(state, grant))
+    for item, num_blocks in decision.grown:
+        for table in item.block_tables:
+            table.extend(state.pool.allocate(num_blocks))
+    for chunk in decision.chunks:
+        item = chunk.state
+        item.num_scheduled += chunk.num_tokens
+        if chunk.samples and item.pooled_rows is None:
+            item.num_pending += 1
     assert decision.num_free in (None, state.pool.num_free)
     return step
 
@@ -35,7 +41,7 @@ def _preempt(state: SchedulerState, preemption: Preemption, step: Step) -> None:
     victim = preemption.state
     del state.running[victim.request_id]
     victim.num_preemptions += 1
-    victim.num_in_flight = victim.num_pending = 0  # what is under way is computed again, to the same bits
+    victim.num_pending = 0  # what is under way is computed again, to the same bits
     state.totals.preemptions += 1
     if preemption.swap_out:
         _swap_out(state, victim, step)
@@ -47,6 +53,7 @@ def _preempt(state: SchedulerState, preemption: Preemption, step: Step) -> None:
         victim.pooled_so_far = None
         victim.phase = Phase.WAITING
         state.waiting.push(victim)
+    victim.num_scheduled = victim.num_computed_tokens
     state.release(victim)
 
 
@@ -84,7 +91,7 @@ def _enter(state: SchedulerState, entry: Entry, step: Step, now: float) -> None:
         state.totals.swaps_in += 1
     else:
         state.waiting.remove(item)
-    item.num_computed_tokens = entry.num_computed_tokens
+    item.num_computed_tokens = item.num_scheduled = entry.num_computed_tokens
     item.phase = Phase.RUNNING
     state.running[item.request_id] = item
     if item.first_scheduled_time is None:
@@ -100,21 +107,3 @@ def _count_prompt(state: SchedulerState, item: RequestState) -> None:
     if state.pool.enable_prefix_caching and item.reads_cache:
         state.totals.prefix_cache_queries += item.num_prompt_tokens
         state.totals.prefix_cache_hits += item.num_cached_tokens
-
-
-def _grant(state: SchedulerState, grant: Grant) -> ScheduledChunk:
-    item = grant.state
-    if grant.num_new_blocks:
-        for table in item.block_tables:
-            table.extend(state.pool.allocate(grant.num_new_blocks))
-    samples = grant.start + grant.num_tokens == item.num_known
-    item.num_in_flight += grant.num_tokens
-    item.num_pending += samples and item.pooled_rows is None
-    return ScheduledChunk(
-        state=item,
-        start=grant.start,
-        num_tokens=grant.num_tokens,
-        samples=samples,
-        first_slot_cached=grant.first_slot_cached,
-        epoch=item.num_preemptions,
-    )

@@ -13,24 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-import msgspec
-
 from quire.cache.ledger import RESERVE
 from quire.cache.pool import NULL_BLOCK
 from quire.core.errors import DeadlineExceeded, QuireError
 from quire.sched.policy import PROMPT_WEIGHT
 from quire.sched.queue import Deadline
-from quire.sched.state import Phase, RequestState, SchedulerState
-
-
-class Grant(msgspec.Struct, frozen=True):
-    """Compute `num_tokens` tokens from `start` on, after `num_new_blocks` blocks were added to each table."""
-
-    state: RequestState
-    start: int
-    num_tokens: int
-    num_new_blocks: int
-    first_slot_cached: bool = False
+from quire.sched.state import Phase, RequestState, ScheduledChunk, SchedulerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +41,19 @@ class Preemption:
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Made at `now`, for the state as it was. `sched.apply` carries it out in the order of the fields, and finds
-    `num_free` blocks free then, if that was foreseen."""
+    `num_free` blocks free then, if that was foreseen.
+
+    * `grown`: to each table of these requests so many blocks are added.
+    * `chunks`: what is computed then, `num_tokens` tokens in all.
+    """
 
     now: float
     refused: list[tuple[RequestState, QuireError]] = field(default_factory=list)
     preempted: list[Preemption] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
-    grants: list[Grant] = field(default_factory=list)
+    grown: list[tuple[RequestState, int]] = field(default_factory=list)
+    chunks: list[ScheduledChunk] = field(default_factory=list)
+    num_tokens: int = 0
     num_free: int | None = None
 
 
@@ -71,7 +65,16 @@ def decide(state: SchedulerState, now: float) -> Decision:
     _serve_running(plan)
     if not plan.preempted and _bring_back_swapped(plan):
         _let_in_waiting(plan)
-    return Decision(now, plan.refused, plan.preempted, plan.entries, plan.grants, plan.num_free)
+    return Decision(
+        now=now,
+        refused=plan.refused,
+        preempted=plan.preempted,
+        entries=plan.entries,
+        grown=plan.grown,
+        chunks=plan.chunks,
+        num_tokens=state.limits.max_num_batched_tokens - plan.budget,
+        num_free=plan.num_free,
+    )
 
 
 class _Plan:
@@ -83,7 +86,8 @@ class _Plan:
         self.refused: list[tuple[RequestState, QuireError]] = []
         self.preempted: list[Preemption] = []
         self.entries: list[Entry] = []
-        self.grants: list[Grant] = []
+        self.grown: list[tuple[RequestState, int]] = []
+        self.chunks: list[ScheduledChunk] = []
         self.budget = state.limits.max_num_batched_tokens
         self.num_groups = len(state.pool.sights)
         self.block_size = state.pool.block_size
@@ -111,13 +115,25 @@ class _Plan:
         self.preempted.append(Preemption(victim, swap_out))
         self._remove(victim)
 
-    def grant(self, state: RequestState, start: int, num_tokens: int, num_held: int, *, cached: bool = False) -> None:
+    def grant(self, item: RequestState, start: int, num_tokens: int, num_held: int, *, cached: bool = False) -> None:
         """Give tokens to a request whose tables have `num_held` blocks."""
-        num_new = max(0, self.state.pool.blocks_for(start + num_tokens) - num_held)
-        assert num_new * self.num_groups <= self.num_free
-        self.num_free -= num_new * self.num_groups
+        end = start + num_tokens
+        if end > num_held * self.block_size:
+            num_new = self.state.pool.blocks_for(end) - num_held
+            assert num_new * self.num_groups <= self.num_free
+            self.num_free -= num_new * self.num_groups
+            self.grown.append((item, num_new))
         self.budget -= num_tokens
-        self.grants.append(Grant(state, start, num_tokens, num_new, cached))
+        self.chunks.append(
+            ScheduledChunk(
+                state=item,
+                start=start,
+                num_tokens=num_tokens,
+                samples=end == len(item.token_ids) + item.num_pending,
+                first_slot_cached=cached,
+                epoch=item.num_preemptions,
+            )
+        )
 
     def fitting(self, start: int, num_held: int) -> int:
         """Tokens from `start` on that a request whose tables have `num_held` blocks could get with all that is free."""
@@ -150,26 +166,32 @@ class _Plan:
 def _serve_running(plan: _Plan) -> None:
     state = plan.state
     tokens = state.service.tokens
-    running = [item for item in state.running.values() if item not in plan.gone]
+    running = [*state.running.values()]
+    if plan.gone:
+        running = [item for item in running if item not in plan.gone]
     running.sort(key=lambda item: state.policy.rank(item, tokens))
-    longest = state.longest
-    num_decoding = sum(1 for item in running if item.lacking(longest) == 1)
+    lacking = [item.lacking for item in running]
+    num_decoding = lacking.count(1)
     served, end = 0, len(running)
     while served < end:
-        item = running[served]
+        item, wanted = running[served], lacking[served]
+        if wanted == 1:
+            num_decoding -= 1
+        wanted = min(wanted, plan.budget - num_decoding)
         start, num_held = item.num_scheduled, len(item.block_tables[0])
-        lacking = item.lacking(longest)
-        num_decoding -= lacking == 1
-        wanted = min(lacking, plan.budget - num_decoding)
-        while end > served and wanted > 0:
-            fitting = plan.fitting(start, num_held)
+        while wanted > 0:
+            fitting = num_held * plan.block_size - start
+            if fitting < wanted:
+                fitting = plan.fitting(start, num_held)
             if fitting > 0:
                 plan.grant(item, start, min(wanted, fitting), num_held)
                 break
             end -= 1
-            victim = running[end]
-            plan.preempt(victim)
-            num_decoding -= victim is not item and victim.lacking(longest) == 1
+            plan.preempt(running[end])
+            if end == served:
+                break
+            if lacking[end] == 1:
+                num_decoding -= 1
         served += 1
 
 
@@ -183,7 +205,7 @@ def _bring_back_swapped(plan: _Plan) -> bool:
 
 def _let_in_waiting(plan: _Plan) -> None:
     """Let waiting requests run, in order, until one does not fit: nobody overtakes it."""
-    if not plan.has_room:
+    if not plan.has_room or not plan.state.waiting:
         return
     service = dict(plan.state.service.tokens)
     for item in _in_order(plan, service):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from quire.cache.pool import NULL_BLOCK
+from quire.cache.pool import NULL_BLOCK, BlockPool
 from quire.core.errors import QuireError
 from quire.core.pooling import Pooled
 from quire.core.prefix import extend_hashes
@@ -18,7 +18,7 @@ RATE_WEIGHT = 0.1
 """Weight of the latest step in the moving average of tokens per second."""
 
 
-class StepResult(msgspec.Struct, frozen=True):
+class StepResult(msgspec.Struct, frozen=True, gc=False):
     """What the forward pass gave one request.
 
     * `token_ids`, and `logprobs` beside them if asked for: empty unless the chunk samples; several if guesses held.
@@ -36,6 +36,9 @@ class StepResult(msgspec.Struct, frozen=True):
     pooled: Pooled | None = None
 
 
+NO_RESULT = StepResult()
+
+
 def settle(state: SchedulerState, step: Step, results: Mapping[str, StepResult], now: float) -> list[EngineOutput]:
     """Take in the results of `step`, by request id; chunks that do not sample may have none. Steps are settled in the
     order in which they were applied, but another may have been applied since.
@@ -47,9 +50,7 @@ def settle(state: SchedulerState, step: Step, results: Mapping[str, StepResult],
     _note_pace(state, step, now)
     for chunk in step.scheduled:
         if chunk.is_wanted:
-            result = results.get(chunk.state.request_id)
-            assert result is not None or not chunk.samples, f"no result for {chunk.state.request_id}"
-            output = _settle_chunk(state, chunk, result or StepResult(), now)
+            output = _settle_chunk(state, chunk, results.get(chunk.state.request_id, NO_RESULT), now)
             if output is not None:
                 outputs.append(output)
     return outputs
@@ -65,13 +66,12 @@ def fail(state: SchedulerState, request_id: str, error: QuireError) -> EngineOut
 
 
 def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResult, now: float) -> EngineOutput | None:
-    item = chunk.state
+    item, pool = chunk.state, state.pool
     item.num_computed_tokens = chunk.start + chunk.num_tokens
-    item.num_in_flight -= chunk.num_tokens
-    item.num_pending -= chunk.samples and item.pooled_rows is None
-    _publish(state, item)
-    if state.pool.limited:
-        _free_hidden(state, item)
+    if item.num_published < len(item.block_hashes):
+        _publish(pool, item)
+    if pool.limited:
+        _free_hidden(pool, item)
     if result.prompt_logprobs is not None:
         _gather_prompt_logprobs(item, chunk.start, result.prompt_logprobs)
     if not chunk.samples:
@@ -81,23 +81,33 @@ def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResu
         assert result.pooled is not None, f"nothing pooled for {item.request_id}"
         state.end(item)
         return _last_output(item, FinishReason.STOP, pooled=result.pooled)
-    assert result.token_ids, f"no token for {item.request_id}"
+    item.num_pending -= 1
+    return _settle_tokens(state, item, result, now)
+
+
+def _settle_tokens(state: SchedulerState, item: RequestState, result: StepResult, now: float) -> EngineOutput:
+    pool, new_ids = state.pool, result.token_ids
+    assert new_ids, f"no token for {item.request_id}"
     is_first = item.first_token_time is None
     if is_first:
         item.first_token_time = now
     item.last_token_time = now
-    new_ids, reason, stop_reason = _append(state, item, result.token_ids)
+    reason = stop_reason = None
+    if len(item.token_ids) + len(new_ids) < item.longest and item.ending_token_ids.isdisjoint(new_ids):
+        item.token_ids.extend(new_ids)
+    else:
+        new_ids, reason, stop_reason = _append(state, item, new_ids)
     state.totals.generation_tokens += len(new_ids)
     state.service.charge(item.request.tenant, GENERATED_WEIGHT * len(new_ids))
     logprobs = result.logprobs[: len(new_ids)] if result.logprobs is not None else None
-    prompt_logprobs = _tell_prompt_logprobs(item)
+    prompt_logprobs = None if item.request.sampling.prompt_logprobs is None else _tell_prompt_logprobs(item)
     if reason is not None:
         state.end(item)
         return _last_output(
             item, reason, stop_reason=stop_reason, token_ids=new_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs
         )
-    if state.pool.enable_prefix_caching and len(item.token_ids) // state.pool.block_size > len(item.block_hashes):
-        extend_hashes(item.block_hashes, item.token_ids, state.pool.block_size, item.cache_extra)
+    if pool.enable_prefix_caching and len(item.token_ids) // pool.block_size > len(item.block_hashes):
+        extend_hashes(item.block_hashes, item.token_ids, pool.block_size, item.cache_extra)
     return EngineOutput(
         request_id=item.request_id,
         token_ids=new_ids,
@@ -109,9 +119,8 @@ def _settle_chunk(state: SchedulerState, chunk: ScheduledChunk, result: StepResu
     )
 
 
-def _publish(state: SchedulerState, item: RequestState) -> None:
+def _publish(pool: BlockPool, item: RequestState) -> None:
     """Make the blocks findable that are full and computed by now."""
-    pool = state.pool
     num_full = min(item.num_computed_tokens // pool.block_size, len(item.block_hashes))
     for group, table in enumerate(item.block_tables):
         stored = [
@@ -124,34 +133,29 @@ def _publish(state: SchedulerState, item: RequestState) -> None:
     item.num_published = max(item.num_published, num_full)
 
 
-def _free_hidden(state: SchedulerState, item: RequestState) -> None:
+def _free_hidden(pool: BlockPool, item: RequestState) -> None:
     """Give back the blocks that no token from here on can see. Their content stays findable, as any free block's."""
-    for group, sight in state.pool.limited:
-        hidden, first = item.num_hidden[group], sight.first(item.num_computed_tokens) // state.pool.block_size
+    for group, sight in pool.limited:
+        hidden, first = item.num_hidden[group], sight.first(item.num_computed_tokens) // pool.block_size
         if first > hidden:
             table = item.block_tables[group]
-            state.pool.release(table[hidden:first])
+            pool.release(table[hidden:first])
             table[hidden:first] = [NULL_BLOCK] * (first - hidden)
             item.num_hidden[group] = first
 
 
 def _append(
     state: SchedulerState, item: RequestState, token_ids: Sequence[int]
-) -> tuple[list[int], FinishReason | None, int | None]:
+) -> tuple[Sequence[int], FinishReason | None, int | None]:
     """Add tokens until one ends the request: what was added, why it ended, and at which stop token."""
-    sampling, limits = item.request.sampling, state.limits
     for count, token_id in enumerate(token_ids, start=1):
         item.token_ids.append(token_id)
-        if item.num_generated >= sampling.min_tokens:
-            if token_id in limits.eos_token_ids and not sampling.ignore_eos:
-                return list(token_ids[:count]), FinishReason.STOP, None
-            if token_id in sampling.stop_token_ids:
-                return list(token_ids[:count]), FinishReason.STOP, token_id
-        if sampling.max_tokens is not None and item.num_generated >= sampling.max_tokens:
-            return list(token_ids[:count]), FinishReason.LENGTH, None
-        if len(item.token_ids) >= state.longest:
-            return list(token_ids[:count]), FinishReason.LENGTH, None
-    return list(token_ids), None, None
+        if token_id in item.ending_token_ids and item.num_generated >= item.request.sampling.min_tokens:
+            is_eos = token_id in state.eos_token_ids and not item.request.sampling.ignore_eos
+            return token_ids[:count], FinishReason.STOP, None if is_eos else token_id
+        if len(item.token_ids) >= item.longest:
+            return token_ids[:count], FinishReason.LENGTH, None
+    return token_ids, None, None
 
 
 def _gather_prompt_logprobs(item: RequestState, start: int, entries: Sequence[TokenLogprobs | None]) -> None:
@@ -166,8 +170,8 @@ def _gather_prompt_logprobs(item: RequestState, start: int, entries: Sequence[To
 
 
 def _tell_prompt_logprobs(item: RequestState) -> list[TokenLogprobs | None] | None:
-    """The prompt's logprobs, once."""
-    if item.request.sampling.prompt_logprobs is None or item.prompt_logprobs_told:
+    """The logprobs of a prompt that were asked for, once."""
+    if item.prompt_logprobs_told:
         return None
     told = item.prompt_logprobs or [None]
     assert len(told) == item.num_prompt_tokens, f"{len(told)} prompt logprobs of {item.num_prompt_tokens}"

@@ -12,7 +12,7 @@ A request is in one place at a time:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -78,11 +78,14 @@ class RequestState:
     """One request on its way. Two of them are equal only if they are the same.
 
     * `number`: running number of admission; breaks ties of arrival.
+    * `longest`: tokens at which it ends, by `max_tokens`, the model's context or the cache: see `SchedulerState`.
+    * `ending_token_ids`: those that end it, once there are `min_tokens`.
+    * `reads_tokens`, `drawable`: as its `SamplingParams` say, which a step does not ask again.
     * `token_ids`: prompt and generated tokens. KV is in the cache for the first `num_computed_tokens` of them, in the
       blocks of `block_tables`, in order (while it is swapped out: of `host_tables`): one table per group of layers,
       all of one length, or none at all. A table grows in place, or is replaced by a new one.
-    * `num_in_flight`: how many tokens behind those are being computed, by steps that are not settled yet, and
-      `num_pending` how many those steps will have sampled: the scheduler goes on from what will be known then.
+    * `num_scheduled`: tokens whose KV will be there when the steps that are not settled yet are done, and `num_pending`
+      how many those steps will have sampled: the scheduler goes on from what will be known then.
     * `num_hidden`: for each group, how many blocks at the front of its table nobody can see any more; they are given
       back, and null blocks stand in their place.
     * `block_hashes`: the chain over all full blocks of `token_ids`, computed or not; empty without prefix caching.
@@ -97,10 +100,15 @@ class RequestState:
     number: int
     token_ids: list[int]
     num_prompt_tokens: int
+    longest: int
+    ending_token_ids: Set[int] = frozenset()
+    request_id: str = field(init=False)
+    reads_tokens: bool = field(init=False)
+    drawable: bool = field(init=False)
     cache_extra: bytes = b""
     phase: Phase = Phase.WAITING
     num_computed_tokens: int = 0
-    num_in_flight: int = 0
+    num_scheduled: int = 0
     num_pending: int = 0
     block_tables: list[list[int]] = field(default_factory=list)
     num_hidden: list[int] = field(default_factory=list)
@@ -117,34 +125,23 @@ class RequestState:
     first_token_time: float | None = None
     last_token_time: float | None = None
 
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
+    def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
+        self.reads_tokens = self.request.sampling.reads_tokens
+        self.drawable = self.request.sampling.drawable
 
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def num_scheduled(self) -> int:
-        """Tokens whose KV is in the cache when all steps in flight are done."""
-        return self.num_computed_tokens + self.num_in_flight
-
-    @property
-    def num_known(self) -> int:
-        """Tokens that there are when all steps in flight are done, unless one of them ends the request."""
-        return len(self.token_ids) + self.num_pending
-
-    def lacking(self, longest: int) -> int:
+    def lacking(self) -> int:
         """Tokens that it wants computed now. None while what comes next hangs on a token that is not known yet, or when
-        it will have all that it may generate; `longest` is `SchedulerState`'s."""
-        if self.num_pending:
-            sampling = self.request.sampling
-            generated = self.num_known - self.num_prompt_tokens
-            is_full = sampling.max_tokens is not None and generated >= sampling.max_tokens
-            if sampling.reads_tokens or is_full or self.num_known >= longest:
-                return 0
-        return self.num_known - self.num_scheduled
+        it will have all that it may generate."""
+        num_known = len(self.token_ids) + self.num_pending
+        if self.num_pending and (self.reads_tokens or num_known >= self.longest):
+            return 0
+        return num_known - self.num_scheduled
 
     @property
     def held(self) -> list[list[int]]:
@@ -190,7 +187,7 @@ class Totals:
     generation_tokens: int = 0
 
 
-class ScheduledChunk(msgspec.Struct, frozen=True):
+class ScheduledChunk(msgspec.Struct, frozen=True, gc=False):
     """Rows for positions start .. start + num_tokens - 1 of `state.token_ids`; the last of these may not be known yet.
 
     * `samples`: the chunk reaches the end of the known tokens, so its last row's logits give the next one (or, of a
@@ -222,11 +219,8 @@ class Step:
     swap_out: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)
     refused: list[tuple[RequestState, QuireError]] = field(default_factory=list)
+    num_tokens: int = 0
     started: float = 0.0
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.scheduled)
 
 
 class SchedulerState:
@@ -257,8 +251,9 @@ class SchedulerState:
         self.token_capacity = token_capacity(pool.sights, pool.num_usable, pool.block_size, limits.max_model_len)
         """Known tokens that one request alone can have KV for, up to `max_model_len`."""
         self.longest = min(limits.max_model_len, self.token_capacity + 1)
-        """Tokens at which a request ends. The last one needs no KV; with one more, a request alone would outgrow the
+        """Tokens at which any request ends. The last one needs no KV; with one more, a request alone would outgrow the
         whole cache."""
+        self.eos_token_ids = frozenset(limits.eos_token_ids)
         self.tokens_per_second = 0.0
         self.last_settled = 0.0
 
@@ -340,7 +335,8 @@ class SchedulerState:
                 assert not state.host_tables, state.request_id
                 assert state.num_computed_tokens == 0, state.request_id
             if state.phase is not Phase.RUNNING:
-                assert state.num_in_flight == state.num_pending == 0, state.request_id
+                assert state.num_scheduled == state.num_computed_tokens, state.request_id
+                assert state.num_pending == 0, state.request_id
             if state.phase is not Phase.WAITING:
                 self._check_tables(state)
 

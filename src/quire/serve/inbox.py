@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
+
 from quire.core.errors import EngineDead, QuireError
 from quire.core.request import Deadlines, EngineOutput, EngineRequest, FinishReason
 
@@ -101,7 +103,7 @@ class Flight:
         hidden behind garbled text).
         """
         if self._had_prompt_logprobs and output.prompt_logprobs is not None:
-            output = replace(output, prompt_logprobs=None)
+            output = msgspec.structs.replace(output, prompt_logprobs=None)
         if self._to_skip:
             output = self._skip_delivered(output)
         self._delivered.extend(output.token_ids)
@@ -121,4 +123,4 @@ class Flight:
             )
         self._to_skip -= skip
         logprobs = None if output.logprobs is None else output.logprobs[skip:]
-        return replace(output, token_ids=output.token_ids[skip:], logprobs=logprobs)
+        return msgspec.structs.replace(output, token_ids=output.token_ids[skip:], logprobs=logprobs)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quire.core.errors import EngineError, InvalidParameter
 from quire.core.sampling import SamplingParams
-from quire.ops.draw import NOT_FINITE, DrawTable, draw, drawable, table_of
+from quire.ops.draw import NOT_FINITE, DrawTable, draw, table_of
 from quire.ops.sampling import SamplingRow, sample, token_logprobs
 from quire.ops.target import Target
 from quire.ops.triton.drawing import Drawing
@@ -138,8 +138,8 @@ def test_memory_is_kept_and_shared():
 
 
 def test_what_can_be_drawn_on_the_device():
-    assert drawable(SamplingParams(top_p=0.5, top_k=3, min_p=0.1))
-    assert not drawable(SamplingParams(typical_p=0.5))
+    assert SamplingParams(top_p=0.5, top_k=3, min_p=0.1).drawable
+    assert not SamplingParams(typical_p=0.5).drawable
 
 
 @FEW
