@@ -87,6 +87,7 @@ GATEWAY = LISTEN | {
     "--idle-timeout",
     "--max-retries",
     "--extproc-port",
+    "--extproc-max-streams",
     "--trust-subset-header",
     "--no-trust-subset-header",
     "--hedge-delay",
