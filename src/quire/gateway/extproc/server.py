@@ -16,7 +16,6 @@ from quire.gateway.errors import ShuttingDown
 from quire.gateway.extproc.messages import Message, Response
 from quire.gateway.extproc.stream import Door, ExchangeStream
 
-
 LAST_WORDS = 1.0
 """Seconds to tell Envoy that the gateway stops."""
 
