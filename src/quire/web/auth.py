@@ -27,7 +27,7 @@ class ApiKey:
             await self._app(scope, receive, send)
             return
         error = Unauthorized("The API key is missing or wrong.", remedy="Send it as Authorization: Bearer KEY.")
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope["path"])(scope, receive, send)
 
     def _is_known(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]

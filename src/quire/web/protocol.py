@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from quire.core.errors import QuireError, Refusal, RequestError
-from quire.web.answers import HeadersTooLarge, RequestTimeout, encode_json, error_body
+from quire.web.answers import HeadersTooLarge, RequestTimeout, error_json
 
 FRAMING_PER_BODY_BYTE = 8
 """Chunks of one byte have six bytes of framing; more than this is no body."""
@@ -269,7 +269,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        body = encode_json(error_body(error))
+        path = (self.url or b"").partition(b"?")[0].decode("latin-1")  # as far as it was read
+        body = error_json(error, path)
         head = [STATUS_LINE[error.status], b"content-type: application/json\r\nconnection: close\r\n"]
         if error.retry_after is not None:
             head.append(b"retry-after: %d\r\n" % max(1, round(error.retry_after)))

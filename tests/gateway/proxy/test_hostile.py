@@ -156,3 +156,15 @@ async def test_a_client_of_http_1_0_gets_no_chunks(rig, fake) -> None:
         head, _, body = received.partition(b"\r\n\r\n")
         assert b"transfer-encoding" not in head.lower()
         assert body == fake.delta("w0")
+
+
+async def test_errors_on_anthropic_paths_have_its_shape(rig, fake) -> None:
+    async with rig([]) as gateway:
+        for path in (b"/v1/messages", b"/v1/messages/count_tokens?beta=true"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            writer.write(b"POST " + path + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000000000\r\n\r\n")
+            head, body = await read_answer(reader)
+            assert b" 413 " in head
+            told = json.loads(body)
+            assert (told["type"], told["error"]["type"]) == ("error", "request_too_large")
+            writer.close()

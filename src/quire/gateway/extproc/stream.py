@@ -18,7 +18,6 @@ from quire.gateway.director import Attempt, Director
 from quire.gateway.errors import Saturated
 from quire.gateway.extproc import messages
 from quire.gateway.extproc.messages import Message, Response
-from quire.gateway.parse import api_of
 from quire.gateway.proxy.holding import Holding, Share
 from quire.gateway.request import InferenceRequest, Outcome
 
@@ -174,7 +173,7 @@ class ExchangeStream:
         return messages.streamed(piece, end=end, response=True) if self.response_duplex else [messages.response_body()]
 
     def refuse(self, error: QuireError) -> Response:
-        return messages.refused(error, api_of(self.headers.get(":path", "/").partition("?")[0]))
+        return messages.refused(error, self.headers.get(":path", "/").partition("?")[0])
 
     def close(self) -> None:
         """The stream is over, however it went. What was chosen is given back, once."""
