@@ -15,7 +15,7 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
 
 
 def _raw() -> msgspec.Raw:
-    return msgspec.field(default_factory=msgspec.Raw)  # type: ignore[no-any-return]  # a default, not the value
+    return msgspec.field(default_factory=msgspec.Raw)
 
 
 class Block(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
