@@ -140,6 +140,7 @@ FLAGS = {
         "--no-gateway",
         "--state-dir",
         "--pvc-dir",
+        "--provider",
         "--host",
         "--port",
     },

@@ -107,7 +107,13 @@ _GATEWAY: Mapping[str, Rule] = {
     "explain_requests": between(0, 1_048_576),
 }
 
-_FLEET: Mapping[str, Rule] = {"state_dir": _NAME, "pvc_dir": _NAME, "host": _NAME, "port": between(0, 65_535)}
+_FLEET: Mapping[str, Rule] = {
+    "state_dir": _NAME,
+    "provider": _NAME,
+    "pvc_dir": _NAME,
+    "host": _NAME,
+    "port": between(0, 65_535),
+}
 
 _RULES: Sequence[tuple[type[object], Mapping[str, Rule]]] = (
     (EngineConfig, _ENGINE),
