@@ -195,7 +195,9 @@ async def stage(tmp_path: Path, mode: str, *, fail_open: bool = False) -> AsyncI
             if request.model == "alias":
                 request.target_model = "v2"
 
-        picker = ExtProcServer(make_door(director, hooks=[retarget], max_body_bytes=2**20), "127.0.0.1", 0)
+        picker = ExtProcServer(
+            make_door(director, hooks=[retarget], max_body_bytes=2**20), "127.0.0.1", 0, max_streams=100
+        )
         await picker.start()
         sites.push_async_callback(picker.stop, 0)
         port = free_port()

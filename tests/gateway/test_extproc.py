@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc.aio
 import pytest
@@ -18,11 +18,12 @@ from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 
 from quire.gateway.director import Director, Gate
 from quire.gateway.endpoint import Endpoint, Pool
+from quire.gateway.errors import Evicted
 from quire.gateway.extproc.door import make_door
 from quire.gateway.extproc.server import ExtProcServer
 from quire.gateway.extproc.stream import Door
 from quire.gateway.plugin import Conclusion, Observer, Picker, ProfileHandler
-from quire.gateway.request import InferenceRequest
+from quire.gateway.request import InferenceRequest, Outcome
 from quire.gateway.schedule import Profile, Scheduler
 
 MODE = processing_mode_pb2.ProcessingMode
@@ -32,6 +33,9 @@ BODY = json.dumps({"model": "m", "messages": []}).encode()
 class First(Picker, ProfileHandler, Observer):
     name = "first"
     faulty = False
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
 
     def pick(
         self, request: InferenceRequest, candidates: Sequence[Endpoint], totals: Sequence[float]
@@ -49,6 +53,9 @@ class First(Picker, ProfileHandler, Observer):
     def sent(self, request: InferenceRequest, endpoint: Endpoint, choice: Conclusion) -> None:
         if self.faulty:
             raise ZeroDivisionError
+
+    def finished(self, request: InferenceRequest, endpoint: Endpoint, outcome: Outcome) -> None:
+        self.errors.append(outcome.error)
 
 
 class Counted(Gate):
@@ -71,7 +78,8 @@ class Stage:
     plugin: First
     door: Door
     stub: external_processor_pb2_grpc.ExternalProcessorStub
-    hooks: list = field(default_factory=list)
+    hooks: list
+    server: ExtProcServer
 
     async def say(self, *messages: ext_proc.ProcessingRequest) -> list[ext_proc.ProcessingResponse]:
         """All answers to these messages, behind which the stream ends."""
@@ -91,7 +99,7 @@ async def iter_of(messages: Sequence[ext_proc.ProcessingRequest]) -> AsyncIterat
 
 
 @contextlib.asynccontextmanager
-async def stage(**settings: int) -> AsyncIterator[Stage]:
+async def stage(*, max_streams: int = 100, **settings: int) -> AsyncIterator[Stage]:
     endpoint, gate, plugin = Endpoint("a", "127.0.0.1", 1), Counted(), First()
     pool = Pool()
     pool.put(endpoint)
@@ -99,11 +107,13 @@ async def stage(**settings: int) -> AsyncIterator[Stage]:
     director = Director(pool=pool, scheduler=scheduler, clock=time.monotonic, gate=gate, observers=(plugin,))
     hooks: list = []
     door = make_door(director, hooks=hooks, **{"max_body_bytes": 10_000, **settings})
-    server = ExtProcServer(door, "127.0.0.1", 0)
+    server = ExtProcServer(door, "127.0.0.1", 0, max_streams=max_streams)
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield Stage(endpoint, gate, plugin, door, external_processor_pb2_grpc.ExternalProcessorStub(channel), hooks)
-    await server.stop(0)
+        yield Stage(
+            endpoint, gate, plugin, door, external_processor_pb2_grpc.ExternalProcessorStub(channel), hooks, server
+        )
+        await server.stop(0)
 
 
 def headers(mode: int | None = MODE.BUFFERED, *, end: bool = False, **named: str) -> ext_proc.ProcessingRequest:
@@ -211,3 +221,62 @@ async def test_what_was_not_read_is_not_rewritten() -> None:
         assert destination(response) == "127.0.0.1:1"
         assert not response.request_body.response.HasField("body_mutation")
         await at.settled()
+
+
+def response_headers() -> ext_proc.ProcessingRequest:
+    listed = [base_pb2.HeaderValue(key=":status", raw_value=b"200")]
+    return ext_proc.ProcessingRequest(response_headers=ext_proc.HttpHeaders(headers=base_pb2.HeaderMap(headers=listed)))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_request_at_its_endpoint_gives_way(begun: bool) -> None:
+    async with stage() as at:
+        asked: list[InferenceRequest] = []
+        at.hooks.append(asked.append)
+        stream = at.stub.Process()
+        messages = [headers(), body(), response_headers()][: 3 if begun else 2]
+        async with asyncio.timeout(10):
+            for message in messages:
+                await stream.write(message)
+                assert not (await stream.read()).HasField("immediate_response")
+            assert asked[0].break_off is not None
+            asked[0].break_off(Evicted("A request of higher priority waits.", retry_after=2.0))
+            told = (await stream.read()).immediate_response
+            assert told.status.code == 429
+            sent = {one.header.key: one.header.raw_value for one in told.headers.set_headers}
+            assert sent["x-llm-d-request-dropped-reason"] == b"evicted-priority"
+            assert sent["retry-after"] == b"2"
+            assert json.loads(told.body)["error"]["code"] == "evicted"
+            assert await stream.read() is grpc.aio.EOF
+        assert asked[0].break_off is None
+        await at.settled()
+        assert at.plugin.errors == ["cancelled"]
+
+
+async def test_streams_are_bounded() -> None:
+    async with stage(max_streams=1) as at:
+        stream = at.stub.Process()
+        async with asyncio.timeout(10):
+            await stream.write(headers())
+            await stream.read()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await at.say(headers(), body())
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            await stream.done_writing()
+            assert await stream.read() is grpc.aio.EOF
+        assert destination((await at.say(headers(), body()))[-1]) == "127.0.0.1:1"
+
+
+async def test_streams_that_are_open_when_the_server_stops_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    async with stage() as at:
+        stream = at.stub.Process()
+        async with asyncio.timeout(10):
+            for message in (headers(), body()):
+                await stream.write(message)
+                await stream.read()
+            stopping = asyncio.create_task(at.server.stop(0))
+            assert (await stream.read()).immediate_response.status.code == 503
+            assert await stream.read() is grpc.aio.EOF
+            await stopping
+        await at.settled()
+    assert caplog.records == []

@@ -18,14 +18,14 @@ from quire.fleet.control import ControlPlane
 from quire.fleet.directory import ControlLock, ServiceDirectory
 from quire.fleet.events import DownRequested
 from quire.fleet.identity import identify, send_signal
-from quire.fleet.processes import Processes
+from quire.fleet.providers import open_provider
 
 
 async def run(directory: ServiceDirectory) -> None:
     """Until the service is down, or a SIGTERM."""
     asked = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
-    control = ControlPlane(directory, Processes(directory.path), environ=os.environ)
+    control = ControlPlane(directory, open_provider(directory), environ=os.environ)
     await control.run(until=lambda state: asked.is_set() or (state.down and not state.replicas))
 
 
@@ -48,8 +48,8 @@ def stop_here(directory: ServiceDirectory, *, at_once: bool) -> None:
 
 
 async def _stop(directory: ServiceDirectory, at_once: bool) -> None:
-    processes = Processes(directory.path)
-    control = ControlPlane(directory, processes, environ=os.environ, on_event=Reporter(), alone=True)
+    provider = open_provider(directory)
+    control = ControlPlane(directory, provider, environ=os.environ, on_event=Reporter(), alone=True)
     control.record(DownRequested(at=time.time(), at_once=at_once))
     await control.run(until=lambda state: state.down and not state.replicas)
 

@@ -120,8 +120,8 @@ else:
     )
     ServerFlags = flags_of(ServerConfig, "Server")
     FleetFlags = flags_of(FleetConfig, "Fleet")
-    ApplyFlags = flags_of(FleetConfig, "Fleet", frozenset({"host", "port"}))
-    StateDirFlag = flags_of(FleetConfig, "Fleet", frozenset({"host", "port", "pvc_dir"}))
+    ApplyFlags = flags_of(FleetConfig, "Fleet", frozenset({"host", "port", "provider"}))
+    StateDirFlag = flags_of(FleetConfig, "Fleet", frozenset({"host", "port", "provider", "pvc_dir"}))
     GatewayFlags = flags_of(GatewayConfig, "Gateway")
 
 ConfigFile = Annotated[

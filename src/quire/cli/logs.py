@@ -15,7 +15,8 @@ from quire.cli.chat import visible
 from quire.cli.flags import StateDirFlag
 from quire.cli.fleet import Service, find, unknown
 from quire.fleet.journal import Journal
-from quire.fleet.processes import Processes
+from quire.fleet.provider import Provider
+from quire.fleet.providers import open_provider
 from quire.fleet.words import clock, describe
 
 POLL = 0.2
@@ -40,7 +41,7 @@ def logs(
         How many of the last lines of each process to begin with.
     """
     service, names = _whose(name, state_dir)
-    provider = Processes(service.directory.path)
+    provider = open_provider(service.directory)
     width = max((len(replica) for replica in names), default=0)
     tails = {replica: Tail(replica, provider) for replica in names}
 
@@ -83,7 +84,7 @@ def _names(service: Service) -> list[str]:
 class Tail:
     """Reads on in a log file, also after it was replaced by a new one."""
 
-    def __init__(self, replica: str, provider: Processes) -> None:
+    def __init__(self, replica: str, provider: Provider) -> None:
         self._replica = replica
         self._provider = provider
         self._file: Path | None = None

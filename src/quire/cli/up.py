@@ -69,6 +69,10 @@ def up(
     lock = ControlLock(directory)
     lock.acquire()
     try:
+        if resume is None:
+            from quire.fleet.providers import choose_provider
+
+            choose_provider(directory, config.provider)
         with Journal(directory.database) as journal:
             _, state = journal.load()
             if resume is None:
@@ -126,12 +130,12 @@ async def _run_here(directory: ServiceDirectory) -> int:
     from rich.console import Console
 
     from quire.fleet.control import ControlPlane
-    from quire.fleet.processes import Processes
+    from quire.fleet.providers import open_provider
 
     console = Console()
     status = console.status("starting") if console.is_terminal else None
     reporter = Reporter(status)
-    control = ControlPlane(directory, Processes(directory.path), environ=os.environ, on_event=reporter)
+    control = ControlPlane(directory, open_provider(directory), environ=os.environ, on_event=reporter)
     orders = 0
 
     def stop() -> None:

@@ -13,6 +13,8 @@ class FleetConfig:
     """Directory of the services' state and logs; quire in the XDG state directory otherwise."""
     pvc_dir: str | None = None
     """Directory with a folder for each persistent volume claim: pvc://NAME/PATH is NAME/PATH in it."""
+    provider: str = "processes"
+    """What starts the service's processes; others than `processes` come with packages of their own."""
     host: str = "127.0.0.1"
     """Address that the gateway listens on; loopback unless told otherwise."""
     port: int = 8000

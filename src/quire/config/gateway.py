@@ -35,6 +35,8 @@ class GatewayConfig(ListenConfig):
     """Other endpoints that are tried when one fails before the first byte of its answer."""
     extproc_port: int | None = None
     """Port of Envoy's external processing door (gRPC); none: the door is closed."""
+    extproc_max_streams: int = 10_000
+    """Requests that may be in Envoy's door at once; a stream above that is refused with RESOURCE_EXHAUSTED."""
     trust_subset_header: bool = False
     """Let x-gateway-destination-endpoint-subset say which endpoints may be chosen: only where an outer gateway sets it
     and removes the clients' own. Envoy says it as metadata, which is always heeded."""

@@ -102,11 +102,18 @@ _GATEWAY: Mapping[str, Rule] = {
     "idle_timeout": _SECONDS,
     "max_retries": between(0, 100),
     "extproc_port": between(0, 65_535),
+    "extproc_max_streams": between(1, 1_048_576),
     "hedge_delay": _SECONDS,
     "explain_requests": between(0, 1_048_576),
 }
 
-_FLEET: Mapping[str, Rule] = {"state_dir": _NAME, "pvc_dir": _NAME, "host": _NAME, "port": between(0, 65_535)}
+_FLEET: Mapping[str, Rule] = {
+    "state_dir": _NAME,
+    "provider": _NAME,
+    "pvc_dir": _NAME,
+    "host": _NAME,
+    "port": between(0, 65_535),
+}
 
 _RULES: Sequence[tuple[type[object], Mapping[str, Rule]]] = (
     (EngineConfig, _ENGINE),

@@ -120,9 +120,6 @@ def make_parts(
     picker = build_picker(policy.policy.picker, stock_plugins(), pool=pool, clock=clock, rng=rng, shared=shared)
     for warning in picker.warnings:
         log_warning(warning)
-    section = None if policy.policy.picker is None else policy.policy.picker.flow_control
-    if config.extproc_port is not None and section is not None and section.enable_eviction:
-        log_warning("flowControl.enableEviction has no effect on what comes through Envoy's door: it is never ended")
     metrics, explainer = GatewayMetrics(pool, clock), Explainer(config.explain_requests, clock)
     director = Director(
         pool=pool,

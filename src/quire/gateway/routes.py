@@ -26,7 +26,8 @@ def own_routes(parts: Parts) -> list[Route]:
         told = parts.explainer.explain(request_id)
         if told is None:
             shown = request_id[:128]
-            return error_response(NotFound(f"Nothing is remembered of the request {shown!r}.", remedy="Ask sooner."))
+            error = NotFound(f"Nothing is remembered of the request {shown!r}.", remedy="Ask sooner.")
+            return error_response(error, request.url.path)
         return _json(told)
 
     async def endpoints(_: Request) -> Response:

@@ -139,7 +139,7 @@ class ExtProc:
             ) from error
         assert config.extproc_port is not None
         door = make_door(parts.director, hooks=[parts.apply_traffic], max_body_bytes=config.max_body_bytes)
-        self._server = ExtProcServer(door, config.host, config.extproc_port)
+        self._server = ExtProcServer(door, config.host, config.extproc_port, max_streams=config.extproc_max_streams)
         self._grace = config.shutdown_timeout
 
     async def __aenter__(self) -> ExtProc:

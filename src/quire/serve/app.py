@@ -7,6 +7,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
+from quire.serve.anthropic_messages import Messages
 from quire.serve.embeddings import Embeddings
 from quire.serve.health import Health
 from quire.serve.metrics import CONTENT_TYPE
@@ -32,6 +33,7 @@ def build_app(service: Service) -> ASGIApp:
 
 def _routes(service: Service) -> list[Route]:
     chat, completions, models = ChatCompletions(service), Completions(service), Models(service)
+    messages = Messages(service)
     embeddings, scoring = Embeddings(service), Scoring(service)
     tokenization, health, docs = Tokenization(service), Health(service), Docs(service)
 
@@ -40,6 +42,8 @@ def _routes(service: Service) -> list[Route]:
 
     return [
         Route("/v1/chat/completions", chat.create, methods=["POST"]),
+        Route("/v1/messages", messages.create, methods=["POST"]),
+        Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
         Route("/v1/completions", completions.create, methods=["POST"]),
         Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
         Route("/pooling", embeddings.pooling, methods=["POST"]),

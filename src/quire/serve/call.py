@@ -22,9 +22,8 @@ from quire.serve.body import ignored_fields
 from quire.serve.generation import Generation, Piece
 from quire.serve.sampling import deadlines
 from quire.serve.service import fresh_seed
-from quire.serve.sse import EventStream, event, while_connected
+from quire.serve.sse import EventStream, while_connected
 from quire.text.prompt import PromptEncoder
-from quire.web.answers import error_body
 from quire.wire.openai import CallFields
 
 MAX_GATHERED_LOGPROBS = 1_000_000
@@ -121,6 +120,9 @@ class Writer(Protocol):
 
     def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]: ...
 
+    def broken(self, error: QuireError) -> bytes:
+        """The last event of a stream that cannot go on."""
+
 
 async def answer(
     request: Request,
@@ -174,7 +176,7 @@ async def _events(writer: Writer, pieces: AsyncIterator[Piece]) -> AsyncIterator
         async for data in writer.events(pieces):
             yield data
     except QuireError as error:
-        yield event(error_body(error))
+        yield writer.broken(error)
     except Exception:
         structlog.get_logger().exception("a stream broke")
-        yield event(error_body(QuireError("Something went wrong in the server.")))
+        yield writer.broken(QuireError("Something went wrong in the server."))

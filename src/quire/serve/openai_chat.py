@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from quire.core.errors import InvalidParameter
+from quire.core.errors import InvalidParameter, QuireError
 from quire.core.request import EngineRequest, TokenLogprobs
 from quire.core.sampling import SamplingParams
 from quire.serve.body import decode_body, is_given, loose_json
@@ -21,7 +21,7 @@ from quire.serve.logprobs import chat_logprobs, prompt_logprobs
 from quire.serve.sampling import check_listed, refuse_unsupported, sampling_params, unsupported
 from quire.serve.service import Service
 from quire.serve.sse import DONE, event
-from quire.web.answers import json_response
+from quire.web.answers import error_body, json_response
 from quire.wire.openai import StreamOptions
 from quire.wire.openai_chat import (
     AssistantMessage,
@@ -51,33 +51,41 @@ class ChatCompletions:
             model=service.check_model(fields.model),
             arrival_time=arrival,
         )
-        sampling = _sampling(fields, service)
-        check_listed(sampling, sampling.n)
-        messages = plain_messages(fields.messages)
-        tools = tool_list(fields.tools) if _may_call_tools(fields) else None
-        variables = template_variables(fields.chat_template_kwargs)
         with contextlib.ExitStack() as held:
-            held.enter_context(service.running_call())
-            encoder = await service.generator(patience(call.deadlines))
-            make = call.request_maker(encoder, sampling, default_max_tokens=service.default_max_tokens)
-
-            def encode() -> list[EngineRequest]:
-                token_ids = encoder.encode_chat(
-                    messages,
-                    sampling,
-                    tools=tools,
-                    template_kwargs=variables,
-                    add_generation_prompt=_adds_generation_prompt(fields),
-                    continue_final_message=bool(fields.continue_final_message),
-                    add_special_tokens=bool(fields.add_special_tokens),
-                )
-                return make(call.engine_id, token_ids)
-
-            requests = await asyncio.to_thread(encode)  # the template runs in a process that has to be waited for
-            generation = Generation(service, [requests], service.eos_token_ids)
-            held.callback(generation.close)
+            generation = await begin_chat(service, call, fields, held)
             writer = _Writer(service, call, fields, generation)
             return await answer(request, call, generation, writer, held, stream=bool(fields.stream))
+
+
+async def begin_chat(
+    service: Service, call: Call, fields: ChatCompletionRequest, held: contextlib.ExitStack
+) -> Generation:
+    """The call's sequences, before they are submitted; what they hold is let go with `held`."""
+    sampling = _sampling(fields, service)
+    check_listed(sampling, sampling.n)
+    messages = plain_messages(fields.messages)
+    tools = tool_list(fields.tools) if may_call_tools(fields) else None
+    variables = template_variables(fields.chat_template_kwargs)
+    held.enter_context(service.running_call())
+    encoder = await service.generator(patience(call.deadlines))
+    make = call.request_maker(encoder, sampling, default_max_tokens=service.default_max_tokens)
+
+    def encode() -> list[EngineRequest]:
+        token_ids = encoder.encode_chat(
+            messages,
+            sampling,
+            tools=tools,
+            template_kwargs=variables,
+            add_generation_prompt=_adds_generation_prompt(fields),
+            continue_final_message=bool(fields.continue_final_message),
+            add_special_tokens=bool(fields.add_special_tokens),
+        )
+        return make(call.engine_id, token_ids)
+
+    requests = await asyncio.to_thread(encode)  # the template runs in a process that has to be waited for
+    generation = Generation(service, [requests], service.eos_token_ids)
+    held.callback(generation.close)
+    return generation
 
 
 def _sampling(fields: ChatCompletionRequest, service: Service) -> SamplingParams:
@@ -111,7 +119,7 @@ def _check_top_logprobs(top_logprobs: int, with_logprobs: bool, most: int) -> No
         )
 
 
-def _may_call_tools(fields: ChatCompletionRequest) -> bool:
+def may_call_tools(fields: ChatCompletionRequest) -> bool:
     choice = loose_json(fields.tool_choice, "tool_choice")
     if choice not in (None, "none", "auto"):
         raise unsupported("tool_choice", str(choice)[:40])
@@ -188,6 +196,9 @@ class _Writer:
             closing.usage = self._generation.usage()
             yield event(closing)
         yield DONE
+
+    def broken(self, error: QuireError) -> bytes:
+        return event(error_body(error))
 
     def _chunk(self, *choices: ChatChunkChoice) -> ChatCompletionChunk:
         chunk = ChatCompletionChunk(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from quire.core.errors import InvalidParameter
+from quire.core.errors import InvalidParameter, QuireError
 from quire.core.request import EngineRequest, TokenLogprobs
 from quire.core.sampling import SamplingParams
 from quire.serve.body import decode_body
@@ -20,7 +20,7 @@ from quire.serve.logprobs import completion_logprobs, prompt_logprobs
 from quire.serve.sampling import check_listed, num_listed, refuse_unsupported, sampling_params, unsupported
 from quire.serve.service import Service, off_loop
 from quire.serve.sse import DONE, event
-from quire.web.answers import json_response
+from quire.web.answers import error_body, json_response
 from quire.wire.openai import StreamOptions, Usage
 from quire.wire.openai_completions import Completion, CompletionChoice, CompletionRequest
 
@@ -208,6 +208,9 @@ class _Writer:
             finish_reason="length" if self._only_prompt else choice.finish_reason,
             stop_reason=None if self._only_prompt else choice.stop_reason,
         )
+
+    def broken(self, error: QuireError) -> bytes:
+        return event(error_body(error))
 
     def _usage(self) -> Usage:
         usage = self._generation.usage()

@@ -13,6 +13,8 @@ from starlette.responses import Response
 
 import quire
 from quire.serve.service import Service
+from quire.wire.anthropic import AnthropicMessage, CountTokensRequest, MessagesRequest, TokenCount
+from quire.wire.anthropic_errors import AnthropicError
 from quire.wire.openai import ErrorResponse, Model, ModelList
 from quire.wire.openai_chat import ChatCompletion, ChatCompletionRequest
 from quire.wire.openai_completions import Completion, CompletionRequest
@@ -47,6 +49,7 @@ class Operation:
     response: type[msgspec.Struct] | str
     """A type, or the media type of a text."""
     request: type[msgspec.Struct] | None = None
+    error: type[msgspec.Struct] = ErrorResponse
     streams: bool = False
     not_ready: bool = False
     """Answers 503 with the same shape while there is no engine."""
@@ -59,6 +62,21 @@ OPERATIONS = (
         request=ChatCompletionRequest,
         response=ChatCompletion,
         streams=True,
+    ),
+    Operation(
+        path="/v1/messages",
+        summary="Answer a conversation, in Anthropic's form.",
+        request=MessagesRequest,
+        response=AnthropicMessage,
+        error=AnthropicError,
+        streams=True,
+    ),
+    Operation(
+        path="/v1/messages/count_tokens",
+        summary="How many tokens such a conversation has.",
+        request=CountTokensRequest,
+        response=TokenCount,
+        error=AnthropicError,
     ),
     Operation(
         path="/v1/completions", summary="Continue a text.", request=CompletionRequest, response=Completion, streams=True
@@ -99,7 +117,7 @@ OPERATIONS = (
 
 def describe(operations: tuple[Operation, ...], *, with_key: bool) -> dict[str, Any]:
     """An OpenAPI 3.1 document."""
-    types: list[type[msgspec.Struct]] = [ErrorResponse]
+    types: list[type[msgspec.Struct]] = [ErrorResponse, AnthropicError]
     for operation in operations:
         types.extend(kind for kind in (operation.request, operation.response) if isinstance(kind, type))
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
@@ -127,8 +145,8 @@ def _path_item(operation: Operation, references: dict[Any, Any], *, with_key: bo
         "summary": operation.summary,
         "responses": {
             "200": {"description": "The answer.", "content": answer},
-            "4XX": {"description": "The request is at fault.", "content": content(ErrorResponse)},
-            "5XX": {"description": "The server is at fault, or busy.", "content": content(ErrorResponse)},
+            "4XX": {"description": "The request is at fault.", "content": content(operation.error)},
+            "5XX": {"description": "The server is at fault, or busy.", "content": content(operation.error)},
         },
     }
     if operation.not_ready:

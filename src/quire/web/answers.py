@@ -1,15 +1,18 @@
-"""HTTP answers in OpenAI's shapes: JSON objects, and the error object for everything that goes wrong."""
+"""HTTP answers: JSON objects, and for everything that goes wrong the error object of the API that was called."""
 
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import msgspec
 from starlette.responses import Response
 
 from quire.core.errors import NotFound, QuireError, RequestError, Unauthorized
+from quire.wire.anthropic_errors import anthropic_error
 from quire.wire.openai import ErrorDetail, ErrorResponse
 
+ANTHROPIC_PATH: Final = "/v1/messages"
 _encoder = msgspec.json.Encoder()
 _TYPES: dict[int, str] = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
@@ -31,6 +34,13 @@ def error_body(error: QuireError) -> ErrorResponse:
     return ErrorResponse(error=detail)
 
 
+def error_json(error: QuireError, path: str) -> bytes:
+    """In Anthropic's shape under /v1/messages, else in OpenAI's."""
+    if path == ANTHROPIC_PATH or path.startswith(ANTHROPIC_PATH + "/"):
+        return encode_json(anthropic_error(error.status, str(error)))
+    return encode_json(error_body(error))
+
+
 def error_headers(error: QuireError) -> dict[str, str]:
     """The headers that go with it: when to come back, how to say who one is."""
     headers: dict[str, str] = {}
@@ -41,8 +51,8 @@ def error_headers(error: QuireError) -> dict[str, str]:
     return headers
 
 
-def error_response(error: QuireError) -> Response:
-    return json_response(error_body(error), error.status, error_headers(error))
+def error_response(error: QuireError, path: str) -> Response:
+    return Response(error_json(error, path), error.status, error_headers(error), media_type="application/json")
 
 
 class MethodNotAllowed(RequestError):

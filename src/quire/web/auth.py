@@ -26,13 +26,16 @@ class ApiKey:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_known(scope):
             await self._app(scope, receive, send)
             return
-        error = Unauthorized("The API key is missing or wrong.", remedy="Send it as Authorization: Bearer KEY.")
-        await error_response(error)(scope, receive, send)
+        error = Unauthorized(
+            "The API key is missing or wrong.", remedy="Send it as Authorization: Bearer KEY, or as x-api-key: KEY."
+        )
+        await error_response(error, scope["path"])(scope, receive, send)
 
     def _is_known(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        given = [(name, value) for name, value in scope["headers"] if name in (b"authorization", b"x-api-key")]
         if len(given) != 1:
             return False
-        scheme, _, key = given[0].partition(b" ")
+        name, value = given[0]
+        scheme, _, key = value.partition(b" ") if name == b"authorization" else (b"bearer", b"", value)
         # Compared in constant time: how long it takes tells nothing about how much of a guess was right.
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)

@@ -1,4 +1,4 @@
-"""ASGI middleware around everything: bounded bodies, and an answer in OpenAI's shape whatever goes wrong."""
+"""ASGI middleware around everything: bounded bodies, and an answer in the API's shape whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ErrorBoundary:
             if status:
                 structlog.get_logger().exception("a handler failed after it had begun to answer", path=scope["path"])
                 raise
-            response = error_response(self._as_ours(error, scope))
+            response = error_response(self._as_ours(error, scope), scope["path"])
             if isinstance(error, HTTPException) and error.headers:
                 response.headers.update(error.headers)  # Allow, which a 405 has to have
             await response(scope, receive, counted)

@@ -6,6 +6,8 @@
 * An answer that is not read for `write_timeout` seconds ends its connection.
 * Over `max_connections` a new connection gets a 503 and is closed.
 * At most `max_pipelined` requests wait behind the one that is answered; when a connection ends, all of them are told.
+* An HTTP/1.0 client gets a body without a length as it is, up to the connection's end; chunks are not for it.
+* A request of HTTP/1.1 names one host (RFC 9112, 3.2): otherwise 400.
 * Trailers are no headers, and an upgrade that is offered is not taken (RFC 9110, 6.5.1 and 7.8).
 """
 
@@ -17,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import httptools
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from quire.core.errors import QuireError, Refusal, RequestError
-from quire.web.answers import HeadersTooLarge, RequestTimeout, encode_json, error_body
+from quire.web.answers import HeadersTooLarge, RequestTimeout, error_json
 
 FRAMING_PER_BODY_BYTE = 8
 """Chunks of one byte have six bytes of framing; more than this is no body."""
@@ -52,6 +54,27 @@ class BodyWriter:
             return True
         cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return not cycle.flow.write_paused
+
+
+def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
+    """`app` for a client of HTTP/1.0, whose connection ends with the answer anyhow."""
+    cycle.waiting_for_100_continue = False
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        until_the_end = False
+
+        async def send_plainly(message: Message) -> None:
+            nonlocal until_the_end
+            if message["type"] == "http.response.start":
+                until_the_end = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+                cycle.chunked_encoding = False if until_the_end else None
+            elif until_the_end:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plainly)
+
+    return answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +158,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         self._answering = cycle
+        if cycle.scope["http_version"] == "1.0":
+            app = _without_chunks(app, cycle)
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]  # uvicorn's types for the same
 
     def on_response_complete(self) -> None:
@@ -169,6 +194,12 @@ class GuardedProtocol(HttpToolsProtocol):
                 raise self._fault
             return  # comes again, without
         if len(self.pipeline) >= self._limits.max_pipelined:
+            raise self._fault
+        num_hosts = sum(name == b"host" for name, _ in self.headers)
+        if num_hosts > 1 or (num_hosts == 0 and self.parser.get_http_version() == "1.1"):
+            self._fault = RequestError(
+                f"The request has {num_hosts} Host headers.", param="host", remedy="Send exactly one."
+            )
             raise self._fault
         super().on_headers_complete()
         self.scope["extensions"] = {BODY_WRITER: {"writer": BodyWriter(self.cycle)}}
@@ -238,7 +269,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        body = encode_json(error_body(error))
+        path = (self.url or b"").partition(b"?")[0].decode("latin-1")  # as far as it was read
+        body = error_json(error, path)
         head = [STATUS_LINE[error.status], b"content-type: application/json\r\nconnection: close\r\n"]
         if error.retry_after is not None:
             head.append(b"retry-after: %d\r\n" % max(1, round(error.retry_after)))

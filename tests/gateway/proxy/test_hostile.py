@@ -144,3 +144,27 @@ async def test_too_many_trailers(rig, fake) -> None:
         writer.write(head + b"0\r\n" + b"a: b\r\n" * 200)
         assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 431 ")
         writer.close()
+
+
+async def test_a_client_of_http_1_0_gets_no_chunks(rig, fake) -> None:
+    async with rig([fake.raw(fake.STREAM_HEAD + fake.chunk(fake.delta("w0")) + fake.chunk(b""))]) as gateway:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(streamed().replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+        async with asyncio.timeout(10):
+            received = await reader.read()
+        writer.close()
+        head, _, body = received.partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower()
+        assert body == fake.delta("w0")
+
+
+async def test_errors_on_anthropic_paths_have_its_shape(rig, fake) -> None:
+    async with rig([]) as gateway:
+        for path in (b"/v1/messages", b"/v1/messages/count_tokens?beta=true"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            writer.write(b"POST " + path + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000000000\r\n\r\n")
+            head, body = await read_answer(reader)
+            assert b" 413 " in head
+            told = json.loads(body)
+            assert (told["type"], told["error"]["type"]) == ("error", "request_too_large")
+            writer.close()

@@ -15,9 +15,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 
 from quire.core.errors import QuireError
 from quire.gateway.errors import DROPPED_HEADER, Dropped
-from quire.gateway.proxy.answers import error_json
-from quire.gateway.request import Api
-from quire.web.answers import error_headers
+from quire.web.answers import error_headers, error_json
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
 SUBSET: Final = "x-gateway-destination-endpoint-subset"
@@ -120,11 +118,11 @@ def trailers(*, response: bool) -> Response:
     return ext_proc.ProcessingResponse(request_trailers=ext_proc.TrailersResponse())
 
 
-def refused(error: QuireError, api: Api) -> Response:
+def refused(error: QuireError, path: str) -> Response:
     """An answer of the gateway's own, in the shape of the API that was called."""
     pairs = {"content-type": "application/json", **error_headers(error)}
     if isinstance(error, Dropped):
         pairs[DROPPED_HEADER] = error.reason
-    immediate = ext_proc.ImmediateResponse(headers=_set(pairs), body=error_json(error, api), details=error.code)
+    immediate = ext_proc.ImmediateResponse(headers=_set(pairs), body=error_json(error, path), details=error.code)
     immediate.status.code = error.status
     return ext_proc.ProcessingResponse(immediate_response=immediate)

@@ -7,6 +7,7 @@ message does not say that it is the last.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -17,7 +18,6 @@ from quire.gateway.director import Attempt, Director
 from quire.gateway.errors import Saturated
 from quire.gateway.extproc import messages
 from quire.gateway.extproc.messages import Message, Response
-from quire.gateway.parse import api_of
 from quire.gateway.proxy.holding import Holding, Share
 from quire.gateway.request import InferenceRequest, Outcome
 
@@ -41,9 +41,9 @@ class Door:
     """For the bodies of all streams."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ExchangeStream:
-    """The messages of one request, and what the director was told of it."""
+    """The messages of one request, and what the director was told of it. Made where a loop runs."""
 
     door: Door
     headers: dict[str, str] = field(default_factory=dict)
@@ -60,9 +60,28 @@ class ExchangeStream:
     """The last bytes of the answer, where usage stands."""
     ended: bool = False
     share: Share = field(init=False)
+    broken_off: asyncio.Future[QuireError] = field(init=False)
 
     def __post_init__(self) -> None:
         self.share = Share(self.door.holding)
+        self.broken_off = asyncio.get_running_loop().create_future()
+
+    def break_off(self, error: QuireError) -> None:
+        """End the stream as soon as no message is being answered. Envoy answers the request with the error, and where
+        an answer has begun it resets it: what it lets us say then is no part of that answer."""
+        if not self.broken_off.done():
+            self.broken_off.set_result(error)
+
+    async def next_of(self, messages: AsyncIterator[Message]) -> Message | None:
+        """None behind the last. Raises what the stream was broken off with."""
+        reading = asyncio.ensure_future(anext(messages, None))
+        try:
+            await asyncio.wait((reading, self.broken_off), return_when=asyncio.FIRST_COMPLETED)
+            if self.broken_off.done():
+                raise self.broken_off.result()
+            return reading.result()
+        finally:
+            reading.cancel()
 
     async def answer(self, message: Message) -> AsyncIterator[Response]:
         """What one message of Envoy's is answered with."""
@@ -128,6 +147,7 @@ class ExchangeStream:
         request.subset = self.subset if self.subset is not None else request.subset
         choice = await self.door.director.choose(request)
         self.request = request  # from here on, `close` gives its place back
+        request.break_off = self.break_off
         self.attempt = self.door.director.sent(request, choice.endpoint, choice)
         addresses = [endpoint.address for endpoint in choice.conclusion.endpoints]
         body = self.door.rewritten(request)
@@ -153,7 +173,7 @@ class ExchangeStream:
         return messages.streamed(piece, end=end, response=True) if self.response_duplex else [messages.response_body()]
 
     def refuse(self, error: QuireError) -> Response:
-        return messages.refused(error, api_of(self.headers.get(":path", "/").partition("?")[0]))
+        return messages.refused(error, self.headers.get(":path", "/").partition("?")[0])
 
     def close(self) -> None:
         """The stream is over, however it went. What was chosen is given back, once."""
@@ -161,6 +181,7 @@ class ExchangeStream:
         request, self.request = self.request, None
         if request is None:
             return
+        request.break_off = None
         try:
             if self.attempt is not None:
                 self.door.director.finished(request, self.attempt, self._outcome(self.attempt))
@@ -169,9 +190,10 @@ class ExchangeStream:
 
     def _outcome(self, attempt: Attempt) -> Outcome:
         output, cached = self.door.usage(self.tail)
+        gone = self.status is not None or self.broken_off.done()
         return Outcome(
             status=self.status,
-            error="" if self.ended else "cancelled" if self.status is not None else "no answer",
+            error="" if self.ended else "cancelled" if gone else "no answer",
             first_byte=attempt.first_byte,
             finished=self.door.director.clock(),
             output_tokens=output,

@@ -104,7 +104,7 @@ class Proxy:
                 structlog.get_logger().error("proxy_failed", request_id=request_id, exc_info=error)
                 error = QuireError("Something went wrong in the gateway.", remedy="See its log.")
             status = error.status
-            await error_answer(error, api, request_id)(scope, receive, send)
+            await error_answer(error, scope["path"], request_id)(scope, receive, send)
         finally:
             self._count(api, call, status, failure, self.director.clock() - arrived)
             share.release()
@@ -241,7 +241,7 @@ class Gateway:
             await self.router(scope, receive, send)
         except HTTPException as error:
             ours = for_status(error.status_code, scope["path"][:200])
-            answer = error_answer(ours, Api.OTHER, request_id_of(scope).decode())
+            answer = error_answer(ours, scope["path"], request_id_of(scope).decode())
             answer.headers.update(error.headers or {})  # Allow, which a 405 has to have
             await answer(scope, receive, send)
 
