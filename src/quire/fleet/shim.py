@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,8 +77,14 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _die_with_parent() -> None:
+def _begin_child() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _pass_on_stop(child: subprocess.Popen[bytes]) -> None:
+    """Once: a second SIGTERM would mean "at once" to the child."""
+    child.send_signal(signal.sigwait({signal.SIGTERM}))
 
 
 def main() -> int:
@@ -96,17 +103,9 @@ def main() -> int:
             part.write_text(json.dumps(written))
             os.replace(part, record)
 
-    stopping = False
-    child: subprocess.Popen[bytes] | None = None
-
-    def pass_on(number: int, _: object) -> None:
-        nonlocal stopping
-        if not stopping:  # a second one would mean "at once" to the child
-            stopping = True
-            if child is not None:
-                child.send_signal(number)
-
-    signal.signal(signal.SIGTERM, pass_on)
+    # Waited for by a thread, not handled: Python runs a handler when the call that it came before returns, and reading
+    # what the child says may not return for long.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -116,14 +115,13 @@ def main() -> int:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - there is one thread
+            preexec_fn=_begin_child,  # noqa: PLW1509 - there is one thread
         )
     except (OSError, ValueError) as error:  # ValueError: a command or an environment that no process can have
         why = error.strerror if isinstance(error, OSError) else error
         note(returncode=127, error=f"{launch['command'][0]}: {why}")
         return 127
-    if stopping:
-        child.send_signal(signal.SIGTERM)
+    threading.Thread(target=_pass_on_stop, args=(child,), daemon=True).start()
     note(child=child.pid)
     lines: deque[str] = deque(maxlen=KEPT_LINES)
     assert child.stdout is not None

@@ -89,5 +89,7 @@ class Target:
             return why
         if torch.version.hip:
             return "AMD's matrix units have other 8-bit floats (e4m3fnuz)"
+        if not torch.cuda.is_available():
+            return None  # what is not here is taken to be of today
         major, minor = torch.cuda.get_device_capability(self.device)
         return None if (major, minor) >= (8, 9) else f"no matrix unit for 8-bit floats (sm_{major}{minor}, from sm_89)"

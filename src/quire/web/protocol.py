@@ -92,6 +92,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.url = b""  # of the request that is being read; uvicorn has none before the first
         self._limits = limits
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -269,7 +270,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        path = (self.url or b"").partition(b"?")[0].decode("latin-1")  # as far as it was read
+        path = self.url.partition(b"?")[0].decode("latin-1")  # as far as it was read
         body = error_json(error, path)
         head = [STATUS_LINE[error.status], b"content-type: application/json\r\nconnection: close\r\n"]
         if error.retry_after is not None:
