@@ -7,6 +7,8 @@ import time
 import pytest
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     Qwen3Config,
@@ -48,6 +50,14 @@ ROUTED = {
     "topk_group": 1,
     "routed_scaling_factor": 1.5,
 }
+LATENT = ROUTED | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +67,7 @@ def checkpoints(tmp_path_factory):
     for name, model in (
         ("dense", Qwen3ForCausalLM(Qwen3Config(**SHAPE))),
         ("sparse", Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS))),
+        ("latent", DeepseekV3ForCausalLM(DeepseekV3Config(**(SHAPE | LATENT)))),
         ("routed", Glm4MoeForCausalLM(Glm4MoeConfig(**SHAPE, **ROUTED))),
     ):
         model.to(torch.float32).save_pretrained(directory / name)
@@ -97,7 +108,7 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse", "routed"])
+@pytest.mark.parametrize("name", ["dense", "latent", "sparse", "routed"])
 def test_tokens_are_those_of_the_reference(checkpoints, name):
     """In float32, where two kernels' logits differ too little to matter. One's steps with prompts are padded."""
     ahead = engine_of(checkpoints / name, isa="triton", dtype="float32", async_scheduling=True)

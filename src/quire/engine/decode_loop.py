@@ -16,9 +16,10 @@ from quire.engine.graphs import Graphs
 from quire.engine.seats import Seats
 from quire.models.decoder import Decoder
 from quire.models.model import Model
-from quire.nn.attention import Attention
+from quire.nn.attention import Attention, AttentionBlock
 from quire.nn.batch import ForwardBatch, GroupTable
 from quire.nn.kv import KVCache
+from quire.nn.latent import LatentAttention
 from quire.nn.layers import MLP, PlainMLP
 from quire.nn.moe import SparseMLP
 from quire.ops.attention import DeviceLengths
@@ -128,10 +129,20 @@ def runs_alone(model: Model) -> bool:
         return False
     if model.stack is not None:
         return model.stack.reads_lengths
-    kernels = model.kernels
-    return kernels.attention.reads_lengths and all(
-        isinstance(layer.attention, Attention)
-        and layer.attention.transform.chunk is None
-        and (isinstance(layer.mlp, MLP | PlainMLP) or (isinstance(layer.mlp, SparseMLP) and layer.mlp.is_one_call))
-        for layer in model.layers
-    )
+    return all(_reads_lengths(model, layer.attention) and _is_one_call(layer.mlp) for layer in model.layers)
+
+
+def _reads_lengths(model: Decoder, attention: AttentionBlock) -> bool:
+    if attention.transform.chunk is not None:
+        return False
+    match attention:
+        case Attention():
+            return model.kernels.attention.reads_lengths
+        case LatentAttention():
+            return model.kernels.latent_attention.reads_lengths(attention.shape)
+        case _:
+            return False
+
+
+def _is_one_call(mlp: Callable[[Tensor], Tensor]) -> bool:
+    return isinstance(mlp, MLP | PlainMLP) or (isinstance(mlp, SparseMLP) and mlp.is_one_call)

@@ -46,6 +46,10 @@ class LatentAttentionKernel(Protocol):
         """Tokens per block that it can work with."""
         ...
 
+    def reads_lengths(self, shape: LatentShape) -> bool:
+        """Whether `plan` goes by `PagedRequests.lengths` where there are any."""
+        ...
+
     def block_bytes(self, block_size: int, shape: LatentShape) -> int:
         """What a layer's rows take in one block. A layer's cache is `[n, block_bytes]` bytes, zeros at first."""
         ...

@@ -38,6 +38,10 @@ class CpuLatentAttention:
         self._backend = target.cpu
         self._module: Any = kernels_module()
 
+    @staticmethod
+    def reads_lengths(_shape: LatentShape) -> bool:
+        return False
+
     def block_bytes(self, block_size: int, shape: LatentShape) -> int:
         return _block_bytes(block_size, shape.latent_dim, shape.rope_dim)
 

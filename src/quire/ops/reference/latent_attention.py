@@ -38,6 +38,10 @@ class ReferenceLatentAttention:
         self._layout = KVLayout(target.kv_dtype, target.dtype)
         self._tilings: dict[tuple[int, int, int], QueryTiling] = {}
 
+    @staticmethod
+    def reads_lengths(_shape: LatentShape) -> bool:
+        return False
+
     def block_bytes(self, block_size: int, shape: LatentShape) -> int:
         return sum(self._layout.block_bytes(block_size, dim) for dim in (shape.latent_dim, shape.rope_dim))
 

@@ -21,15 +21,15 @@ from quire.ops.triton.launch import Launch
 from quire.ops.triton.row_tile import choose_decode_rows
 from quire.ops.triton.tiles import shared_bytes_of
 
-_STORED = {
+STORED = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }
-_LARGEST = {"int8": 127.0, "fp8": 448.0}
-_MULTIPLIED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+MULTIPLIED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _INTERPRETED_PROGRAMS = 3
 
 
@@ -53,16 +53,11 @@ class TritonAttention:
         self._launch: Launch = target.launch
         self.target = target
         self._quantized = target.kv_dtype in QUANTIZED
-        self._stored = _STORED[target.kv_dtype]
+        self._stored = STORED[target.kv_dtype]
         # Where the cache holds other numbers than the model has, both are widened.
         self._multiplied = target.dtype if self._quantized or self._stored == target.dtype else torch.float32
         self._row_tile = row_tile
-        self._programs = _INTERPRETED_PROGRAMS
-        if target.device.type == "cuda":
-            # Two programs fit a multiprocessor, and one's loads run while the other computes.
-            self._programs = 2 * torch.cuda.get_device_properties(target.device).multi_processor_count
-        elif target.device.type == "xpu":
-            self._programs = 2 * torch.xpu.get_device_properties(target.device).max_compute_units
+        self._programs = programs_of(target)
         self._tilings: dict[tuple[int, int], Tiling] = {}
         self._constants: dict[AttentionShape, _Constants] = {}
 
@@ -91,7 +86,7 @@ class TritonAttention:
             *v_tgd.stride()[:2],
             *values.stride()[:3],
             *scales.stride()[:3],
-            _LARGEST.get(self.target.kv_dtype, 1.0),
+            LARGEST.get(self.target.kv_dtype, 1.0),
             HEAD_DIM=d,
             BLOCK_SIZE=block_size,
             D=max(16, 1 << (d - 1).bit_length()),
@@ -134,7 +129,7 @@ class TritonAttention:
             "SOFTCAP": shape.softcap is not None,
             "SLOPES": shape.slopes is not None,
             "BIAS": shape.distance_bias is not None,
-            "MULTIPLIED": _MULTIPLIED[self._multiplied],
+            "MULTIPLIED": MULTIPLIED[self._multiplied],
             "num_stages": tiling.num_stages,
         }
         if plan.tiles is not None:
@@ -232,6 +227,15 @@ class TritonAttention:
         if not self._quantized:
             return values, values
         return values, kv_2gnb.view(torch.float32)[..., block_size * (head_dim + head_dim % 2) // 4 :]
+
+
+def programs_of(target: Target) -> int:
+    """Of a decode. Two fit a multiprocessor, and one's loads run while the other computes."""
+    if target.device.type == "cuda":
+        return 2 * int(torch.cuda.get_device_properties(target.device).multi_processor_count)
+    if target.device.type == "xpu":
+        return 2 * int(torch.xpu.get_device_properties(target.device).max_compute_units)
+    return _INTERPRETED_PROGRAMS
 
 
 def _in_base_2(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:

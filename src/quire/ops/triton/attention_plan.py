@@ -23,6 +23,9 @@ MOST_ITEMS = 2048
 """Splits of a step whose sums are kept apart. With more of them there is work enough for every multiprocessor if each
 program takes a whole context: the workspace does not grow with contexts times requests."""
 
+MOST_BYTES = 128 * 2**20
+"""Of those sums: wide results have fewer splits."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
@@ -103,7 +106,7 @@ def _planned_on_device(shape: AttentionShape, requests: PagedRequests, tiling: T
     counts = -(-most_of // SPLIT)
     if shape.window is not None:
         counts = np.minimum(counts, -(-shape.window // SPLIT) + 1)
-    most_items = min(int(counts.sum()), max(r, MOST_ITEMS))
+    most_items = min(int(counts.sum()), max(r, _most_apart(shape, tiling)))
     tokens = _tile_tokens(shape, tiling)
     most_tiles = rows // tokens + lengths.chunks if lengths.chunks else 0
     device = requests.block_table_rb.device
@@ -142,7 +145,7 @@ def _planned_on_host(shape: AttentionShape, requests: PagedRequests, tiling: Til
     if shape.window is not None:
         firsts = np.maximum(contexts - shape.window, 0) // SPLIT
     counts[decodes] = (-(-contexts // SPLIT) - firsts)[decodes]
-    is_whole = counts.sum() > max(len(decodes), MOST_ITEMS)
+    is_whole = counts.sum() > max(len(decodes), _most_apart(shape, tiling))
     if is_whole:
         counts[decodes] = 1
     item_start = np.concatenate([[0], counts.cumsum()])
@@ -186,6 +189,11 @@ def _tiles(
         part[:, 4] = contexts[request]
         parts.append(part)
     return np.concatenate(parts)
+
+
+def _most_apart(shape: AttentionShape, tiling: Tiling) -> int:
+    """Splits whose sums are kept apart."""
+    return min(MOST_ITEMS, MOST_BYTES // (4 * shape.num_heads * (tiling.padded_dim + 2)))
 
 
 def _tile_tokens(shape: AttentionShape, tiling: Tiling) -> int:

@@ -19,6 +19,7 @@ _SERVED = (
     ("draw", "sampling", "TritonSampling", "draw", _NOTE_OF_SAMPLING),
     ("embedding", "rows", "TritonEmbedding", "", "a piece of a row per program"),
     ("gated_activation", "rows", "TritonActivation", "gated_activation", "a piece of a row per program, in float32"),
+    ("latent_attention", "latent", "TritonLatentAttention", "", "split decodes and tiles of prompts, in one order"),
     ("layer_norm", "rows", "TritonNorm", "layer_norm", "whole rows per program, in float32"),
     ("rms_norm", "rows", "TritonNorm", "rms_norm", "whole rows per program, in float32"),
     ("rope", "rows", "TritonRope", "", "some heads of a row per program, in float32"),

@@ -14,6 +14,7 @@ from quire.core.sampling import SamplingParams
 from quire.ops.attention import AttentionShape, DeviceLengths, PagedRequests
 from quire.ops.draw import DrawTable
 from quire.ops.kernels import select
+from quire.ops.latent_attention import LatentShape
 from quire.ops.moe import MoeWeights
 from quire.ops.sampling import SamplingRow
 from quire.ops.spans import span_of
@@ -247,20 +248,35 @@ def _attention(kernel: Any, target: Target, shape: ModelShape, rows: int) -> Non
     k_tgd, v_tgd = _empty(target, 2, rows, shape.kv_heads, shape.head_dim)
     kernel.write(kv_layer, k_tgd, v_tgd, torch.zeros(rows, dtype=torch.int64))
     for query_lens in ([1] * rows, [rows]):
-        start = torch.tensor([0, *query_lens]).cumsum(0)
-        contexts = [_CONTEXT] * len(query_lens)
-        requests = PagedRequests(
-            query_start=start.tolist(),
-            context_lens=contexts,
-            block_table_rb=torch.zeros(len(query_lens), blocks, dtype=torch.int64),
-            block_size=_BLOCK_SIZE,
-            lengths=DeviceLengths(
-                query_start=start.int(),
-                context_lens=torch.tensor(contexts, dtype=torch.int32),
-                chunks=0 if len(query_lens) == rows else 1,
-            ),
-        )
+        requests = _requests(query_lens, blocks)
         kernel(_heads(target, shape, rows), kv_layer, kernel.plan(attention, requests))
+
+
+def _latent_attention(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
+    """As many heads, with DeepSeek's latents."""
+    latent = LatentShape(num_heads=shape.heads, latent_dim=512, rope_dim=64, scale=0.1)
+    blocks = -(-_CONTEXT // _BLOCK_SIZE)
+    cache = torch.empty(blocks, kernel.block_bytes(_BLOCK_SIZE, latent), dtype=torch.uint8)
+    kernel.write(cache, _empty(target, rows, 512), _empty(target, rows, 64), torch.zeros(rows, dtype=torch.int64))
+    for query_lens in ([1] * rows, [rows]):
+        requests = _requests(query_lens, blocks)
+        kernel(_empty(target, rows, shape.heads, latent.width), cache, kernel.plan(latent, requests))
+
+
+def _requests(query_lens: list[int], blocks: int) -> PagedRequests:
+    start = torch.tensor([0, *query_lens]).cumsum(0)
+    contexts = [_CONTEXT] * len(query_lens)
+    return PagedRequests(
+        query_start=start.tolist(),
+        context_lens=contexts,
+        block_table_rb=torch.zeros(len(query_lens), blocks, dtype=torch.int64),
+        block_size=_BLOCK_SIZE,
+        lengths=DeviceLengths(
+            query_start=start.int(),
+            context_lens=torch.tensor(contexts, dtype=torch.int32),
+            chunks=0 if max(query_lens) == 1 else 1,
+        ),
+    )
 
 
 def _moe(kernel: Any, target: Target, shape: ModelShape, rows: int) -> None:
@@ -304,6 +320,7 @@ _CALLS = {
     "draw": _draw,
     "embedding": _embedding,
     "gated_activation": _gated_activation,
+    "latent_attention": _latent_attention,
     "layer_norm": _layer_norm,
     "linear": _linear,
     "linear_fp8": _quantized(_fp8),
