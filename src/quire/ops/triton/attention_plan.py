@@ -71,7 +71,7 @@ class Tiling:
 
 def _decode_warps(rows: int, padded_dim: int) -> int:
     """So many that their registers hold two tiles of sums."""
-    return 4 if rows <= 64 and rows * padded_dim <= 64 * 128 else 8
+    return 4 if rows <= 64 and rows * padded_dim <= 64 * 64 else 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
