@@ -12,6 +12,8 @@ from quire.ops.reference.kv_layout import KVLayout
 from quire.ops.target import Target
 from quire.ops.triton import attention_plan
 from quire.ops.triton.attention import TritonAttention
+from quire.ops.triton.attention_plan import Tiling
+from quire.ops.triton.row_tile import choose_decode_rows
 
 BLOCK_SIZE = 16
 SHAPE = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=11, scale=0.3)
@@ -177,3 +179,25 @@ def test_lengths_of_chunks_on_the_device_do_what_those_on_the_host_do(
     found = attention(q_thd, cache, attention.plan(shape, captured))
     assert torch.equal(found[:74], expected)
     assert found[74:].isfinite().all()
+
+
+class Unlike(TritonAttention):
+    """As on a device that rounds another way in decodes of fewer rows than `alike`."""
+
+    def __init__(self, target: Target, rows: int, alike: int) -> None:
+        super().__init__(target, row_tile=rows)
+        self._adds = float(rows < alike)
+
+    def __call__(self, q_thd, kv_layer, plan):
+        return super().__call__(q_thd, kv_layer, plan) + self._adds * (plan.decodes == 1)
+
+
+@pytest.mark.parametrize(("alike", "chosen"), [(16, 16), (64, 64), (65, 128)])
+def test_a_decode_has_as_few_rows_as_round_like_a_prefill(
+    alike: int, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quire.ops.triton.row_tile._CONTEXTS", (3, 20))
+    tiling = Tiling.of(2, 16, torch.bfloat16)
+    target = Target("cpu", torch.bfloat16, isa="triton")
+    found = choose_decode_rows(lambda rows: Unlike(target, rows, alike), tiling, 2)
+    assert (tiling.decode_rows, tiling.prefill_rows, found.decode_rows) == (16, 128, chosen)

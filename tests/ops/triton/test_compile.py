@@ -43,6 +43,40 @@ print([one.fault is not None for one in launch.compiled])
 """
 
 
+ATTENTION = """
+import torch
+from quire.ops.attention import AttentionShape, DeviceLengths, PagedRequests
+from quire.ops.target import Target
+from quire.ops.triton.attention import TritonAttention
+from quire.ops.triton.compile_only import CompileOnly, table
+
+launch = CompileOnly("sm_90")
+
+def step(*query_lens, kv_dtype="fp8", rows=None, on_device=True):
+    target = Target("cpu", torch.bfloat16, isa="triton", launch=launch, kv_cache_dtype=kv_dtype)
+    kernel = TritonAttention(target, row_tile=rows)
+    cache = torch.empty(2, 8, 64, kernel.block_bytes(16, 128), dtype=torch.uint8)
+    start = torch.tensor([0, *query_lens]).cumsum(0)
+    contexts = [900 + 3 * length for length in query_lens]
+    told = DeviceLengths(query_start=start.int(), context_lens=torch.tensor(contexts, dtype=torch.int32))
+    requests = PagedRequests(
+        query_start=start.tolist(),
+        context_lens=contexts,
+        block_table_rb=torch.zeros(len(query_lens), 64 - len(query_lens), dtype=torch.int64),
+        block_size=16,
+        lengths=told if on_device else None,
+    )
+    shape = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128, scale=0.1)
+    kernel(torch.empty(start[-1], 32, 128, dtype=torch.bfloat16), cache, kernel.plan(shape, requests))
+
+for query_lens in [(1,), (1,) * 16, (9,), (1, 30, 1)]:
+    step(*query_lens, on_device=False)
+for kv_dtype, rows in [("auto", 64), ("auto", 128), ("fp8", 64)]:
+    step(1, kv_dtype=kv_dtype, rows=rows)
+print(table(launch.compiled))
+"""
+
+
 def without_interpreter(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -80,6 +114,17 @@ def test_what_spills_is_told_and_nothing_is_compiled_twice(tmp_path: Path) -> No
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == "[True, False, False]"
     assert "FAULT" in ran.stdout
+
+
+def test_attention_does_not_spill_over_caches_of_8_bits_nor_in_wide_decodes(tmp_path: Path) -> None:
+    """Nor is it compiled again for steps of other sizes."""
+    script = tmp_path / "attention.py"
+    script.write_text(ATTENTION)
+    ran = without_interpreter(tmp_path, str(script))
+    assert ran.returncode == 0, ran.stderr
+    assert "FAULT" not in ran.stdout, ran.stdout
+    kernels = [line.split()[0] for line in ran.stdout.splitlines()]
+    assert [kernels.count(name) for name in ("prefill_kernel", "decode_kernel", "combine_kernel")] == [1, 4, 1]
 
 
 def test_an_interpreter_cannot_compile() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -17,7 +18,7 @@ from quire.ops.sampling import SamplingRow, sample, token_logprobs
 from quire.ops.target import Target
 from quire.ops.triton.drawing import Drawing
 from quire.ops.triton.library import TRITON
-from quire.ops.triton.sampling import TritonSampling
+from quire.ops.triton.sampling import TritonSampling, _upload
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(overflow|invalid value) encountered:RuntimeWarning"
@@ -135,6 +136,24 @@ def test_memory_is_kept_and_shared():
         part = drawing.draw(logits[:rows], DrawTable.greedy(rows, CPU), torch.arange(rows))
         assert torch.equal(part, tokens[:rows])
     assert [len(kept) for kept in drawing._workspaces.values()] == [1]
+
+
+def test_memory_grows_by_doubling():
+    """Or a batch that grows row by row would leave as many workspaces."""
+    drawing = Drawing(TARGET)
+    for rows in range(1, 8):
+        drawing._workspace(rows, 50, CPU)
+    assert [len(work.limit_s) for work in drawing._workspaces[50]] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_what_is_uploaded_is_aligned_whatever_the_number_of_rows(rows):
+    """Kernels are compiled anew for pointers that are not."""
+    arrays = [np.arange(rows, dtype=dtype) + 1 for dtype in (np.int64, np.float32, np.int32)] + [np.empty(0, np.int32)]
+    uploaded = _upload(arrays, CPU)
+    assert all(x.storage_offset() * x.itemsize % 16 == 0 for x in uploaded)
+    assert [x.tolist() for x in uploaded] == [array.tolist() for array in arrays]
+    assert [x.numpy().dtype for x in uploaded] == [array.dtype for array in arrays]
 
 
 def test_what_can_be_drawn_on_the_device():

@@ -173,7 +173,7 @@ class TritonAttention:
                 programs,
                 ROWS=tiling.decode_rows,
                 SINKS=shape.sinks is not None,
-                num_warps=4,
+                num_warps=tiling.decode_warps,
                 **constexprs,
             )
             heads_at_once = 4
@@ -198,7 +198,7 @@ class TritonAttention:
         group = shape.num_heads // shape.num_kv_heads
         key = (group, shape.head_dim)
         if key not in self._tilings:
-            tiling = Tiling.of(group, shape.head_dim, self._multiplied)
+            tiling = Tiling.of(group, shape.head_dim, self._multiplied, quantized=self._quantized)
             tiling = tiling.within(shared_bytes_of(self.target), self._multiplied.itemsize)
             device = self.target.device
             if self._row_tile is not None:

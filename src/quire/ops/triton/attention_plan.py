@@ -29,19 +29,24 @@ MOST_BYTES = 128 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """Block sizes for one head shape. `keys` is in the order of sums, so it depends on nothing else."""
+    """Block sizes for one head shape and cache. `keys` is in the order of sums, so it depends on nothing else."""
 
     padded_dim: int
     keys: int
     decode_rows: int
+    decode_warps: int
     prefill_rows: int
     prefill_warps: int
     num_stages: int
 
     @staticmethod
-    def of(group: int, head_dim: int, multiplied: torch.dtype) -> Tiling:
-        """`group`: query heads of one KV head. Two tiles of sums and one of scores live in registers; a stage of keys
-        and values in shared memory."""
+    def of(group: int, head_dim: int, multiplied: torch.dtype, *, quantized: bool = False) -> Tiling:
+        """`group`: query heads of one KV head. Two tiles of sums and one of scores live in registers, and keys and
+        values of 8 bits on their way, of which fewer fit; others in shared memory.
+
+        Triton parts the stages between loads of block numbers and those of keys and values, which need them: of five,
+        two tiles are under way; of three, one, which is waited for when the one before it is done.
+        """
         padded = max(16, 1 << (head_dim - 1).bit_length())
         heads = max(16, 1 << (group - 1).bit_length())
         wide = multiplied == torch.float32
@@ -49,11 +54,12 @@ class Tiling:
         rows = 16 if wide else 128 if padded <= 128 else 64
         return Tiling(
             padded_dim=padded,
-            keys=32 if wide or padded > 128 else 64,
+            keys=32 if wide or quantized or padded > 128 else 64,
             decode_rows=heads,
+            decode_warps=_decode_warps(heads, padded),
             prefill_rows=max(rows, heads),
-            prefill_warps=4 if wide else 8,
-            num_stages=2 if wide or padded > 128 else 3,
+            prefill_warps=4 if wide and padded <= 64 else 8,
+            num_stages=2 if wide or (quantized and padded > 128) else 5,
         )
 
     def within(self, shared_bytes: int, itemsize: int) -> Tiling:
@@ -62,7 +68,13 @@ class Tiling:
         return replace(self, num_stages=max(2, min(self.num_stages, shared_bytes // stage)))
 
     def with_decode_rows(self, rows: int) -> Tiling:
-        return replace(self, decode_rows=max(rows, self.decode_rows))
+        rows = max(rows, self.decode_rows)
+        return replace(self, decode_rows=rows, decode_warps=_decode_warps(rows, self.padded_dim))
+
+
+def _decode_warps(rows: int, padded_dim: int) -> int:
+    """So many that their registers hold two tiles of sums."""
+    return 4 if rows <= 64 and rows * padded_dim <= 64 * 64 else 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

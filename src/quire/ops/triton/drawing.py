@@ -214,7 +214,8 @@ class Drawing:
         for work in known:
             if len(work.limit_s) >= rows:
                 return work
-        known.append(Workspace.empty(rows, vocab, device))
+        # At least doubled: one after the other they take no more than two of the largest.
+        known.append(Workspace.empty(_power_of_two(rows), vocab, device))
         return known[-1]
 
 

@@ -196,8 +196,10 @@ class TritonMoe:
         counts, places, tile_experts, num_tiles = (
             torch.empty(size, dtype=torch.int32, device=device) for size in (n, most_tiles * tile, most_tiles, 1)
         )
-        if pairs > _FEW_PAIRS:
-            self._launch(count_kernel, (n,), experts_tk, counts, pairs, BLOCK=4 * _FEW_PAIRS)
+        counted = pairs > _FEW_PAIRS
+        block = 4 * _FEW_PAIRS if counted else _FEW_PAIRS
+        if counted:
+            self._launch(count_kernel, (n,), experts_tk, counts, pairs, BLOCK=block)
         self._launch(
             arrange_kernel,
             (n,),
@@ -208,9 +210,9 @@ class TritonMoe:
             num_tiles,
             pairs,
             n,
-            COUNTED=pairs > _FEW_PAIRS,
+            COUNTED=counted,
             TILE=tile,
-            BLOCK=_FEW_PAIRS,
+            BLOCK=block,
             BLOCK_N=_power_above(n + 1),
         )
         return _Places(

@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 _BLOCK_SIZE = 16
 _CONTEXTS = (3, 130, 777, 2049)
+_WARP_GROUP_ROWS = 64
+"""Of the fewest that Hopper's wider instruction multiplies."""
 
 
 def choose_decode_rows(make: Callable[[int], TritonAttention], tiling: Tiling, group: int) -> Tiling:
     """`make`: a kernel that pads decodes to so many rows."""
-    kernel = make(tiling.decode_rows)
-    if all(_alike(kernel, tiling, group, context) for context in _CONTEXTS):
-        return tiling
+    for rows in sorted({tiling.decode_rows, max(_WARP_GROUP_ROWS, tiling.decode_rows)}):
+        if rows < tiling.prefill_rows:
+            kernel = make(rows)
+            if all(_alike(kernel, tiling, group, context) for context in _CONTEXTS):
+                return tiling.with_decode_rows(rows)
     return tiling.with_decode_rows(tiling.prefill_rows)
 
 

@@ -29,6 +29,7 @@ _ROWS_AT_ONCE = 32
 _FIELDS = 4
 """What is known of a row beside alternatives: the largest logit, the weight of all tokens, its token's logit, rank."""
 _LOW = 2**32 - 1
+_ALIGNMENT = 16
 
 
 class TritonSampling:
@@ -140,7 +141,7 @@ def _changes(row: SamplingRow) -> bool:
 
 
 def _columns(plain: Sequence[SamplingParams], rows: Sequence[SamplingRow]) -> list[NDArray[Any]]:
-    """A `DrawTable`'s columns and positions, the wider numbers first."""
+    """A `DrawTable`'s columns and positions."""
     assert all(sampling.seed is not None for sampling in plain), "the front end sets the seed"
     return [
         np.array([sampling.seed for sampling in plain], dtype=np.int64),
@@ -200,14 +201,19 @@ def _ids(token_ids: Sequence[int], *, distinct: bool = False) -> NDArray[np.int3
 
 
 def _upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """The same on the device, in one copy; none before one of wider numbers."""
-    whole = torch.from_numpy(np.concatenate([array.view(np.uint8) for array in arrays]))
+    """The same on the device, in one copy. Each begins at a multiple of 16 bytes, however many rows there are: for
+    pointers that do not, Triton compiles other kernels."""
+    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+    begins = (np.cumsum(sizes) - sizes).tolist()
+    together = np.zeros(sum(sizes), dtype=np.uint8)
+    for begin, array in zip(begins, arrays, strict=True):
+        together[begin : begin + array.nbytes] = array.view(np.uint8)
+    whole = torch.from_numpy(together)
     if device.type != "cpu":
         whole = whole.pin_memory().to(device, non_blocking=True)
-    ends = np.cumsum([array.nbytes for array in arrays]).tolist()
     return [
-        whole[end - array.nbytes : end].view(torch.from_numpy(array[:0]).dtype)
-        for array, end in zip(arrays, ends, strict=True)
+        whole[begin : begin + array.nbytes].view(torch.from_numpy(array[:0]).dtype)
+        for begin, array in zip(begins, arrays, strict=True)
     ]
 
 

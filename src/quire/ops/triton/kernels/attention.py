@@ -280,7 +280,9 @@ def combine_kernel(
         return
     if request >= 0:
         row = tl.load(plan + request)
-        for item in range(tl.load(plan + 3 * requests + request), tl.load(plan + 3 * requests + request + 1)):
+        # One split after the other, but their loads run ahead.
+        first, stop = tl.load(plan + 3 * requests + request), tl.load(plan + 3 * requests + request + 1)
+        for item in tl.range(first, stop, num_stages=8):
             place = tl.zeros([HEADS_AT_ONCE], tl.int64) + item
             place = place * HEADS + head
             top_2 = tl.load(tops + place, mask=real, other=0.0)
