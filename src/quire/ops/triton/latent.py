@@ -64,7 +64,8 @@ class TritonLatentAttention:
         self._stored = STORED[target.kv_dtype]
         self._multiplied = target.dtype if self._quantized or self._stored == target.dtype else torch.float32
         self._rows = 16 if self._multiplied == torch.float32 else 32
-        self._keys = 32 if shared_bytes_of(target) >= _ROOM else 16
+        roomy = shared_bytes_of(target) >= _ROOM
+        self._keys, self._stages = (32, 4) if roomy else (16, 2)
         self._programs = programs_of(target)
 
     def block_bytes(self, block_size: int, shape: LatentShape) -> int:
@@ -112,9 +113,10 @@ class TritonLatentAttention:
                 padded_dim=_parts(shape) * _part(shape),
                 keys=self._keys,
                 decode_rows=rows,
+                decode_warps=8,
                 prefill_rows=max(1, rows // h) * h,
                 prefill_warps=8,
-                num_stages=2,
+                num_stages=self._stages,
             )
             as_attention = AttentionShape(num_heads=h, num_kv_heads=1, head_dim=shape.latent_dim, scale=shape.scale)
             plain = plan_attention(as_attention, requests, tiling, self._launch)
