@@ -77,6 +77,29 @@ print(table(launch.compiled))
 """
 
 
+LATENT = """
+import torch
+from quire.ops.attention import PagedRequests
+from quire.ops.latent_attention import LatentShape
+from quire.ops.target import Target
+from quire.ops.triton.compile_only import CompileOnly, table
+from quire.ops.triton.latent import TritonLatentAttention
+
+launch = CompileOnly("gfx942")
+target = Target("cpu", torch.bfloat16, isa="triton", launch=launch, kv_cache_dtype="fp8", shared_bytes=64 << 10)
+kernel = TritonLatentAttention(target)
+shape = LatentShape(num_heads=128, latent_dim=512, rope_dim=64, scale=0.1)
+cache = torch.empty(64, kernel.block_bytes(16, shape), dtype=torch.uint8)
+for query_lens in [(1,), (9,)]:
+    t = sum(query_lens)
+    requests = PagedRequests(
+        query_start=[0, t], context_lens=[900], block_table_rb=torch.zeros(1, 64, dtype=torch.int64), block_size=16
+    )
+    kernel(torch.empty(t, 128, 576, dtype=torch.bfloat16), cache, kernel.plan(shape, requests))
+print(table(launch.compiled))
+"""
+
+
 def without_interpreter(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -125,6 +148,16 @@ def test_attention_does_not_spill_over_caches_of_8_bits_nor_in_wide_decodes(tmp_
     assert "FAULT" not in ran.stdout, ran.stdout
     kernels = [line.split()[0] for line in ran.stdout.splitlines()]
     assert [kernels.count(name) for name in ("prefill_kernel", "decode_kernel", "combine_kernel")] == [1, 4, 1]
+
+
+def test_latent_attention_over_caches_of_8_bits_does_not_spill_on_cdna(tmp_path: Path) -> None:
+    """At the shape of DeepSeek-V3. 8-bit floats take most registers."""
+    script = tmp_path / "latent.py"
+    script.write_text(LATENT)
+    ran = without_interpreter(tmp_path, str(script))
+    assert ran.returncode == 0, ran.stderr
+    assert {"latent_decode_kernel", "latent_prefill_kernel"} <= set(ran.stdout.split())
+    assert "FAULT" not in ran.stdout, ran.stdout
 
 
 def test_an_interpreter_cannot_compile() -> None:

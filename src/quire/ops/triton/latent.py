@@ -66,6 +66,8 @@ class TritonLatentAttention:
         self._rows = 16 if self._multiplied == torch.float32 else 32
         roomy = shared_bytes_of(target) >= _ROOM
         self._keys, self._stages = (32, 4) if roomy else (16, 2)
+        # Where there is less (CDNA 2 and 3), eight waves of 64 have 256 registers each: too few to widen 8-bit numbers.
+        self._warps = 4 if self._quantized and not roomy else 8
         self._programs = programs_of(target)
 
     def block_bytes(self, block_size: int, shape: LatentShape) -> int:
@@ -113,9 +115,9 @@ class TritonLatentAttention:
                 padded_dim=_parts(shape) * _part(shape),
                 keys=self._keys,
                 decode_rows=rows,
-                decode_warps=8,
+                decode_warps=self._warps,
                 prefill_rows=max(1, rows // h) * h,
-                prefill_warps=8,
+                prefill_warps=self._warps,
                 num_stages=self._stages,
             )
             as_attention = AttentionShape(num_heads=h, num_kv_heads=1, head_dim=shape.latent_dim, scale=shape.scale)
